@@ -8,6 +8,7 @@ arithmetic on numbers are taken. Every key must be a field of the dataclass and 
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import operator
 import os
@@ -98,7 +99,8 @@ def parse(cls, argv):
 
     def put(key, value, where):
         if key not in kinds:
-            close = [k for k in kinds if key.lower() in k or k in key.lower()]
+            close = [k for k in kinds if len(key) > 2 and (key.lower() in k or k in key.lower())]
+            close = close or difflib.get_close_matches(key.lower(), kinds, 2)
             fail(f"{where}: unknown key {key!r}" + (f", did you mean {' or '.join(close)}?" if close else ", see --help"))
         values[key] = typed(key, value, kinds[key], where)
 

@@ -26,8 +26,11 @@ def load_meta(folder):
     """The meta.json of a prepared corpus. Stops with a one-line message where there is none."""
     try:
         with open(os.path.join(folder, "meta.json")) as f:
-            return json.load(f)
-    except (OSError, ValueError) as e:
+            meta = json.load(f)
+        for key in ("vocab_size", "dtype", "train_tokens", "val_tokens", "bytes_per_token"):
+            meta[key]  # what training relies on
+        return meta
+    except (OSError, ValueError, KeyError, TypeError) as e:
         script = os.path.join(folder, "prepare.py")
         todo = f"run python {script} first" if os.path.exists(script) else "prepare it with data/text/prepare.py"
         fail(f"no prepared corpus in {folder} ({type(e).__name__}); {todo}")

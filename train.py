@@ -175,11 +175,28 @@ def write_safely(path, write):
 def load_checkpoint(path):
     """A checkpoint as written below, on the CPU. Only tensors and plain values are unpickled."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         fail(f"there is no checkpoint {path}")
     except Exception as e:
         fail(f"{path} is not a checkpoint of this repository ({type(e).__name__}: {str(e).splitlines()[0][:100]})")
+
+
+def load_model(path):
+    """The model of a checkpoint, with its weights, on the CPU, and the checkpoint."""
+    checkpoint = load_checkpoint(path)
+    model = GPT(model_config(checkpoint["config"], checkpoint["meta"]))
+    model.load_state_dict(checkpoint["model"])
+    return model, checkpoint
+
+
+def model_config(config, meta):
+    """GPTConfig from the knobs of a run (a dict) and the meta.json of its corpus."""
+    fields = {f.name for f in dataclasses.fields(GPTConfig)}
+    try:
+        return GPTConfig(vocab_size=meta["vocab_size"], **{k: v for k, v in config.items() if k in fields})
+    except ValueError as e:
+        fail(e)
 
 
 def has_fast_bfloat16(device):
@@ -235,13 +252,8 @@ def main(config):
 
     # --------------------------------------------------------------------------------------------------- model
     torch.manual_seed(c.seed)
-    shape = {f.name: getattr(c, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(c, f.name)}
-    try:
-        model_config = GPTConfig(vocab_size=meta["vocab_size"], **shape)
-    except ValueError as e:
-        fail(e)
     with torch.device(device):
-        model = GPT(model_config)
+        model = GPT(model_config(dataclasses.asdict(c), meta))
     if c.init_from.startswith("hf:"):
         from export import load_hf  # needs a package that training does not
         load_hf(model, c.init_from[3:])
@@ -268,7 +280,7 @@ def main(config):
         if changed and not c.allow_changes:
             fail(f"{last_path} was trained with other settings: {', '.join(changed)}; "
                  "give the same ones, or --allow_changes")
-        if saved["vocab_size"] != meta["vocab_size"] or saved["train_tokens"] != len(train_tokens):
+        if saved["meta"] != meta:
             fail(f"the corpus in {folder} is not the one {last_path} was trained on")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -285,7 +297,7 @@ def main(config):
         for name in ("metrics.jsonl", "last.pt", "best.pt"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(c.out_dir, name))
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "device": torch.cuda.get_device_name()
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "device": torch.cuda.get_device_name()
                 if device_type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
                 "dtype": dtype, "world_size": world_size}
     if master:
@@ -387,7 +399,7 @@ def main(config):
     def save(name):
         state = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "cursor": cursor,
                  "seconds": seconds, "best_val": best_val, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c),
-                 "vocab_size": meta["vocab_size"], "train_tokens": len(train_tokens), "data": folder, "versions": versions}
+                 "meta": meta, "data": folder, "versions": versions}
         write_safely(os.path.join(c.out_dir, name), lambda path: torch.save(state, path))
 
     def mean_over_ranks(x):

@@ -1,0 +1,41 @@
+# make curves   baseline against TST, from a fresh machine to curves.png in some minutes
+# make moe      the same for a small mixture of experts, to curves_moe.png
+# make bench    step time, loss and loader, as ratios
+# make test     all tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: curves moe bench test clean
+
+# The two sides differ in the bag and in the learning rate, each at its own best (README, "The sweep").
+curves: .venv/ready data/python_source/meta.json
+	$(BIN)/python train.py config/curves.py --out_dir=out/baseline --overwrite --bag_size=1 --learning_rate=1.6e-2
+	$(BIN)/python train.py config/curves.py --out_dir=out/tst --overwrite
+	$(BIN)/python plot.py out/baseline out/tst --out=curves.png
+
+moe: .venv/ready data/python_source/meta.json
+	$(BIN)/python train.py config/curves_moe.py --out_dir=out/moe_baseline --overwrite --bag_size=1
+	$(BIN)/python train.py config/curves_moe.py --out_dir=out/moe_tst --overwrite
+	$(BIN)/python plot.py out/moe_baseline out/moe_tst --out=curves_moe.png
+
+bench: .venv/ready
+	$(BIN)/python bench.py
+
+test: .venv/ready-test
+	$(BIN)/python -m pytest -q tests
+
+data/python_source/meta.json: | .venv/ready
+	$(BIN)/python data/python_source/prepare.py
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/ready-test: requirements-test.txt .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf .venv out curves.png curves_moe.png

@@ -1,0 +1,22 @@
+"""The default experiment with a mixture of experts in Qwen3's manner: 8 experts, 2 of them for each position.
+Active parameters are those of config/curves.py. Run by `make moe`.
+"""
+dataset = "python_source"
+n_layer = 2
+n_head = 1
+n_embd = 64
+ff_dim = 96  # two experts are as wide as the dense model's MLP
+qk_norm = True
+n_expert = 8
+top_k = 2
+block_size = 128
+total_batch = 64 * 128
+batch_size = 64
+max_steps = 2000
+warmup_steps = 100
+learning_rate = 8e-3
+bag_size = 2
+superposition_ratio = 0.3
+eval_interval = 200
+eval_positions = 262144
+compile = "on"
