@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tst import embed_bags, linear_multi_hot_cross_entropy
 
@@ -260,7 +261,7 @@ class GPT(nn.Module):
         routers = []
         for block in self.blocks:
             if self.config.checkpoint_activations and self.training:
-                x, router = torch.utils.checkpoint.checkpoint(block, x, cos, sin, use_reentrant=False)
+                x, router = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x, router = block(x, cos, sin)
             routers.append(router)

@@ -156,6 +156,21 @@ def router_metrics(load, entropy):
             "dead_experts": dead.float().mean().item(), "dead_experts_worst": dead.max().item()}
 
 
+def progress(row, c, seconds_per_step):
+    """A row of metrics.jsonl as one line for the eye."""
+    eta = int(row["seconds"] / row["step"] * (c.max_steps - row["step"]))
+    parts = [f"step {row['step']:>{len(str(c.max_steps))}}/{c.max_steps}", f"s {row['bag_size']}", f"loss {row['loss']:.4f}"]
+    if "val_loss" in row:
+        parts.append(f"val {row['val_loss']:.4f} ({row['val_bpb']:.4f} bits/byte)")
+    parts += [f"lr {row['lr']:.2e}", f"norm {row['grad_norm']:.2f}", f"{seconds_per_step * 1e3:.1f} ms",
+              f"{row['tokens_per_second'] / 1e3:.1f}k tok/s"]
+    if "mfu" in row:
+        parts.append(f"mfu {row['mfu']:.1%}")
+    if "max_violation" in row:
+        parts.append(f"max vio {row['max_violation']:.2f}, dead {row['dead_experts_worst']}")
+    return " | ".join([*parts, f"eta {eta // 60}m{eta % 60:02d}s"])
+
+
 def write_safely(path, write):
     """Call write(temporary path), sync, rename: a killed process or a full disk leaves the old file as it was."""
     temporary = f"{path}.tmp"
@@ -175,11 +190,14 @@ def write_safely(path, write):
 def load_checkpoint(path):
     """A checkpoint as written below, on the CPU. Only tensors and plain values are unpickled."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         fail(f"there is no checkpoint {path}")
     except Exception as e:
-        fail(f"{path} is not a checkpoint of this repository ({type(e).__name__}: {str(e).splitlines()[0][:100]})")
+        fail(f"{path} is not a checkpoint of this repository ({type(e).__name__}: {' '.join(str(e).split())[:100]})")
+    if not isinstance(checkpoint, dict) or not {"model", "config", "meta"} <= checkpoint.keys():
+        fail(f"{path} is not a checkpoint of this repository")
+    return checkpoint
 
 
 def load_model(path):
@@ -226,6 +244,8 @@ def main(config):
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     device_type = device.split(":")[0]
+    if distributed:
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     if c.threads:
         torch.set_num_threads(c.threads)
     dtype = c.dtype if c.dtype != "auto" else "bfloat16" if has_fast_bfloat16(device) else "float32"
@@ -283,7 +303,10 @@ def main(config):
         if saved["meta"] != meta:
             fail(f"the corpus in {folder} is not the one {last_path} was trained on")
         model.load_state_dict(saved["model"])
+        settings = [dict(group, params=None) for group in optimizer.param_groups]
         optimizer.load_state_dict(saved["optimizer"])
+        for group, now in zip(optimizer.param_groups, settings):  # as configured, should it differ from the checkpoint's
+            group.update(weight_decay=now["weight_decay"], betas=now["betas"])
         step, cursor, seconds, best_val = saved["step"], saved["cursor"], saved["seconds"], saved["best_val"]
         torch.set_rng_state(saved["rng"])
         if master and os.path.exists(log_path):  # rows after the checkpoint will be written again
@@ -319,20 +342,25 @@ def main(config):
             return loss, loss, None
         return loss + c.balance_coef * router["balance_loss"].mean() + c.z_coef * router["z_loss"].mean(), loss, router
 
+    def mean_over_ranks(x):
+        if distributed:
+            dist.all_reduce(x)
+        return x / world_size
+
     def evaluate(run, rows):
-        """Ordinary next-token loss of rows (n, L+1), whatever the phase: sum over the rows of their loss in nats
-        per token, and n."""
+        """Ordinary next-token loss, nats per token, whatever the phase, of this rank's rows (n, L+1) and the others'."""
         run.eval()
-        total = torch.zeros((), device=device)
+        total = torch.tensor([0.0, len(rows)], device=device)  # sum of the rows' losses, number of rows
         with torch.no_grad():
             for part in rows.split(c.batch_size):
                 tokens = F.pad(part, (0, 0, 0, c.batch_size - len(part))).to(device)  # one shape, so one graph
                 labels = tokens[:, 1:, None].long()  # (B, L, 1)
                 labels[len(part):] = -100
                 with autocast:
-                    total += run(tokens[:, :-1, None], labels)[0] * len(part)
+                    total[0] += run(tokens[:, :-1, None], labels)[0] * len(part)
         run.train()
-        return torch.stack((total, total.new_tensor(float(len(rows)))))
+        loss_sum, n = mean_over_ranks(total).tolist()
+        return loss_sum / n
 
     def warm_up(run):
         """Run every graph once before the clock starts: one per phase, one for evaluation."""
@@ -364,7 +392,6 @@ def main(config):
     if not compiled:
         warm_up(model)
     if distributed:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
         ddp = DDP(model, device_ids=[local_rank] if device_type == "cuda" else None, broadcast_buffers=False,
                   gradient_as_bucket_view=True)
     else:
@@ -391,21 +418,16 @@ def main(config):
             fail("--wandb_project needs: pip install wandb")
 
     # ------------------------------------------------------------------------------------------------------ loop
-    stop_signal = []
+    stop_signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(number, lambda n, frame: stop_signal.append(signal.Signals(n).name))
+            signal.signal(number, lambda n, frame: stop_signals.append(signal.Signals(n).name))
 
     def save(name):
         state = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "cursor": cursor,
                  "seconds": seconds, "best_val": best_val, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c),
                  "meta": meta, "data": folder, "versions": versions}
         write_safely(os.path.join(c.out_dir, name), lambda path: torch.save(state, path))
-
-    def mean_over_ranks(x):
-        if distributed:
-            dist.all_reduce(x)
-        return x / world_size
 
     clock, logged_at = time.perf_counter(), step
     while step < c.max_steps:
@@ -434,17 +456,19 @@ def main(config):
         step += 1
         cursor += stream.step_tokens(bag_size)  # TST: s times as much text
 
-        evaluate_now = step % c.eval_interval == 0 or step == c.max_steps
-        log_now = step % c.log_interval == 0 or evaluate_now or step in (1, superposition_steps, superposition_steps + 1)
-        if distributed and log_now:  # the ranks must agree on when to stop
-            flag = torch.tensor(float(len(stop_signal)), device=device)
-            if mean_over_ranks(flag) and not stop_signal:
-                stop_signal.append("a signal to another rank")
-        stopping = stop_signal and (log_now or not distributed)
+        # ------------------------------------------------------------------------------------------- log, save
+        finished = step == c.max_steps
+        evaluate_now = finished or step % c.eval_interval == 0
+        save_now = finished or c.save_interval > 0 and step % c.save_interval == 0
+        log_now = (evaluate_now or save_now or step % c.log_interval == 0 or step in (1, superposition_steps, superposition_steps + 1))
+        if distributed and log_now:  # the ranks stop together
+            signals = mean_over_ranks(torch.tensor(float(len(stop_signals)), device=device))
+            if signals > 0 and not stop_signals:
+                stop_signals.append("a signal to another rank")
+        stopping = stop_signals and (log_now or not distributed)
         if not (log_now or stopping):
             continue
 
-        # ------------------------------------------------------------------------------------------- log, save
         loss = mean_over_ranks(loss_sum / micro_steps).item()  # waits for the device
         elapsed = time.perf_counter() - clock
         seconds += elapsed
@@ -456,38 +480,36 @@ def main(config):
         if peak and dtype == "bfloat16":
             row["mfu"] = rate * raw_model.flops_per_position() / (peak * world_size)
         if c.n_expert:
-            row |= router_metrics(load if c.balance_bias else mean_over_ranks(load), mean_over_ranks(entropy / micro_steps))
-        if not math.isfinite(loss):
-            fail(f"the loss is {loss} at step {step}; lower learning_rate, or --resume from {last_path} with --allow_changes")
+            load = load if c.balance_bias else mean_over_ranks(load)
+            row |= router_metrics(load, mean_over_ranks(entropy / micro_steps))
+        if not (math.isfinite(loss) and math.isfinite(row["grad_norm"])):  # never saved
+            fail(f"the loss is {loss} and its gradient's norm {row['grad_norm']} at step {step}; lower learning_rate and "
+                 f"start anew, or --resume from the last checkpoint with --allow_changes")
         if evaluate_now:
-            total, n = (mean_over_ranks(evaluate(model, val_mine)) * world_size).tolist()
-            row["val_loss"] = total / n
+            row["val_loss"] = evaluate(model, val_mine)
             row["val_bpb"] = row["val_loss"] / math.log(2) / meta["bytes_per_token"]
         if master:
             with open(log_path, "a") as f:
                 f.write(json.dumps(row) + "\n")
             if wandb_run:
                 wandb_run.log(row, step=step)
-            eta = seconds / step * (c.max_steps - step)
-            say(f"step {step:>{len(str(c.max_steps))}}/{c.max_steps} | s {bag_size} | loss {loss:.4f} | "
-                + (f"val {row['val_loss']:.4f} ({row['val_bpb']:.4f} bits/byte) | " if evaluate_now else "")
-                + f"lr {lr:.2e} | norm {row['grad_norm']:.2f} | {elapsed / (step - logged_at) * 1e3:.1f} ms | "
-                f"{rate / 1e3:.1f}k tok/s | " + (f"mfu {row['mfu']:.1%} | " if "mfu" in row else "")
-                + f"eta {int(eta // 60)}m{int(eta % 60):02d}s", flush=True)
+            say(progress(row, c, elapsed / (step - logged_at)), flush=True)
             if evaluate_now and row["val_loss"] < best_val:
                 best_val = row["val_loss"]
                 save("best.pt")
-            if stopping or step == c.max_steps or c.save_interval and step % c.save_interval == 0:
+            if save_now or stopping:
                 save("last.pt")
         if stopping:
-            say(f"stopped by {stop_signal[0]} after step {step}; go on with --resume")
+            say(f"stopped by {stop_signals[0]} after step {step}; go on with --resume")
             break
         clock, logged_at = time.perf_counter(), step
 
+    if wandb_run:
+        wandb_run.finish()
     if distributed:
-        dist.barrier()
+        dist.barrier()  # rank 0 may still be writing
         dist.destroy_process_group()
-    if stop_signal:
+    if stop_signals:
         sys.exit(1)
 
 

@@ -39,7 +39,6 @@ def write_ranks(path, n_filler=0):
 
 @pytest.fixture
 def ranks(tmp_path):
-    pytest.importorskip("tiktoken")
     return write_ranks(tmp_path / "tiny.model")
 
 
@@ -99,7 +98,6 @@ def test_rank_file_round_trip(ranks):
 
 
 def test_llama3_special_tokens(tmp_path):
-    pytest.importorskip("tiktoken")
     t = get_tokenizer(write_ranks(tmp_path / "tokenizer.model", n_filler=128000 - 264))
     assert (t.vocab_size, t.separator) == (128256, 128001)
     assert t.decode([128000, 128001, 128006, 128007, 128009]) == (
@@ -108,7 +106,7 @@ def test_llama3_special_tokens(tmp_path):
 
 
 def test_tokenizer_errors(tmp_path, monkeypatch):
-    tiktoken = pytest.importorskip("tiktoken")
+    import tiktoken
     (tmp_path / "bad.model").write_bytes(b"\n\x0e\x0a\x05<unk>\x15 0 0\n")
     (tmp_path / "short.model").write_text("YQ== 0\n")
 

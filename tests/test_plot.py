@@ -162,7 +162,6 @@ def test_baseline_by_name(six, capsys):
 
 
 def test_picture_is_written(six, tmp_path):
-    pytest.importorskip("matplotlib")
     odd = write(tmp_path / "odd", [dict(step=1, val_loss=3.0, positions=5), dict(step=2, val_loss=math.nan)])
     out = tmp_path / "curves.png"
     plot.main([*six, odd, "--labels=base,base,base,TST,TST,TST,odd", f"--out={out}", "--title=six and an odd one"])

@@ -1,0 +1,434 @@
+"""model.py against independent computations: counts by hand, plain loops, float64, complex numbers."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
+
+from model import GPT, MLP, GPTConfig, MoE, RMSNorm, rotary, rotate
+
+SHAPE = dict(vocab_size=50, block_size=12, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ff_dim=48)
+DENSE, EXPERTS = {}, dict(n_expert=4, top_k=2, qk_norm=True)
+dense_and_moe = pytest.mark.parametrize("kind", [DENSE, EXPERTS], ids=["dense", "moe"])
+
+
+def gpt(**changes):
+    return GPT(GPTConfig(**{**SHAPE, **changes}))
+
+
+def tokens(*shape):
+    return torch.randint(50, shape)
+
+
+def gradients(model, *args):
+    model.zero_grad()
+    model(*args)[0].backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def make_lively(model):
+    """Weights as large as after training: at initialisation attention is so even that a leak would hardly show."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4) if p.dim() > 1 else p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+# ---- shapes and counts
+
+@pytest.mark.parametrize("layers, C, H, K, D, ff, experts, total, active", [
+    (30, 576, 9, 9, 64, 1536, {}, 267_225_408, 193_350_000),
+    (32, 960, 15, 15, 64, 2560, {}, 600_208_320, 477_080_000),
+    (36, 2048, 16, 4, 128, 11008, {}, 3_337_766_912, 3_075_100_000),
+    (28, 1536, 16, 4, 128, 576, dict(n_expert=128, top_k=8, qk_norm=True), 10_132_484_608, 1_017_340_000),
+], ids=["270M", "600M", "3B", "10B-A1B"])
+def test_parameters_of_the_papers_models(layers, C, H, K, D, ff, experts, total, active):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=128_256, block_size=4096, n_layer=layers, n_embd=C, n_head=H, n_kv_head=K,
+                              head_dim=D, ff_dim=ff, **experts))
+    assert model.n_params() == total
+    assert model.n_params(active=True, embedding=False) == pytest.approx(active, rel=1e-4)
+
+
+V, L, C, F_, D, E, TOP = 50, 12, 32, 48, 8, 4, 2
+ATTENTION = C * (4 + 2 + 2) * D + 4 * D * C  # query, key, value, out
+EXPERT = 3 * C * F_
+
+
+@pytest.mark.parametrize("changes, total, in_products", [
+    (dict(), 2 * V * C + 2 * (ATTENTION + EXPERT + 2 * C) + C, V * C + 2 * (ATTENTION + EXPERT)),
+    (dict(tie_embeddings=True), V * C + 2 * (ATTENTION + EXPERT + 2 * C) + C, V * C + 2 * (ATTENTION + EXPERT)),
+    (EXPERTS, 2 * V * C + 2 * (ATTENTION + C * E + E * EXPERT + 2 * C + 2 * D) + C,
+     V * C + 2 * (ATTENTION + C * E + TOP * EXPERT)),
+], ids=["dense", "tied", "moe"])
+def test_parameters_and_flops_by_hand(changes, total, in_products):
+    """Trap 8, one half: FLOPs of a position know nothing of bags. Padding rows are not counted."""
+    model = gpt(**changes)
+    assert model.n_params() == total
+    attention = 2 * 2 * (2 * 4 * D * L)  # layers, (scores, sum), 2 FLOPs for each of H*D*L multiply-adds
+    assert model.flops_per_position() == 3 * (2 * in_products + attention)  # backward is twice the forward
+
+
+def test_initialisation():
+    model = gpt(n_embd=256, ff_dim=512, n_layer=8, vocab_size=512, n_expert=2, top_k=1, head_dim=32)
+    base = 0.5 / math.sqrt(256)
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            assert p.eq(1).all()
+        else:
+            residual = name.endswith(("attn.out.weight", "mlp.down"))
+            assert p.std().item() == pytest.approx(base / 4 if residual else base, rel=0.08), name
+            assert abs(p.mean().item()) < base / 5, name
+
+
+@pytest.mark.parametrize("wrong, word", [
+    (dict(head_dim=7), "head_dim"), (dict(n_kv_head=3), "n_kv_head"), (dict(n_expert=4), "top_k"),
+    (dict(n_expert=4, top_k=5), "top_k")])
+def test_impossible_shapes_are_refused(wrong, word):
+    with pytest.raises(ValueError, match=word):
+        GPTConfig(**{**SHAPE, **wrong})
+
+
+def test_zeros_in_the_shape_are_filled_in():
+    config = GPTConfig(vocab_size=50, block_size=8, n_layer=1, n_head=4, n_embd=96)
+    assert (config.n_kv_head, config.head_dim, config.ff_dim, config.padded_vocab_size) == (4, 24, 256, 64)
+
+
+# ---- the parts
+
+def test_rms_norm():
+    norm, x = RMSNorm(32, 1e-3), torch.randn(5, 32) * torch.tensor([1e-3, 0.1, 1, 10, 1e3])[:, None]
+    torch.nn.init.normal_(norm.weight)
+    wanted = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight.double()
+    assert_close(norm(x).double(), wanted, rtol=1e-5, atol=1e-6)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+    assert_close(norm(x.bfloat16()).double(), wanted, rtol=0.03, atol=1e-3)
+
+
+def test_rotary_positions_are_a_rotation_in_the_complex_plane():
+    x = torch.randn(2, 10, 3, 8)  # (B, L, H, D)
+    cos, sin = rotary(10, 8, 10000.0)
+    got = rotate(x, cos[:, None], sin[:, None])
+    for position in range(10):
+        for i in range(4):
+            turned = torch.complex(x[:, position, :, i], x[:, position, :, i + 4]).to(torch.complex128)
+            turned = turned * complex(math.cos(position * 10000 ** (-i / 4)), math.sin(position * 10000 ** (-i / 4)))
+            assert_close(got[:, position, :, i].double(), turned.real, rtol=1e-5, atol=1e-5)
+            assert_close(got[:, position, :, i + 4].double(), turned.imag, rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_query_attention_is_attention_with_repeated_key_value_heads():
+    grouped, full = gpt(n_kv_head=2), gpt(n_kv_head=4)
+    state = grouped.state_dict()
+    for name in state:
+        if "qkv" in name:
+            q, k, v = state[name].split((32, 16, 16))
+            k, v = (x.view(2, 8, 32).repeat_interleave(2, 0).flatten(0, 1) for x in (k, v))
+            state[name] = torch.cat((q, k, v))
+    full.load_state_dict(state)
+    x = tokens(2, 12)
+    assert_close(grouped(x), full(x))
+
+
+def loop_model(model, x):
+    """A Llama written down plainly, one head and one position at a time, in float64. x (L,) token ids -> (L, V)."""
+    p = {name: value.double() for name, value in model.state_dict().items()}
+    c = model.config
+
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
+
+    def turn(x, position):
+        angle = torch.tensor([position * c.rope_theta ** (-2 * i / c.head_dim) for i in range(c.head_dim // 2)]).double()
+        z = torch.complex(*x.chunk(2)) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((z.real, z.imag))
+
+    x = p["embed.weight"][x]
+    for n in range(c.n_layer):
+        b = f"blocks.{n}."
+        h = norm(x, p[b + "attn_norm.weight"]) @ p[b + "attn.qkv.weight"].T
+        q, k, v = h.unflatten(-1, (-1, c.head_dim)).split((c.n_head, c.n_kv_head, c.n_kv_head), dim=1)
+        if c.qk_norm:
+            q, k = norm(q, p[b + "attn.q_norm.weight"]), norm(k, p[b + "attn.k_norm.weight"])
+        out = torch.zeros(len(x), c.n_head, c.head_dim).double()
+        for i in range(len(x)):
+            for head in range(c.n_head):
+                shared = head // (c.n_head // c.n_kv_head)
+                scores = [turn(q[i, head], i) @ turn(k[j, shared], j) / math.sqrt(c.head_dim) for j in range(i + 1)]
+                out[i, head] = torch.stack(scores).softmax(0) @ v[:i + 1, shared]
+        x = x + out.flatten(1) @ p[b + "attn.out.weight"].T
+        h = norm(x, p[b + "mlp_norm.weight"]) @ p[b + "mlp.gate_up.weight"].T
+        gate, up = h.chunk(2, dim=-1)
+        x = x + (gate / (1 + (-gate).exp()) * up) @ p[b + "mlp.down.weight"].T
+    return (norm(x, p["norm.weight"]) @ p["head.weight"].T)[:, :c.vocab_size]
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_dense_model_equals_a_plain_llama_in_float64(qk_norm):
+    model, x = make_lively(gpt(qk_norm=qk_norm, rope_theta=100.0)), tokens(12)
+    assert_close(model(x[None])[0].double(), loop_model(model, x), rtol=1e-4, atol=1e-4)
+
+
+# ---- causality
+
+@dense_and_moe
+@pytest.mark.parametrize("s", [1, 3])
+def test_a_bag_changes_no_output_before_it(s, kind):
+    """Trap 15: whatever is done to bag j+1, the outputs at positions <= j stay."""
+    model, bags = make_lively(gpt(**kind)), tokens(1, 12, s)
+    before = model(bags)
+    for j in range(11):
+        changed = bags.clone()
+        changed[0, j + 1] = (bags[0, j + 1] + 1) % 50
+        after = model(changed)
+        assert_close(after[:, :j + 1], before[:, :j + 1], rtol=1e-4, atol=1e-4)
+        assert (after[:, j + 1:] - before[:, j + 1:]).abs().amax(-1).gt(0.01).all()  # the test can see a change
+
+
+def test_bags_sit_at_positions_0_to_L():
+    """A bag counts as one position: bags of s identical tokens are, to the model, those tokens."""
+    model, x = gpt(), tokens(2, 12)
+    assert_close(model(x[..., None].expand(2, 12, 5)), model(x))
+    assert torch.equal(model(x[..., None]), model(x))
+
+
+# ---- the loss of the model
+
+@dense_and_moe
+def test_loss_is_the_loop_of_cross_entropies_of_the_logits(kind):
+    model, bags, labels = gpt(**kind), tokens(2, 12, 3), tokens(2, 12, 3)
+    weights = torch.tensor([0.5, 0.3, 0.2])
+    logits = model(bags).flatten(0, 1)
+    wanted = sum(w * F.cross_entropy(logits, labels[..., i].flatten()) for i, w in enumerate(weights))
+    assert_close(model(bags, labels, weights)[0], wanted)
+
+
+def test_zero_head_costs_log_v_in_spite_of_padding():
+    """Trap 2, whole model: log 50, not log 64."""
+    model = gpt()
+    torch.nn.init.zeros_(model.head.weight)
+    for s in (1, 4):
+        assert model(tokens(2, 12, s), tokens(2, 12, s))[0].item() == pytest.approx(math.log(50), rel=1e-6)
+
+
+@dense_and_moe
+@pytest.mark.parametrize("tied", [False, True])
+def test_padding_of_the_vocabulary_has_no_effect(kind, tied, monkeypatch):
+    model = gpt(tie_embeddings=tied, **kind)
+    monkeypatch.setattr(GPTConfig, "padded_vocab_size", property(lambda self: self.vocab_size))
+    bare = gpt(tie_embeddings=tied, **kind)
+    bare.load_state_dict({name: p[:50] if name.startswith(("embed", "head")) else p
+                          for name, p in model.state_dict().items()})
+    monkeypatch.undo()
+    with torch.no_grad():  # whatever stands in the padding
+        model.head.weight[50:] = 7.0
+    x, y = tokens(2, 12, 3), tokens(2, 12, 3)
+    assert model(x).shape == (2, 12, 50)
+    assert_close(model(x), bare(x))
+    assert_close(model(x, y)[0], bare(x, y)[0])
+    padded, wanted = gradients(model, x, y), gradients(bare, x, y)
+    for name in wanted:
+        assert_close(padded[name][:50] if name.startswith(("embed", "head")) else padded[name], wanted[name])
+        assert not name.startswith(("embed", "head")) or not padded[name][50:].any()
+
+
+def test_tied_embeddings_are_one_matrix_with_both_gradients():
+    tied, apart = gpt(tie_embeddings=True), gpt()
+    apart.load_state_dict({**tied.state_dict(), "head.weight": tied.embed.weight})
+    assert tied.head.weight is tied.embed.weight
+    x, y = tokens(2, 12, 2), tokens(2, 12, 2)
+    both, each = gradients(tied, x, y), gradients(apart, x, y)
+    assert_close(both["embed.weight"], each["embed.weight"] + each["head.weight"])
+
+
+@dense_and_moe
+def test_activation_checkpointing_gives_the_same_gradients(kind):
+    model = gpt(**kind)
+    x, y = tokens(2, 12, 2), tokens(2, 12, 2)
+    wanted = gradients(model, x, y)
+    calls = []
+    model.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
+    model.config.checkpoint_activations = True
+    assert_close(gradients(model, x, y), wanted)
+    assert len(calls) == 2  # it did run twice
+
+
+# ---- compilation
+
+@dense_and_moe
+def test_one_graph_per_phase_and_none_after(kind):
+    """Traps 13 and 14: a graph for bags, one for tokens, whatever the routing and the number of steps. In bfloat16,
+    without which grouped matrix products do not compile."""
+    counter, loads = CompileCounterWithBackend("aot_eager"), set()
+    model = gpt(n_layer=1, **kind)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        for s, graphs in ((4, 1), (1, 2)):
+            for _ in range(5):
+                loss, router = compiled(tokens(2, 12, s), tokens(2, 12, s))
+                (loss + (router["balance_loss"].mean() if router else 0)).backward()
+                assert counter.frame_count == graphs
+                loads.add(str(router and router["load"].tolist()))
+        assert len(loads) == (10 if kind else 1)  # ten different routings
+        x, y = tokens(2, 12, 4), tokens(2, 12, 4)
+        assert_close(gradients(compiled, x, y), {f"_orig_mod.{n}": g for n, g in gradients(model, x, y).items()})
+
+
+# ---- mixture of experts
+
+def moe(**changes):
+    layer = MoE(GPTConfig(**{**SHAPE, **EXPERTS, **changes}))
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return layer
+
+
+def loop_moe(layer, x):
+    """A position at a time, an expert at a time. -> output, how many positions chose each expert."""
+    rows, load = [], [0] * len(layer.gate_up)
+    for row in x.flatten(0, 1):
+        probs = (layer.router.weight @ row).softmax(0)
+        top = probs.topk(layer.top_k)
+        y = torch.zeros_like(row)
+        for p, e in zip(top.values, top.indices.tolist()):
+            gate, up = (row @ layer.gate_up[e]).chunk(2)
+            y = y + p / top.values.sum() * (F.silu(gate) * up @ layer.down[e])
+            load[e] += 1
+        rows.append(y)
+    return torch.stack(rows).view_as(x), torch.tensor(load, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("experts, top_k", [(1, 1), (4, 1), (4, 2), (4, 4), (16, 3)])
+def test_moe_equals_the_plain_loop_over_experts(experts, top_k):
+    """Trap 14: outputs and every gradient, also where an expert is chosen by nobody (16 experts for 6 positions)."""
+    layer, x = moe(n_expert=experts, top_k=top_k), torch.randn(2, 3, 32, requires_grad=True)
+    upstream = torch.randn(2, 3, 32)
+    y, router = layer(x)
+    wanted, load = loop_moe(layer, x)
+    assert_close(y, wanted)
+    assert_close(router["load"], load)
+    assert experts < 16 or load.eq(0).any()
+    parameters = x, layer.router.weight, layer.gate_up, layer.down
+    assert_close(torch.autograd.grad(y, parameters, upstream), torch.autograd.grad(wanted, parameters, upstream),
+                 rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_that_nobody_chose_has_a_zero_gradient():
+    """Trap 14: zero, not None, or DDP would wait for it for ever."""
+    layer, x = moe(n_expert=16, top_k=1), torch.randn(1, 4, 32)
+    y, router = layer(x)
+    y.sum().backward()
+    empty = router["load"] == 0
+    assert empty.any() and not layer.gate_up.grad[empty].any() and layer.gate_up.grad[~empty].any()
+
+
+def test_one_expert_is_the_dense_mlp():
+    """Trap 14."""
+    layer, mlp, x = moe(n_expert=1, top_k=1), MLP(GPTConfig(**SHAPE)), torch.randn(2, 5, 32)
+    mlp.load_state_dict({"gate_up.weight": layer.gate_up[0].T, "down.weight": layer.down[0].T})
+    assert_close(layer(x)[0], mlp(x))
+
+
+def test_order_of_the_experts_does_not_matter():
+    layer, x, order = moe(), torch.randn(2, 5, 32), torch.tensor([2, 0, 3, 1])
+    other = moe()
+    with torch.no_grad():
+        other.router.weight.copy_(layer.router.weight[order])
+        other.gate_up.copy_(layer.gate_up[order])
+        other.down.copy_(layer.down[order])
+    (y, router), (y2, router2) = layer(x), other(x)
+    assert_close(y2, y)
+    assert_close(router2, {**router, "load": router["load"][order]})
+
+
+@pytest.mark.parametrize("s", [1, 4])
+def test_every_position_is_routed_k_times_whatever_the_bag_size(s):
+    """Trap 14: B*L*k, not times s."""
+    _, router = gpt(**EXPERTS)(tokens(2, 12, s), tokens(2, 12, s))
+    assert router["load"].shape == (2, 4) and router["load"].sum(1).tolist() == [2 * 12 * 2] * 2
+
+
+def test_router_statistics_by_loop():
+    layer, x = moe(), torch.randn(2, 7, 32)
+    _, router = layer(x)
+    logits = [(layer.router.weight @ row).double() for row in x.flatten(0, 1)]
+    probs = [z.softmax(0) for z in logits]
+    chosen = [set(p.topk(2).indices.tolist()) for p in probs]
+    balance = 4 * sum(sum(e in c for c in chosen) / 14 * sum(p[e] for p in probs) / 14 for e in range(4))
+    wanted = {"balance_loss": balance, "z_loss": sum(z.exp().sum().log() ** 2 for z in logits) / 14,
+              "entropy": -sum((p * p.log()).sum() for p in probs) / 14}
+    for key in wanted:
+        assert_close(router[key].double(), wanted[key], rtol=1e-5, atol=0)
+
+
+def test_balance_loss_is_top_k_when_balanced_and_more_when_not():
+    layer = moe(n_expert=4, top_k=2)
+    with torch.no_grad():
+        layer.router.weight.zero_()  # even probabilities
+        assert layer(torch.randn(2, 5, 32))[1]["balance_loss"].item() == pytest.approx(2)
+        layer.router.weight[:2] = 5.0  # every position goes to experts 0 and 1
+        assert layer(torch.rand(2, 5, 32))[1]["balance_loss"].item() == pytest.approx(4)
+
+
+def test_balancing_moves_biases_towards_an_even_load():
+    model = gpt(balance_bias=True, **EXPERTS)
+    model.balance_experts(torch.tensor([[9.0, 5.0, 5.0, 1.0], [5.0, 5.0, 5.0, 5.0]]), rate=0.01)
+    assert_close(model.blocks[0].mlp.bias, torch.tensor([-0.01, 0.0, 0.0, 0.01]))
+    assert not model.blocks[1].mlp.bias.any()
+
+
+def test_balancing_bias_chooses_experts_but_does_not_weigh_them():
+    layer, plain, x = moe(top_k=3, balance_bias=True), moe(top_k=3), torch.randn(1, 6, 32)
+    plain.load_state_dict({name: p for name, p in layer.state_dict().items() if name != "bias"})
+    assert_close(layer(x)[0], plain(x)[0])
+    layer.bias[:3] = 10.0  # experts 0, 1, 2 are chosen by everybody, weighed by their probabilities
+    probs = F.linear(x, layer.router.weight)[0, :, :3].softmax(-1)  # renormalised over the three
+    wanted = 0
+    for e in range(3):
+        gate, up = (x[0] @ layer.gate_up[e]).chunk(2, dim=-1)
+        wanted = wanted + probs[:, e:e + 1] * (F.silu(gate) * up @ layer.down[e])
+    y, router = layer(x)
+    assert_close(y[0], wanted)
+    assert router["load"].tolist() == [6, 6, 6, 0]
+
+
+@dense_and_moe
+def test_bfloat16_autocast_is_close_to_float32(kind):
+    model, x, y = gpt(**kind), tokens(2, 12, 3), tokens(2, 12, 3)
+    wanted = gradients(model, x, y)
+    loss = model(x, y)[0].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x, y)[0].item() == pytest.approx(loss, rel=0.01)
+        got = gradients(model, x, y)
+    for name in wanted:
+        assert got[name].dtype == torch.float32
+        assert (got[name] - wanted[name]).norm() <= 0.25 * wanted[name].norm(), name
+
+
+# ---- generation
+
+def test_temperature_zero_is_greedy():
+    model, text = gpt(), tokens(2, 5)
+    for new in model.generate(text, 10, temperature=0):
+        assert torch.equal(new, model(text[:, -12:])[:, -1].argmax(-1))  # the context is cut to block_size
+        text = torch.cat((text, new[:, None]), 1)
+    assert text.shape == (2, 15)
+
+
+def test_top_k_restricts_and_temperature_follows_the_distribution():
+    model, text = make_lively(gpt()), tokens(1, 5)
+    logits = model(text)[0, -1]
+    draws = torch.cat(list(next(model.generate(text.expand(4000, 5), 1, temperature=2.0, top_k=3)).split(1)))
+    top = logits.topk(3)
+    assert set(draws.tolist()) <= set(top.indices.tolist())
+    frequency = torch.stack([(draws == i).float().mean() for i in top.indices])
+    assert_close(frequency, (top.values / 2).softmax(0), rtol=0, atol=0.04)
+
+
+def test_sampling_is_reproducible_with_a_generator():
+    model, text = gpt(), tokens(2, 5)
+    def sample(seed):
+        return torch.stack(list(model.generate(text, 8, generator=torch.Generator().manual_seed(seed)))).tolist()
+    assert sample(1) == sample(1) != sample(2)
