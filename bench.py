@@ -12,6 +12,7 @@ process on Linux.
 import contextlib
 import json
 import os
+import pickle
 import re
 import statistics
 import subprocess
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import fail, parse
-from dataloader import TokenStream
+from dataloader import TokenStream, load_meta, load_tokens
 from model import GPT, GPTConfig
 from train import PEAK_FLOPS, has_fast_bfloat16
 from tst import bags_and_labels, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
@@ -270,7 +271,7 @@ def loader(b):
 
 
 def nanogpt(b):
-    """config/curves.py against nanoGPT's own train.py: same layers, width, context, batch and bytes, in turn."""
+    """train.py against nanoGPT's own: same layers, heads, width, context, batch and text, in turn."""
     if not os.path.exists(os.path.join(b.c.nanogpt, "train.py")):
         fail("--nanogpt must name a clone of karpathy/nanoGPT")
     here = os.path.dirname(os.path.abspath(__file__))
@@ -283,13 +284,18 @@ def nanogpt(b):
               f"--batch_size={rows}", f"--device={b.device}"]
     mode = ["--compile=True"] if b.cuda else ["--compile=False"]  # as its README says for a CPU
     times = {"nanoGPT": [], "nanoTST": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for split in ("train", "val"):  # nanoGPT reads uint16
-            np.fromfile(os.path.join(source, f"{split}.bin"), dtype=np.uint8).astype(np.uint16).tofile(f"{folder}/{split}.bin")
+    with tempfile.TemporaryDirectory() as folder:  # one corpus that both can read: uint16, with the shape's vocabulary
+        meta = load_meta(source) | {"dtype": "uint16", "vocab_size": shape["vocab_size"]}
+        for split in ("train", "val"):
+            load_tokens(source, split).astype(np.uint16).tofile(os.path.join(folder, f"{split}.bin"))
+        with open(os.path.join(folder, "meta.json"), "w") as f:
+            json.dump(meta, f)
+        with open(os.path.join(folder, "meta.pkl"), "wb") as f:
+            pickle.dump({"vocab_size": shape["vocab_size"]}, f)
         theirs = [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}/out", "--dropout=0.0",
                   "--gradient_accumulation_steps=1", "--eval_iters=1", "--eval_interval=100000", "--log_interval=1",
                   "--max_iters=40", *common, *mode]
-        ours = [sys.executable, "train.py", f"--dataset={source}", f"--out_dir={folder}/ours", "--overwrite",
+        ours = [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}/ours", "--overwrite",
                 "--bag_size=1", "--eval_interval=100000", "--eval_positions=1", "--log_interval=1", "--max_steps=40",
                 f"--total_batch={rows * context}", f"--dtype={b.c.dtype}", f"--compile={b.c.compile}", *common]
         for _ in range(3):
@@ -301,7 +307,7 @@ def nanogpt(b):
                     fail(f"{label} gave no times: {(out.stderr or out.stdout).strip().splitlines()[-1]}")
                 times[label].append(statistics.median(found))
     ms = {label: statistics.median(ts) for label, ts in times.items()}
-    b.table(f"against nanoGPT's train.py, {name}: {layers} layers, width {width}, context {context}, {rows} rows of bytes", [
+    b.table(f"against nanoGPT's train.py, {name}: {layers} layers, width {width}, context {context}, {rows} rows", [
         {"trainer": label, "ms a step": ms[label], "tokens/s": round(rows * context / ms[label] * 1e3),
          "tokens/s / nanoGPT": ms["nanoGPT"] / ms[label], "runs": " ".join(f"{t:.0f}" for t in times[label])} for label in ms])
 

@@ -1,7 +1,7 @@
 """The default experiment: a small model that sees much text, for minutes on a CPU.
 
-140 thousand parameters and 117 bytes of text for each: TST pays where the model is the limit and text is not
-(a model of the same kind with 4 bytes per parameter gains nothing). Run by `make curves`, see README.md.
+140 thousand parameters and 117 bytes of text for each: TST pays where the model is the limit and text is not.
+Run by `make curves`, see README.md.
 """
 dataset = "python_source"
 n_layer = 2

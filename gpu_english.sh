@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Loss curves on one large GPU, without a network. Each part takes some minutes on an H200-class GPU; `pair` comes first.
+#
+#   bash gpu_english.sh TEXT [pair|sweep|seeds|long|moe|bench]     TEXT: a file or folder of text, see data/text/prepare.py
+#
+# Logs, tables and plots go to results/gpu_english/. PYTHON names the interpreter (default python3; torch 2.11 or newer).
+set -euo pipefail
+cd "$(dirname "$0")"
+text=$1 part=${2:-pair} python=${PYTHON:-python3} results=results/gpu_english
+mkdir -p "$results"
+exec > >(tee "$results/$part.log") 2>&1
+echo "command: bash gpu_english.sh $*"
+$python -c "import torch; print('torch', torch.__version__, torch.cuda.get_device_name())"
+
+[ -f data/english/meta.json ] || $python data/text/prepare.py "$text" --out_dir=data/english
+
+train() {  # train NAME CONFIG --key=value ...
+    local name=$1 config=$2
+    shift 2
+    $python train.py "config/$config.py" --out_dir="out/gpu/$name" --overwrite "$@"
+    mkdir -p "$results/$name"
+    cp "out/gpu/$name/metrics.jsonl" "out/gpu/$name/config.json" "$results/$name/"
+}
+
+draw() {  # draw NAME RUN RUN ...
+    local name=$1
+    shift
+    (cd "$results" && $python ../../plot.py "$@" --out="$name.png" --table="$name.md")
+}
+
+case $part in
+pair)
+    train baseline gpu_english --bag_size=1
+    train tst gpu_english
+    draw pair baseline tst ;;
+sweep)  # a third of the steps: the learning rate of each side, then s and r
+    for lr in 1e-3 2e-3 4e-3 6e-3; do
+        train "sweep_baseline_$lr" gpu_english --bag_size=1 --max_steps=2000 --learning_rate=$lr
+        train "sweep_tst_$lr" gpu_english --max_steps=2000 --learning_rate=$lr
+    done
+    for s in 2 6 8; do train "sweep_s$s" gpu_english --max_steps=2000 --bag_size=$s; done
+    for r in 0.2 0.4; do train "sweep_r$r" gpu_english --max_steps=2000 --superposition_ratio=$r; done
+    draw sweep sweep_* ;;
+seeds)
+    for seed in 1 2; do
+        train "baseline_seed$seed" gpu_english --bag_size=1 --seed=$seed
+        train "tst_seed$seed" gpu_english --seed=$seed
+    done
+    draw seeds baseline baseline_seed1 baseline_seed2 tst tst_seed1 tst_seed2 --labels=baseline,baseline,baseline,TST,TST,TST ;;
+long)  # from these the speed-up at equal loss is read
+    train baseline_9000 gpu_english --bag_size=1 --max_steps=9000
+    train baseline_12000 gpu_english --bag_size=1 --max_steps=12000
+    draw long baseline baseline_9000 baseline_12000 tst ;;
+moe)
+    train moe_baseline gpu_moe --bag_size=1
+    train moe_tst gpu_moe
+    draw moe moe_baseline moe_tst ;;
+bench)
+    $python bench.py --parts=roofline,loss,step,moe,loader --json="$results/bench_124m.json"
+    $python bench.py --parts=step --shape=270m --json="$results/bench_270m.json"
+    $python bench.py --parts=step --shape=600m --json="$results/bench_600m.json"
+    if [ -n "${NANOGPT:-}" ]; then  # folder of a clone of karpathy/nanoGPT
+        $python data/python_source/prepare.py
+        $python bench.py --parts=nanogpt --shape=124m --nanogpt="$NANOGPT" --json="$results/bench_nanogpt.json"
+    fi ;;
+*)
+    echo "no such part: $part"; exit 1 ;;
+esac
