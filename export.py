@@ -18,6 +18,7 @@ import os
 
 import torch
 
+from checkpoint import load_checkpoint, model_config
 from configurator import fail
 from tokenizer import LLAMA3_PATTERN, get_tokenizer
 
@@ -279,8 +280,6 @@ def main(argv=None):
     parser.add_argument("--data", default="", help="the corpus, for its rank file (default: where it was in training)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in the folder")
     args = parser.parse_args(argv)
-    from train import load_checkpoint, model_config  # only here: train.py imports load_hf
-
     saved = load_checkpoint(args.checkpoint)
     config, meta = model_config(saved["config"], saved["meta"]), saved["meta"]
     if os.path.exists(os.path.join(args.folder, "config.json")) and not args.overwrite:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from checkpoint import load_model
 from configurator import fail, parse
 from tokenizer import get_tokenizer
-from train import load_model
 
 
 @dataclass

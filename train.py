@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -26,9 +25,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from checkpoint import load_checkpoint, model_config, write_safely
 from configurator import fail, parse
 from dataloader import TokenStream, load_meta, load_tokens, validation_rows
-from model import GPT, GPTConfig
+from model import GPT
 from tst import BAG_WEIGHTS, bag_size_at, bag_weights, bags_and_labels
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -171,52 +171,6 @@ def progress(row, c, seconds_per_step):
     return " | ".join([*parts, f"eta {eta // 60}m{eta % 60:02d}s"])
 
 
-def write_safely(path, write):
-    """Call write(temporary path), sync, rename: a killed process or a full disk leaves the old file as it was."""
-    temporary = f"{path}.tmp"
-    try:
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        free = shutil.disk_usage(os.path.dirname(path) or ".").free
-        fail(f"cannot write {path} ({str(e).splitlines()[0]}); {free / 1e9:.1f} GB are free there. "
-             "The checkpoint before it is untouched: make room and use --resume")
-
-
-def load_checkpoint(path):
-    """A checkpoint as written below, on the CPU. Only tensors and plain values are unpickled."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        fail(f"there is no checkpoint {path}")
-    except Exception as e:
-        fail(f"{path} is not a checkpoint of this repository ({type(e).__name__}: {' '.join(str(e).split())[:100]})")
-    if not isinstance(checkpoint, dict) or not {"model", "config", "meta"} <= checkpoint.keys():
-        fail(f"{path} is not a checkpoint of this repository")
-    return checkpoint
-
-
-def load_model(path):
-    """The model of a checkpoint, with its weights, on the CPU, and the checkpoint."""
-    checkpoint = load_checkpoint(path)
-    model = GPT(model_config(checkpoint["config"], checkpoint["meta"]))
-    model.load_state_dict(checkpoint["model"])
-    return model, checkpoint
-
-
-def model_config(config, meta):
-    """GPTConfig from the knobs of a run (a dict) and the meta.json of its corpus."""
-    fields = {f.name for f in dataclasses.fields(GPTConfig)}
-    try:
-        return GPTConfig(vocab_size=meta["vocab_size"], **{k: v for k, v in config.items() if k in fields})
-    except ValueError as e:
-        fail(e)
-
-
 def has_fast_bfloat16(device):
     """Whether matrix products in bfloat16 beat float32 here."""
     if device.startswith("cuda"):
@@ -311,7 +265,11 @@ def main(config):
         torch.set_rng_state(saved["rng"])
         if master and os.path.exists(log_path):  # rows after the checkpoint will be written again
             with open(log_path) as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+                lines = [line for line in f if line.endswith("\n")]  # a killed process may have left half a line
+            try:
+                kept = [line for line in lines if json.loads(line)["step"] <= step]
+            except (ValueError, KeyError, TypeError):
+                fail(f"{log_path} is damaged; move it away to resume without the rows before step {step}")
             write_safely(log_path, lambda path: open(path, "w").writelines(kept))
     elif os.path.exists(log_path) and not c.overwrite:
         fail(f"{c.out_dir} already holds a run: go on with it (--resume), replace it (--overwrite) or choose another --out_dir")

@@ -127,6 +127,7 @@ def linear_multi_hot_cross_entropy(hidden, weight, labels, weights=None, ignore_
     if weights is None:
         weights = bag_weights("uniform", labels.size(-1)).to(labels.device)
     valid = labels != ignore_index  # (N, s)
+    weights = weights.to(torch.promote_types(dtype, torch.float32))
     coef = valid * (weights / valid.sum(0).clamp(min=1))  # (N, s): how much each label counts in the loss
     if chunk_rows is None:  # a CPU wants a chunk that stays in cache, a GPU one that fills the chip
         chunk_rows = max(64, (2**29 if device == "cuda" else 2**23) // weight.size(0))
@@ -140,8 +141,7 @@ class _LinearMCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, coef, dtype, vocab_size, chunk_rows, with_grad):
         w = weight.to(dtype)  # (V, C)
-        wide = torch.promote_types(dtype, torch.float32)
-        coef = coef.to(wide)
+        wide = coef.dtype  # float32, or float64
         total = coef.sum(-1, keepdim=True)  # (N, 1), 1/N where every label is valid
         share = coef / total.clamp(min=torch.finfo(wide).tiny)  # (N, s), a position's own label distribution
         loss = torch.zeros((), dtype=wide, device=hidden.device)
