@@ -42,7 +42,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # of matrix products: auto, bfloat16, float32
     compile: str = "auto"  # auto (as train.py: on for cuda), on, off
-    shape: str = "auto"  # of part step: curves (config/curves.py), 124m, 270m; auto is 124m
+    shape: str = "auto"  # of step and nanogpt: curves (config/curves.py), 124m, 270m, 600m; auto: 124m, for nanogpt curves
     rows: int = 0  # rows of a micro-batch in part step; 0: by shape and device
     repeats: int = 7
     threads: int = 0  # CPU threads; 0: PyTorch's choice
@@ -146,7 +146,7 @@ def roofline(b):
 
 def loss(b):
     """The loss alone, forward and backward, from hidden states: V 50,304, C 256 (768 on CUDA)."""
-    N, C, V = (32768, 768, 50304) if b.cuda else (4096, 256, 50304)
+    N, C, V = (16384, 768, 50304) if b.cuda else (4096, 256, 50304)
     hidden = torch.randn(N, C, device=b.device, dtype=b.dtype, requires_grad=True)
     weight = (torch.randn(V, C, device=b.device) * 0.02).requires_grad_()
 
@@ -172,7 +172,10 @@ def loss(b):
                 f(labels).backward()
             variants[name, s] = run
     t = b.seconds(variants)
-    memory = {key: b.extra_memory(run) for key, run in variants.items()}
+    memory = {}
+    for key, run in variants.items():
+        hidden.grad = weight.grad = None  # or its predecessor's would be freed in the measured call
+        memory[key] = b.extra_memory(run)
     base = "cross-entropy", 1
     b.table(f"loss alone, N {N}, V {V}, C {C}", [
         {"variant": name, "s": s, "ms": t[name, s] * 1e3, "time / cross-entropy": t[name, s] / t[base],
@@ -185,7 +188,7 @@ def make_step(b, shape, rows, seed=0):
     torch.manual_seed(seed)
     with torch.device(b.device):
         model = GPT(GPTConfig(**shape))
-    run = torch.compile(model, dynamic=False) if b.compiled else model
+    run = torch.compile(model, dynamic=False, fullgraph=True) if b.compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if not b.cuda:
         torch.backends.cuda.enable_flash_sdp(shape["block_size"] > 512)  # as train.py
@@ -206,8 +209,6 @@ def make_step(b, shape, rows, seed=0):
 def steps(b):
     """A whole training step at several bag sizes."""
     name = b.c.shape if b.c.shape != "auto" else "124m"
-    if name not in SHAPES:
-        fail(f"shape must be one of {', '.join(SHAPES)}, got {name!r}")
     shape, cpu_rows, cuda_rows = SHAPES[name]
     shape = dict(shape)
     rows = b.c.rows or (cuda_rows if b.cuda else cpu_rows)
@@ -264,8 +265,9 @@ def loader(b):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "train.bin")
         np.random.default_rng(0).integers(0, 50257, 100_000_000, dtype=np.uint16).tofile(path)
-        stream = TokenStream(np.memmap(path, dtype=np.uint16, mode="r"), rows, range(rows), L, b.device)
-        t = b.seconds({s: lambda s=s: stream.read(0, s).to(b.device) for s in (1, 4, 16)}, repeats=20)
+        tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        streams = {s: TokenStream(tokens, L, s, rows, range(rows), device=b.device) for s in (1, 4, 16)}
+        t = b.seconds({s: lambda s=s: streams[s].read(0, s).to(b.device) for s in streams}, repeats=20)
         b.table(f"loader, {rows} rows of {L}, uint16", [
             {"s": s, "ms": t[s] * 1e3, "million tokens/s": rows * L * s / t[s] / 1e6} for s in t])
 
@@ -304,7 +306,7 @@ def nanogpt(b):
                 out = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
                 found = [float(m[1]) for m in re.findall(pattern, out.stdout, re.M) if int(m[0]) > 8]
                 if not found:
-                    fail(f"{label} gave no times: {(out.stderr or out.stdout).strip().splitlines()[-1]}")
+                    fail(f"{label} gave no times: {' '.join((out.stderr or out.stdout).split())[-200:]}")
                 times[label].append(statistics.median(found))
     ms = {label: statistics.median(ts) for label, ts in times.items()}
     b.table(f"against nanoGPT's train.py, {name}: {layers} layers, width {width}, context {context}, {rows} rows", [
@@ -316,8 +318,11 @@ def main(config):
     parts = config.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         fail(f"parts are {', '.join(PARTS)}, got {', '.join(unknown)}")
+    if config.shape not in ("auto", *SHAPES):
+        fail(f"shape must be auto, {', '.join(SHAPES)}, got {config.shape!r}")
     b = Bench(config)
     for part in parts:
+        torch.compiler.reset()  # its limit of 8 graphs counts all models together, and beyond it runs eagerly
         {"roofline": roofline, "loss": loss, "step": steps, "moe": moe, "loader": loader, "nanogpt": nanogpt}[part](b)
     if config.json:
         with open(config.json, "w") as f:

@@ -23,12 +23,12 @@ def write_safely(path, write):
         with contextlib.suppress(OSError):
             os.remove(temporary)
         free = shutil.disk_usage(os.path.dirname(path) or ".").free
-        fail(f"cannot write {path} ({str(e).splitlines()[0]}); {free / 1e9:.1f} GB are free there. "
+        fail(f"cannot write {path} ({' '.join(str(e).split())[:100]}); {free / 1e9:.1f} GB are free there. "
              "The checkpoint before it is untouched: make room and use --resume")
 
 
 def load_checkpoint(path):
-    """A checkpoint as written below, on the CPU. Only tensors and plain values are unpickled."""
+    """A checkpoint as train.py writes it, on the CPU. Only tensors and plain values are unpickled."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:

@@ -107,9 +107,10 @@ def parse(cls, argv):
     for arg in argv:
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
+            key = key.replace("-", "_")
             if not equals and kinds.get(key) is not bool and key in kinds:
                 fail(f"{arg}: write --{key}=VALUE")
-            put(key.replace("-", "_"), value if equals else True, arg)
+            put(key, value if equals else True, arg)
         elif os.path.isfile(arg) or arg.endswith(".py"):
             for key, value in read_file(arg).items():
                 put(key, value, arg)

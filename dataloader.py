@@ -1,15 +1,16 @@
-"""The token stream: one corpus, read in order, without replacement, by one cursor.
+"""The token stream: one corpus, in one shuffled order, without replacement, by one cursor.
 
-R readers (R = rows of the global batch) stand evenly spaced round the corpus and all move on together:
+The corpus is cut into runs of L*s tokens, s the bag size of superposition. A row of superposition is one run, a row
+of recovery an s-th of one. The runs are dealt to R readers (R = rows of the global batch) in an order drawn from the
+seed, anew for each epoch:
 
-    corpus   |.............................................|     N tokens
-    readers   ^0          ^1          ^2          ^3             reader i starts at i * N/R
-              --->        --->        --->        --->           a step moves each by L*s tokens
+    corpus    | run 0 | run 1 | run 2 | run 3 | run 4 | run 5 | ...
+    reader 0    4 0 ...                            a step takes L*s tokens from each reader's current run,
+    reader 1    5 2 ...                            or L in recovery: then s steps go through one run
 
-A batch is thus a sample of the whole corpus even where neighbouring documents resemble each other, no text is
-read twice until every reader has come to where the next one started (an epoch), and what is read next is a
-function of the cursor alone. So a run resumes where it was, and the readers can be dealt out to any number of
-ranks and micro-batches without changing what is trained on. Superposition reads s times as fast, nothing else.
+What is read next is a function of the cursor alone, the tokens consumed so far: no text is read twice within an
+epoch, none is skipped or repeated at the switch, a resumed run goes on where it was, and readers can be dealt out
+to any number of ranks and micro-batches without changing what is trained on.
 """
 
 import json
@@ -52,14 +53,22 @@ def load_tokens(folder, split):
 class TokenStream:
     """Batches of the training corpus.
 
-    tokens (N,), n_rows R readers in all, of which this process serves `rows` (a range), block_size L.
+    tokens (N,); block_size L; bag_size s of superposition; n_rows R readers in all, of which this process serves
+    `rows` (a range). Stops with a one-line message if an epoch would have less than one run for each reader.
     """
 
-    def __init__(self, tokens, n_rows, rows, block_size, device="cpu"):
-        self.tokens, self.n_rows, self.rows, self.block_size, self.device = tokens, n_rows, rows, block_size, device
-        self.spacing = len(tokens) // n_rows  # tokens of an epoch for one reader
+    def __init__(self, tokens, block_size, bag_size, n_rows, rows, seed=0, device="cpu"):
+        self.tokens, self.block_size, self.n_rows, self.rows, self.seed, self.device = (
+            tokens, block_size, n_rows, rows, seed, device)
+        self.run = block_size * bag_size  # tokens
+        self.n_runs = (len(tokens) - bag_size) // self.run  # the last one is followed by its target
+        self.epoch_runs = self.n_runs // n_rows  # runs of an epoch for one reader
+        if not self.epoch_runs:
+            fail(f"the corpus has {len(tokens):,} tokens, too few for {n_rows} rows of {block_size} x bag_size {bag_size}; "
+                 "use smaller ones or more text")
+        self.order = None, None  # epoch, and its order of runs
         self.worker = ThreadPoolExecutor(1)
-        self.ahead = None, None
+        self.ahead = None, None  # (cursor, bag size), and what the thread reads there
 
     def step_tokens(self, bag_size):
         """Tokens that one step consumes, over all readers."""
@@ -67,22 +76,24 @@ class TokenStream:
 
     def epoch(self, cursor):
         """How many times the corpus has been read, as a fraction."""
-        return cursor / (self.spacing * self.n_rows)
+        return cursor / (self.n_rows * self.epoch_runs * self.run)
 
     def read(self, cursor, bag_size):
         """The rows of this process at `cursor`, tokens consumed by all readers so far: (rows, (L+1)*s) int32.
 
-        The last bag of a row is only a target; the same reader's next row begins with it.
+        The last bag of a row is only a target; in the next row it is read as input, or it begins another run.
         """
+        runs_done, offset = divmod(cursor // self.n_rows, self.run)  # of each reader
+        epoch, nth = divmod(runs_done, self.epoch_runs)
+        known, order = self.order
+        if known != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.n_runs)
+            self.order = epoch, order
         n = (self.block_size + 1) * bag_size
         out = torch.empty(len(self.rows), n, dtype=torch.int32, pin_memory=self.device.startswith("cuda"))
-        rows = out.numpy()
-        for row, reader in zip(rows, self.rows):
-            start = (reader * self.spacing + cursor // self.n_rows) % len(self.tokens)
-            if start + n <= len(self.tokens):
-                row[:] = self.tokens[start:start + n]
-            else:  # the end of the corpus: go on at its beginning
-                row[:] = self.tokens[np.arange(start, start + n) % len(self.tokens)]
+        for row, reader in zip(out.numpy(), self.rows):
+            start = order[reader * self.epoch_runs + nth] * self.run + offset
+            row[:] = self.tokens[start:start + n]
         return out
 
     def batch(self, cursor, bag_size, next_bag_size):

@@ -6,7 +6,7 @@
 # Logs, tables and plots go to results/gpu_english/. PYTHON names the interpreter (default python3; torch 2.11 or newer).
 set -euo pipefail
 cd "$(dirname "$0")"
-text=$1 part=${2:-pair} python=${PYTHON:-python3} results=results/gpu_english
+text=${1:?usage: bash gpu_english.sh TEXT [pair|sweep|seeds|long|moe|bench]} part=${2:-pair} python=${PYTHON:-python3} results=results/gpu_english
 mkdir -p "$results"
 exec > >(tee "$results/$part.log") 2>&1
 echo "command: bash gpu_english.sh $*"
@@ -22,10 +22,11 @@ train() {  # train NAME CONFIG --key=value ...
     cp "out/gpu/$name/metrics.jsonl" "out/gpu/$name/config.json" "$results/$name/"
 }
 
-draw() {  # draw NAME RUN RUN ...
-    local name=$1
+draw() {  # draw NAME RUN RUN ... [--labels=...]
+    local name=$1 arg args=()
     shift
-    (cd "$results" && $python ../../plot.py "$@" --out="$name.png" --table="$name.md")
+    for arg in "$@"; do case $arg in --*) args+=("$arg") ;; *) args+=("$results/$arg") ;; esac; done
+    $python plot.py "${args[@]}" --out="$results/$name.png" --table="$results/$name.md"
 }
 
 case $part in
@@ -34,13 +35,13 @@ pair)
     train tst gpu_english
     draw pair baseline tst ;;
 sweep)  # a third of the steps: the learning rate of each side, then s and r
-    for lr in 1e-3 2e-3 4e-3 6e-3; do
+    for lr in 1e-3 2e-3 3e-3 6e-3; do
         train "sweep_baseline_$lr" gpu_english --bag_size=1 --max_steps=2000 --learning_rate=$lr
         train "sweep_tst_$lr" gpu_english --max_steps=2000 --learning_rate=$lr
     done
     for s in 2 6 8; do train "sweep_s$s" gpu_english --max_steps=2000 --bag_size=$s; done
     for r in 0.2 0.4; do train "sweep_r$r" gpu_english --max_steps=2000 --superposition_ratio=$r; done
-    draw sweep sweep_* ;;
+    draw sweep $(cd "$results" && ls -d sweep_*/) ;;
 seeds)
     for seed in 1 2; do
         train "baseline_seed$seed" gpu_english --bag_size=1 --seed=$seed

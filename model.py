@@ -56,6 +56,8 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
         if self.n_expert and not 1 <= self.top_k <= self.n_expert:
             raise ValueError(f"top_k must be between 1 and n_expert {self.n_expert}, got {self.top_k}")
+        if self.n_expert and (self.ff_dim % 8 or self.n_embd % 8):
+            raise ValueError("a mixture of experts needs n_embd and ff_dim in multiples of 8 (16 bytes, for grouped_mm)")
 
     @property
     def padded_vocab_size(self):
@@ -85,7 +87,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(x.dtype)  # CUDA's autocast gives float32
 
 
 class Attention(nn.Module):
@@ -145,7 +147,7 @@ grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since
 class MoE(nn.Module):
     """Mixture of experts as in Qwen3: every position goes to the k most probable of E small MLPs.
 
-    Router in float32: softmax over all experts, top k, their weights renormalised to 1. No expert has a capacity
+    Router in float32 (TF32 on CUDA): softmax over all experts, top k, their weights renormalised to 1. No expert has a capacity
     and no position is dropped. Positions are sorted by expert, so that two grouped matrix products over the
     stacked weights do all experts at once: one graph whatever the routing, and an expert nobody chose has a zero
     gradient rather than none, which is what DDP needs.
@@ -183,11 +185,10 @@ class MoE(nn.Module):
             weights, experts = probs.topk(k)  # (N, k) each
         weights = (weights / weights.sum(-1, keepdim=True)).to(dtype)
 
-        chosen = experts.flatten()  # (N*k,)
-        order = chosen.argsort(stable=True)  # the (position, choice) pairs, sorted by expert
+        chosen, order = experts.flatten().sort(stable=True)  # (N*k,) the (position, choice) pairs, by expert
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.size(0), device=x.device))
-        load = torch.zeros(E, device=x.device).scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
-        ends = load.cumsum(0).to(torch.int32)  # where each expert's rows end
+        ends = torch.searchsorted(chosen, torch.arange(E, device=x.device), right=True, out_int32=True)  # (E,) of its rows
+        load = ends.diff(prepend=ends.new_zeros(1)).float()  # (E,)
         rows = Take.apply(x, order, inverse, k)  # (N*k, C)
         gate, up = grouped_mm(rows, self.gate_up.to(dtype), offs=ends).chunk(2, dim=-1)  # (N*k, F) each
         rows = grouped_mm(F.silu(gate) * up, self.down.to(dtype), offs=ends)  # (N*k, C)

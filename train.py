@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # the phases differ in tensor sizes
 
@@ -118,13 +119,24 @@ def check(config, world_size):
                 "eval_interval", "eval_positions", "log_interval"):
         if getattr(c, key) < 1:
             fail(f"{key} must be at least 1, got {getattr(c, key)}")
-    for key in ("superposition_ratio", "decay_ratio", "min_lr_ratio", "beta1", "beta2"):
+    for key in ("superposition_ratio", "decay_ratio", "min_lr_ratio"):
         if not 0 <= getattr(c, key) <= 1:
             fail(f"{key} must lie in 0..1, got {getattr(c, key)}")
     for key, choices in (("bag_weights", BAG_WEIGHTS), ("schedule", ("wsd", "cosine")),
                          ("dtype", ("auto", "bfloat16", "float32")), ("compile", ("auto", "on", "off"))):
         if getattr(c, key) not in choices:
             fail(f"{key} must be one of {', '.join(choices)}, got {getattr(c, key)!r}")
+    for key in ("n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps", "weight_decay", "grad_clip",
+                "save_interval", "threads"):
+        if not getattr(c, key) >= 0:
+            fail(f"{key} must not be negative, got {getattr(c, key)}")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(c, key) < 1:
+            fail(f"{key} must be at least 0 and below 1, got {getattr(c, key)}")
+    if c.device.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+        fail(f"device must be auto, cpu, cuda, cuda:N or mps, got {c.device!r}")
+    if world_size > 1 and c.device.startswith("cuda:"):
+        fail("torchrun gives each rank a GPU of its own; use --device=cuda")
     if not c.learning_rate > 0:
         fail(f"learning_rate must be positive, got {c.learning_rate}")
     if c.n_embd % c.n_head and not c.head_dim:
@@ -136,7 +148,7 @@ def check(config, world_size):
 
 def learning_rate_at(step, c):
     """Learning rate of step number `step` (from 0) of c.max_steps, the same in both phases: warmup, then
-    constant with a linear end (wsd, section 4) or half a cosine."""
+    constant with a linear end (wsd, as in the paper) or half a cosine."""
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
     if c.schedule == "cosine":
@@ -194,8 +206,8 @@ def main(config):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         fail("device=cuda, but PyTorch sees no CUDA GPU")
-    if device == "cuda":
-        device = f"cuda:{local_rank}"
+    if device.startswith("cuda"):
+        device = device if ":" in device else f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     device_type = device.split(":")[0]
     if distributed:
@@ -214,13 +226,10 @@ def main(config):
     train_tokens, val_tokens = load_tokens(folder, "train"), load_tokens(folder, "val")
     superposition_steps = round(c.superposition_ratio * c.max_steps) if c.bag_size > 1 else 0
     n_rows = c.total_batch // c.block_size  # rows of a global batch
-    if len(train_tokens) // n_rows < (c.block_size + 1) * c.bag_size:
-        fail(f"the corpus has {len(train_tokens):,} tokens, too few for {n_rows} rows of "
-             f"{c.block_size} x bag_size {c.bag_size}; use smaller ones or more text")
     if len(val_tokens) <= c.block_size:
         fail(f"block_size {c.block_size} is longer than the {len(val_tokens)} validation tokens")
     rows = range(rank * n_rows // world_size, (rank + 1) * n_rows // world_size)
-    stream = TokenStream(train_tokens, n_rows, rows, c.block_size, device)
+    stream = TokenStream(train_tokens, c.block_size, c.bag_size, n_rows, rows, c.seed, device)
     # the fixed validation batch: never more than the corpus has, the same whatever the phase and the world size
     val_rows = validation_rows(val_tokens, max(1, min(c.eval_positions, len(val_tokens)) // c.block_size), c.block_size)
 
@@ -228,10 +237,10 @@ def main(config):
     torch.manual_seed(c.seed)
     with torch.device(device):
         model = GPT(model_config(dataclasses.asdict(c), meta))
-    if c.init_from.startswith("hf:"):
+    if c.init_from.startswith("hf:") and not c.resume:
         from export import load_hf  # needs a package that training does not
         load_hf(model, c.init_from[3:])
-    elif c.init_from:
+    elif c.init_from and not c.resume:
         try:
             model.load_state_dict(load_checkpoint(c.init_from)["model"])
         except (RuntimeError, KeyError) as e:
@@ -257,10 +266,9 @@ def main(config):
         if saved["meta"] != meta:
             fail(f"the corpus in {folder} is not the one {last_path} was trained on")
         model.load_state_dict(saved["model"])
-        settings = [dict(group, params=None) for group in optimizer.param_groups]
         optimizer.load_state_dict(saved["optimizer"])
-        for group, now in zip(optimizer.param_groups, settings):  # as configured, should it differ from the checkpoint's
-            group.update(weight_decay=now["weight_decay"], betas=now["betas"])
+        for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):  # as configured, should it differ
+            group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
         step, cursor, seconds, best_val = saved["step"], saved["cursor"], saved["seconds"], saved["best_val"]
         torch.set_rng_state(saved["rng"])
         if master and os.path.exists(log_path):  # rows after the checkpoint will be written again
@@ -270,7 +278,7 @@ def main(config):
                 kept = [line for line in lines if json.loads(line)["step"] <= step]
             except (ValueError, KeyError, TypeError):
                 fail(f"{log_path} is damaged; move it away to resume without the rows before step {step}")
-            write_safely(log_path, lambda path: open(path, "w").writelines(kept))
+            write_safely(log_path, lambda path: Path(path).write_text("".join(kept)))
     elif os.path.exists(log_path) and not c.overwrite:
         fail(f"{c.out_dir} already holds a run: go on with it (--resume), replace it (--overwrite) or choose another --out_dir")
     elif master:
@@ -284,7 +292,7 @@ def main(config):
     if master:
         described = {"config": dataclasses.asdict(c), "versions": versions, "command": sys.argv, "data": meta,
                      "parameters": model.n_params(), "active_parameters": model.n_params(active=True)}
-        write_safely(os.path.join(c.out_dir, "config.json"), lambda path: open(path, "w").write(json.dumps(described, indent=1)))
+        write_safely(os.path.join(c.out_dir, "config.json"), lambda path: Path(path).write_text(json.dumps(described, indent=1)))
 
     # ------------------------------------------------------------------------------- compilation, warmed up
     raw_model = model  # checkpoints hold its keys
@@ -329,18 +337,22 @@ def main(config):
         evaluate(run, val_mine[:1])
 
     compiled = c.compile == "on" or c.compile == "auto" and device_type == "cuda"
+    if compiled and c.n_expert and dtype == "float32":
+        say("experts compile in bfloat16 only (torch's grouped_mm); going on without torch.compile")
+        compiled = False
     if compiled:
         started = time.perf_counter()
-        for attempt in ("", "without its cache, which a killed process may have left broken"):
+        for again in (True, False):
             try:
-                model = torch.compile(raw_model, dynamic=False)
+                model = torch.compile(raw_model, dynamic=False, fullgraph=True)
                 warm_up(model)
                 say(f"compiled in {time.perf_counter() - started:.0f} s")
                 break
             except torch.OutOfMemoryError:
                 raise
-            except Exception as e:
-                say(f"torch.compile failed {attempt} ({type(e).__name__}: {str(e).strip().splitlines()[0][:100]})")
+            except Exception as e:  # a process that was killed while compiling may have left a broken cache behind
+                say(f"torch.compile failed ({type(e).__name__}: {' '.join(str(e).split())[:100]})"
+                    + ("; trying again without its cache" if again else ""))
                 torch.compiler.reset()
                 optimizer.zero_grad()
                 torch.compiler.config.force_disable_caches = True
@@ -382,12 +394,14 @@ def main(config):
             signal.signal(number, lambda n, frame: stop_signals.append(signal.Signals(n).name))
 
     def save(name):
-        state = {"model": raw_model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "cursor": cursor,
+        state = {"model": raw_model.state_dict(), "step": step, "cursor": cursor,
                  "seconds": seconds, "best_val": best_val, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c),
                  "meta": meta, "data": folder, "versions": versions}
+        if name == "last.pt":  # best.pt is never resumed, and moments are twice the size of the weights
+            state["optimizer"] = optimizer.state_dict()
         write_safely(os.path.join(c.out_dir, name), lambda path: torch.save(state, path))
 
-    clock, logged_at = time.perf_counter(), step
+    stopping, clock, logged_at = False, time.perf_counter(), step
     while step < c.max_steps:
         bag_size = bag_size_at(step, c.bag_size, superposition_steps)  # TST: the phase
         tokens = stream.batch(cursor, bag_size, bag_size_at(step + 1, c.bag_size, superposition_steps))
@@ -419,11 +433,9 @@ def main(config):
         evaluate_now = finished or step % c.eval_interval == 0
         save_now = finished or c.save_interval > 0 and step % c.save_interval == 0
         log_now = (evaluate_now or save_now or step % c.log_interval == 0 or step in (1, superposition_steps, superposition_steps + 1))
-        if distributed and log_now:  # the ranks stop together
-            signals = mean_over_ranks(torch.tensor(float(len(stop_signals)), device=device))
-            if signals > 0 and not stop_signals:
-                stop_signals.append("a signal to another rank")
-        stopping = stop_signals and (log_now or not distributed)
+        stopping = bool(stop_signals)
+        if distributed:  # together, at a row of the log, by what all of them know: a signal may come at any time
+            stopping = log_now and mean_over_ranks(torch.tensor(float(stopping), device=device)).item() > 0
         if not (log_now or stopping):
             continue
 
@@ -458,7 +470,7 @@ def main(config):
             if save_now or stopping:
                 save("last.pt")
         if stopping:
-            say(f"stopped by {stop_signals[0]} after step {step}; go on with --resume")
+            say(f"stopped by {stop_signals[0] if stop_signals else 'a signal to another rank'} after step {step}; go on with --resume")
             break
         clock, logged_at = time.perf_counter(), step
 
@@ -467,7 +479,7 @@ def main(config):
     if distributed:
         dist.barrier()  # rank 0 may still be writing
         dist.destroy_process_group()
-    if stop_signals:
+    if stopping:
         sys.exit(1)
 
 

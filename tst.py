@@ -38,7 +38,7 @@ def fold(tokens, bag_size):
 
 
 def bags_and_labels(tokens, bag_size):
-    """Split rows of (L+1)*s tokens into input bags and their labels, the bags that follow (section 3).
+    """Split rows of (L+1)*s tokens into input bags and their labels, the bags that follow (the paper's section 3).
 
     (B, (L+1)*s) -> two views, (B, L, s) each. The shift is a whole bag: shifted by one token, an input bag
     would hold s-1 of the s labels it has to predict.
@@ -88,7 +88,7 @@ def bag_weights(kind, bag_size, c0=3.63, a=1.35, k=-1.25):
 
 
 def multi_hot_cross_entropy(logits, labels, weights=None, ignore_index=-100):
-    """Multi-hot cross-entropy, MCE (section 3): the readable reference for the fused form below.
+    """Multi-hot cross-entropy, MCE (the paper's section 3): the readable reference for the fused form below.
 
         MCE = sum_i w_i CE(z, y_i) = logsumexp(z) - sum_i w_i z[y_i]
 
@@ -100,8 +100,8 @@ def multi_hot_cross_entropy(logits, labels, weights=None, ignore_index=-100):
     """
     log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
     labels = labels.flatten(0, -2).long()  # (N, s)
-    if weights is None:
-        weights = bag_weights("uniform", labels.size(-1)).to(labels.device)
+    if weights is None:  # made on the device: a copy from the host would be waited for in each step
+        weights = torch.full((labels.size(-1),), 1 / labels.size(-1), device=labels.device)
     valid = labels != ignore_index  # (N, s)
     label_log_p = log_p.gather(-1, labels.where(valid, 0)).where(valid, 0)  # (N, s)
     return -(weights * label_log_p.sum(0) / valid.sum(0).clamp(min=1)).sum()
@@ -119,13 +119,14 @@ def linear_multi_hot_cross_entropy(hidden, weight, labels, weights=None, ignore_
     sums in float32, or float64 for float64 inputs.
 
     vocab_size: rows of `weight` from here on are padding and get no probability. chunk_rows: positions a chunk.
-    The gradients are ready-made numbers, so create_graph=True raises RuntimeError.
+    The gradients are made before the incoming one is known: create_graph=True raises RuntimeError, and float16 with
+    a loss scaler would overflow.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     labels = labels.flatten(0, -2).long()  # (N, s)
-    if weights is None:
-        weights = bag_weights("uniform", labels.size(-1)).to(labels.device)
+    if weights is None:  # made on the device: a copy from the host would be waited for in each step
+        weights = torch.full((labels.size(-1),), 1 / labels.size(-1), device=labels.device)
     valid = labels != ignore_index  # (N, s)
     weights = weights.to(torch.promote_types(dtype, torch.float32))
     coef = valid * (weights / valid.sum(0).clamp(min=1))  # (N, s): how much each label counts in the loss
@@ -153,22 +154,25 @@ class _LinearMCE(torch.autograd.Function):
             if vocab_size < z.size(-1):
                 z[:, vocab_size:] = -torch.inf
             log_p = F.log_softmax(z, -1, dtype=wide)  # (n, V)
+            del z
             loss = loss - (coef[rows] * log_p.gather(-1, labels[rows])).sum()
             if not with_grad:
                 continue
             # d loss / d z = total * (softmax - label distribution). The factor `total` goes to the narrow
             # side of each product, (n, C), which saves a pass over (n, V).
             dz = log_p.exp_().scatter_add_(-1, labels[rows], -share[rows]).to(dtype)  # (n, V)
+            del log_p
             grad_h.append((dz @ w) * total[rows].to(dtype))  # (n, C)
             scaled = h * total[rows].to(dtype)
             if grad_w is None:
-                grad_w = (dz.T @ scaled).to(weight.dtype)  # (V, C)
-            elif dtype == weight.dtype:
+                grad_w = (dz.T @ scaled).to(wide)  # (V, C)
+            elif dtype == wide:
                 grad_w.addmm_(dz.T, scaled)
             else:  # products in bfloat16, their sum over the chunks in float32
                 grad_w += dz.T @ scaled
+            del dz  # or the next chunk's would be made beside it
         if with_grad:
-            ctx.save_for_backward(torch.cat(grad_h).to(hidden.dtype), grad_w)
+            ctx.save_for_backward(torch.cat(grad_h).to(hidden.dtype), grad_w.to(weight.dtype))
         return loss
 
     @staticmethod

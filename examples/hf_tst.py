@@ -1,10 +1,10 @@
-"""Token Superposition Training of a transformers causal language model, with tst.py alone.
+"""Token Superposition Training of a transformers causal language model. The method comes from tst.py alone.
 
     python examples/hf_tst.py --model=FOLDER --text=FILE --bag_size=4 --out=out/hf_tst
 
 FOLDER holds a tokenizer, config.json and, unless --from_scratch, weights; a name on the Hugging Face hub does, too.
 For models that take inputs_embeds and end in a plain linear head: Llama, Qwen3, Qwen3-MoE, Mixtral and most others
-(not: scaled embeddings, capped logits). The text is read like dataloader.py does: row i starts at i/batch_size of it.
+(not: scaled embeddings, capped logits). dataloader.py reads the text; any reader of (L+1)*s tokens a row would do.
 
 Dimensions: B rows (batch_size), L positions (block_size), s bag size, C width, V vocabulary.
 """
@@ -13,11 +13,13 @@ import argparse
 import os
 import sys
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from dataloader import TokenStream
 from tst import bag_size_at, bags_and_labels, embed_bags, linear_multi_hot_cross_entropy
 
 
@@ -45,8 +47,8 @@ def main(argv=None):
 
     with open(args.text, encoding="utf-8") as f:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        tokens = torch.tensor(tokenizer(f.read(), add_special_tokens=False, verbose=False).input_ids)  # (N,)
-    starts = torch.arange(B)[:, None] * (len(tokens) // B)  # (B, 1): where each row reads
+        tokens = np.array(tokenizer(f.read(), add_special_tokens=False, verbose=False).input_ids)  # (N,)
+    stream, cursor = TokenStream(tokens, L, args.bag_size, B, range(B), args.seed, device), 0
 
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -55,9 +57,8 @@ def main(argv=None):
     losses = []
     for step in range(args.steps):
         s = bag_size_at(step, args.bag_size, round(args.superposition_ratio * args.steps))
-        rows = tokens[(starts + torch.arange((L + 1) * s)) % len(tokens)].to(device)  # (B, (L+1)*s)
-        starts += L * s
-        bags, labels = bags_and_labels(rows, s)  # (B, L, s) each
+        bags, labels = bags_and_labels(stream.read(cursor, s).to(device), s)  # (B, L, s) each
+        cursor += stream.step_tokens(s)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             out = trunk(inputs_embeds=embed_bags(bags, embedding.weight), use_cache=False, **options)  # (B, L, C)
             loss = objective = linear_multi_hot_cross_entropy(out.last_hidden_state, head.weight, labels)

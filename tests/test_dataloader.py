@@ -8,46 +8,63 @@ import torch
 from conftest import write_corpus
 from dataloader import TokenStream, load_meta, load_tokens, validation_rows
 
-N, R, L = 1000, 6, 4  # 1000 / 6 does not divide: the readers stand 166 apart
+N, R, L, S = 1000, 6, 4, 3  # runs of 12 tokens: 83 of them, with 3 more tokens for the last target; 13 for each reader
 
 
-def stream(rows=range(R), n=N):
-    return TokenStream(np.arange(n, dtype=np.uint16), R, rows, L)
+def stream(rows=range(R), n=N, seed=5):
+    return TokenStream(np.arange(n, dtype=np.uint16), L, S, R, rows, seed)
+
+
+def text_of(reader, epochs=3, seed=5):
+    """The tokens that a reader goes through, written down as plain loops."""
+    return [token for epoch in range(epochs) for run in np.random.default_rng([seed, epoch]).permutation(83)[13 * reader:][:13]
+            for token in range(12 * run, 12 * run + 12)]
 
 
 def test_stream_equals_a_plain_loop():
-    """A reader goes on where it was, each row ends with one bag that is only a target, the end wraps round."""
-    s, cursor, at = stream(), 0, [i * (N // R) for i in range(R)]
-    for bag_size in [3] * 60 + [1] * 30:
+    """A reader goes on where it was, each row ends with one bag that is only a target, a new epoch has a new order."""
+    s, cursor, at = stream(), 0, 0
+    texts = [text_of(reader) for reader in range(R)]
+    for bag_size in [3] * 15 + [1] * 30:
         rows = s.read(cursor, bag_size)
         for reader in range(R):
-            assert rows[reader].tolist() == [(at[reader] + i) % N for i in range((L + 1) * bag_size)]
-            at[reader] += L * bag_size
+            start = texts[reader][at]
+            assert rows[reader].tolist() == list(range(start, start + (L + 1) * bag_size))
+        at += L * bag_size
         cursor += s.step_tokens(bag_size)
-    assert at[0] > N // R and at[-1] > N  # the loop went through an epoch and round the end
+    assert cursor == R * at and at > 13 * 12  # an epoch and more
 
 
 def test_recovery_goes_on_at_the_token_after_superposition():
-    """Trap 9: no replay, no gap. Inputs of the last superposition step, then of the first recovery step."""
-    s = stream()
-    last = s.batch(24 * R, 3, 1)[:, :L * 3]  # the inputs; 24 tokens a reader were consumed before
-    first = s.batch(24 * R + s.step_tokens(3), 1, 1)[:, :L]
-    assert (first[:, 0] == last[:, -1] + 1).all()
+    """Trap 9: no replay, no gap. Whatever the step of the switch, the inputs of a reader are its text in order."""
+    for switch in range(5):
+        s, cursor, inputs = stream(), 0, [[] for _ in range(R)]
+        for bag_size in [3] * switch + [1] * 9:
+            for reader, row in enumerate(s.batch(cursor, bag_size, 1)):
+                inputs[reader] += row[:L * bag_size].tolist()
+            cursor += s.step_tokens(bag_size)
+        assert inputs == [text_of(reader)[:len(inputs[reader])] for reader in range(R)]
 
 
 def test_no_token_is_read_twice_within_an_epoch():
-    s, cursor, read = stream(n=6 * 168), 0, []
+    s, cursor, read = stream(n=6 * 168 + 3), 0, []
     for bag_size in [3] * 10 + [1] * 12:  # 6 readers x 168 tokens
         read += s.read(cursor, bag_size)[:, :L * bag_size].flatten().tolist()
         cursor += s.step_tokens(bag_size)
     assert s.epoch(cursor) == 1 and sorted(read) == list(range(6 * 168))
 
 
+def test_order_is_the_seeds():
+    assert torch.equal(stream().read(0, 3), stream().read(0, 3))
+    assert not torch.equal(stream().read(0, 3), stream(seed=6).read(0, 3))
+    assert not torch.equal(stream().read(0, 3), stream().read(13 * 12 * R, 3))  # the next epoch
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_out_the_rows_of_one_batch(ranks):
     """Trap 12: what is trained on does not depend on how many ranks there are."""
     parts = [stream(range(i * R // ranks, (i + 1) * R // ranks)) for i in range(ranks)]
-    for cursor, bag_size in ((0, 3), (72, 3), (144, 1), (6 * 165, 1)):
+    for cursor, bag_size in ((0, 3), (72, 3), (144, 1), (6 * 164, 1)):
         assert torch.equal(torch.cat([p.batch(cursor, bag_size, 1) for p in parts]), stream().read(cursor, bag_size))
 
 

@@ -48,7 +48,7 @@ def test_losses_equal_train_py(name, text, tmp_path, run):
     export.save_hf(model.state_dict(), model.config, folder, separator=0, balance_coef=0.05)
     write_tokenizer(folder)
 
-    # 5 of 20 steps in superposition; the last rows go round the end of the text
+    # 5 of 20 steps in superposition; after them the second epoch begins
     rows = run(**SHAPES[name], dataset=str(tmp_path / "data"), init_from=f"hf:{folder}", bag_size=4, superposition_ratio=0.25,
                block_size=16, batch_size=8, total_batch=128, max_steps=20, learning_rate=5e-3, warmup_steps=4,
                balance_coef=0.05)
