@@ -1,16 +1,16 @@
 """The token stream: one corpus, in one shuffled order, without replacement, by one cursor.
 
-The corpus is cut into runs of L*s tokens, s the bag size of superposition. A row of superposition is one run, a row
-of recovery an s-th of one. The runs are dealt to R readers (R = rows of the global batch) in an order drawn from the
-seed, anew for each epoch:
+Superposition reads the corpus in runs of L*s tokens, s the bag size, a run for each row of the batch, in an order
+drawn from the seed, anew for each epoch. At the switch the runs not yet read in that epoch are cut into rows of L
+tokens, which are shuffled in their turn, so that rows of recovery are as unlike their neighbours as a baseline's:
 
-    corpus    | run 0 | run 1 | run 2 | run 3 | run 4 | run 5 | ...
-    reader 0    4 0 ...                            a step takes L*s tokens from each reader's current run,
-    reader 1    5 2 ...                            or L in recovery: then s steps go through one run
+    corpus          | run 0 | run 1 | run 2 | run 3 | run 4 | run 5 | ...
+    superposition     4, 0, 5 ...               R runs a step, R = rows of the global batch
+    recovery          1b, 3a, 2c, 1a ...        R rows of L tokens a step
 
 What is read next is a function of the cursor alone, the tokens consumed so far: no text is read twice within an
-epoch, none is skipped or repeated at the switch, a resumed run goes on where it was, and readers can be dealt out
-to any number of ranks and micro-batches without changing what is trained on.
+epoch, none is skipped or repeated at the switch, a resumed run goes on where it was, and the rows of a batch can be
+dealt out to any number of ranks and micro-batches without changing what is trained on.
 """
 
 import json
@@ -53,47 +53,56 @@ def load_tokens(folder, split):
 class TokenStream:
     """Batches of the training corpus.
 
-    tokens (N,); block_size L; bag_size s of superposition; n_rows R readers in all, of which this process serves
-    `rows` (a range). Stops with a one-line message if an epoch would have less than one run for each reader.
+    tokens (N,); block_size L; bag_size s of superposition and its number of steps; n_rows R rows of the global batch,
+    of which this process serves `rows` (a range). Stops with a one-line message if the corpus is too short.
     """
 
-    def __init__(self, tokens, block_size, bag_size, n_rows, rows, seed=0, device="cpu"):
+    def __init__(self, tokens, block_size, bag_size, superposition_steps, n_rows, rows, seed=0, device="cpu"):
         self.tokens, self.block_size, self.n_rows, self.rows, self.seed, self.device = (
             tokens, block_size, n_rows, rows, seed, device)
         self.run = block_size * bag_size  # tokens
         self.n_runs = (len(tokens) - bag_size) // self.run  # the last one is followed by its target
-        self.epoch_runs = self.n_runs // n_rows  # runs of an epoch for one reader
-        if not self.epoch_runs:
+        self.epoch_tokens = self.n_runs // n_rows * n_rows * self.run  # whole steps of superposition
+        if not self.epoch_tokens:
             fail(f"the corpus has {len(tokens):,} tokens, too few for {n_rows} rows of {block_size} x bag_size {bag_size}; "
                  "use smaller ones or more text")
-        self.order = None, None  # epoch, and its order of runs
+        self.switch = superposition_steps * n_rows * self.run  # the cursor at which recovery begins
+        self.known = None, None  # (epoch, recovery?), and its order
         self.worker = ThreadPoolExecutor(1)
         self.ahead = None, None  # (cursor, bag size), and what the thread reads there
 
     def step_tokens(self, bag_size):
-        """Tokens that one step consumes, over all readers."""
+        """Tokens that one step consumes, over all rows."""
         return self.n_rows * self.block_size * bag_size
 
-    def epoch(self, cursor):
-        """How many times the corpus has been read, as a fraction."""
-        return cursor / (self.n_rows * self.epoch_runs * self.run)
+    def order(self, epoch, recovery):
+        """Where each row of an epoch, or of the rest of it that superposition left to recovery, starts: (n,) tokens."""
+        key, starts = self.known
+        if key != (epoch, recovery):
+            runs = np.random.default_rng([self.seed, epoch]).permutation(self.n_runs)[:self.epoch_tokens // self.run]
+            starts = runs * self.run
+            if recovery:
+                if epoch == self.switch // self.epoch_tokens:
+                    starts = starts[self.switch % self.epoch_tokens // self.run:]
+                starts = (starts[:, None] + np.arange(0, self.run, self.block_size)).ravel()
+                starts = np.random.default_rng([self.seed, epoch, 1]).permutation(starts)
+            self.known = (epoch, recovery), starts
+        return starts
 
     def read(self, cursor, bag_size):
-        """The rows of this process at `cursor`, tokens consumed by all readers so far: (rows, (L+1)*s) int32.
+        """The rows of this process at `cursor`, tokens consumed by all rows so far: (rows, (L+1)*s) int32.
 
-        The last bag of a row is only a target; in the next row it is read as input, or it begins another run.
+        The last bag of a row is only a target; some other row has it as input.
         """
-        runs_done, offset = divmod(cursor // self.n_rows, self.run)  # of each reader
-        epoch, nth = divmod(runs_done, self.epoch_runs)
-        known, order = self.order
-        if known != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.n_runs)
-            self.order = epoch, order
-        n = (self.block_size + 1) * bag_size
+        epoch, place = divmod(cursor, self.epoch_tokens)
+        recovery = cursor >= self.switch
+        if recovery and epoch == self.switch // self.epoch_tokens:
+            place -= self.switch % self.epoch_tokens
+        first, n = place // (self.block_size * bag_size), (self.block_size + 1) * bag_size
+        starts = self.order(epoch, recovery)[first:first + self.n_rows]  # (R,)
         out = torch.empty(len(self.rows), n, dtype=torch.int32, pin_memory=self.device.startswith("cuda"))
-        for row, reader in zip(out.numpy(), self.rows):
-            start = order[reader * self.epoch_runs + nth] * self.run + offset
-            row[:] = self.tokens[start:start + n]
+        for row, i in zip(out.numpy(), self.rows):
+            row[:] = self.tokens[starts[i]:starts[i] + n]
         return out
 
     def batch(self, cursor, bag_size, next_bag_size):

@@ -229,7 +229,7 @@ def main(config):
     if len(val_tokens) <= c.block_size:
         fail(f"block_size {c.block_size} is longer than the {len(val_tokens)} validation tokens")
     rows = range(rank * n_rows // world_size, (rank + 1) * n_rows // world_size)
-    stream = TokenStream(train_tokens, c.block_size, c.bag_size, n_rows, rows, c.seed, device)
+    stream = TokenStream(train_tokens, c.block_size, c.bag_size, superposition_steps, n_rows, rows, c.seed, device)
     # the fixed validation batch: never more than the corpus has, the same whatever the phase and the world size
     val_rows = validation_rows(val_tokens, max(1, min(c.eval_positions, len(val_tokens)) // c.block_size), c.block_size)
 
@@ -270,6 +270,8 @@ def main(config):
         for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):  # as configured, should it differ
             group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
         step, cursor, seconds, best_val = saved["step"], saved["cursor"], saved["seconds"], saved["best_val"]
+        if changed:  # another bag size or batch cuts the corpus into other runs: begin a new one
+            cursor = -(-cursor // (n_rows * stream.run)) * n_rows * stream.run
         torch.set_rng_state(saved["rng"])
         if master and os.path.exists(log_path):  # rows after the checkpoint will be written again
             with open(log_path) as f:
@@ -378,7 +380,7 @@ def main(config):
             f"{1 + superposition_steps / c.max_steps * (c.bag_size - 1):.2f} x the text of a baseline at the same FLOPs")
     run_tokens = c.total_batch * (superposition_steps * c.bag_size + c.max_steps - superposition_steps)
     say(f"{c.max_steps:,} steps of {c.total_batch:,} positions, {micro_steps} micro-step{'s' * (micro_steps > 1)} a rank; "
-        f"{run_tokens:,} tokens, {stream.epoch(run_tokens):.2f} epochs of the corpus")
+        f"{run_tokens:,} tokens, {run_tokens / stream.epoch_tokens:.2f} epochs of the corpus")
     wandb_run = None
     if master and c.wandb_project:
         try:
@@ -445,7 +447,7 @@ def main(config):
         rate = (step - logged_at) * c.total_batch / elapsed  # positions per second since the last row
         row = {"step": step, "phase": "superposition" if step <= superposition_steps else "recovery", "bag_size": bag_size,
                "loss": loss, "lr": lr, "grad_norm": grad_norm.item(), "positions": step * c.total_batch,
-               "data_tokens": cursor, "epoch": stream.epoch(cursor), "flops": step * flops_per_step, "seconds": seconds,
+               "data_tokens": cursor, "epoch": cursor / stream.epoch_tokens, "flops": step * flops_per_step, "seconds": seconds,
                "tokens_per_second": rate}
         if peak and dtype == "bfloat16":
             row["mfu"] = rate * raw_model.flops_per_position() / (peak * world_size)

@@ -48,7 +48,8 @@ def main(argv=None):
     with open(args.text, encoding="utf-8") as f:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         tokens = np.array(tokenizer(f.read(), add_special_tokens=False, verbose=False).input_ids)  # (N,)
-    stream, cursor = TokenStream(tokens, L, args.bag_size, B, range(B), args.seed, device), 0
+    superposition_steps, cursor = round(args.superposition_ratio * args.steps), 0
+    stream = TokenStream(tokens, L, args.bag_size, superposition_steps, B, range(B), args.seed, device)
 
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -56,7 +57,7 @@ def main(argv=None):
                                   lr=args.lr, betas=(0.9, 0.95))
     losses = []
     for step in range(args.steps):
-        s = bag_size_at(step, args.bag_size, round(args.superposition_ratio * args.steps))
+        s = bag_size_at(step, args.bag_size, superposition_steps)
         bags, labels = bags_and_labels(stream.read(cursor, s).to(device), s)  # (B, L, s) each
         cursor += stream.step_tokens(s)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):

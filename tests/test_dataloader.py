@@ -8,68 +8,69 @@ import torch
 from conftest import write_corpus
 from dataloader import TokenStream, load_meta, load_tokens, validation_rows
 
-N, R, L, S = 1000, 6, 4, 3  # runs of 12 tokens: 83 of them, with 3 more tokens for the last target; 13 for each reader
+N, R, L, S = 1000, 6, 4, 3  # runs of 12 tokens: 83 of them, with 3 more tokens for the last target; 78 in an epoch
+EPOCH = 78 * 12
 
 
-def stream(rows=range(R), n=N, seed=5):
-    return TokenStream(np.arange(n, dtype=np.uint16), L, S, R, rows, seed)
+def stream(switch=5, rows=range(R), n=N, seed=5):
+    """Superposition ends after step number `switch`."""
+    return TokenStream(np.arange(n, dtype=np.uint16), L, S, switch, R, rows, seed)
 
 
-def text_of(reader, epochs=3, seed=5):
-    """The tokens that a reader goes through, written down as plain loops."""
-    return [token for epoch in range(epochs) for run in np.random.default_rng([seed, epoch]).permutation(83)[13 * reader:][:13]
-            for token in range(12 * run, 12 * run + 12)]
+def starts_by_hand(switch, seed=5):
+    """Where every row starts, a list per step, for two epochs: the order written down as plain loops."""
+    steps = []
+    for epoch in range(2):
+        runs = [12 * run for run in np.random.default_rng([seed, epoch]).permutation(83)[:78]]
+        while runs and len(steps) < switch:  # superposition takes 6 runs
+            steps.append(runs[:6])
+            del runs[:6]
+        rows = [run + offset for run in runs for offset in (0, 4, 8)]  # what it left, as rows of 4
+        rows = list(np.random.default_rng([seed, epoch, 1]).permutation(rows))
+        while rows:
+            steps.append(rows[:6])
+            del rows[:6]
+    return steps
 
 
-def test_stream_equals_a_plain_loop():
-    """A reader goes on where it was, each row ends with one bag that is only a target, a new epoch has a new order."""
-    s, cursor, at = stream(), 0, 0
-    texts = [text_of(reader) for reader in range(R)]
-    for bag_size in [3] * 15 + [1] * 30:
-        rows = s.read(cursor, bag_size)
-        for reader in range(R):
-            start = texts[reader][at]
-            assert rows[reader].tolist() == list(range(start, start + (L + 1) * bag_size))
-        at += L * bag_size
+@pytest.mark.parametrize("switch", [0, 1, 5, 13, 20])
+def test_stream_equals_a_plain_loop(switch):
+    """Trap 9: no replay, no gap, wherever the switch is, in the second epoch too."""
+    s, cursor = stream(switch), 0
+    for step, starts in enumerate(starts_by_hand(switch)):
+        bag_size = S if step < switch else 1
+        rows = s.batch(cursor, bag_size, S if step + 1 < switch else 1)
+        assert rows.tolist() == [list(range(start, start + (L + 1) * bag_size)) for start in starts]
         cursor += s.step_tokens(bag_size)
-    assert cursor == R * at and at > 13 * 12  # an epoch and more
+    assert cursor == 2 * EPOCH
 
 
-def test_recovery_goes_on_at_the_token_after_superposition():
-    """Trap 9: no replay, no gap. Whatever the step of the switch, the inputs of a reader are its text in order."""
-    for switch in range(5):
-        s, cursor, inputs = stream(), 0, [[] for _ in range(R)]
-        for bag_size in [3] * switch + [1] * 9:
-            for reader, row in enumerate(s.batch(cursor, bag_size, 1)):
-                inputs[reader] += row[:L * bag_size].tolist()
-            cursor += s.step_tokens(bag_size)
-        assert inputs == [text_of(reader)[:len(inputs[reader])] for reader in range(R)]
-
-
-def test_no_token_is_read_twice_within_an_epoch():
-    s, cursor, read = stream(n=6 * 168 + 3), 0, []
-    for bag_size in [3] * 10 + [1] * 12:  # 6 readers x 168 tokens
+@pytest.mark.parametrize("switch", [0, 4, 13])
+def test_every_token_is_read_once_in_an_epoch(switch):
+    s, cursor, read = stream(switch, n=EPOCH + 3), 0, []
+    while cursor < EPOCH:
+        bag_size = S if cursor < switch * R * L * S else 1
         read += s.read(cursor, bag_size)[:, :L * bag_size].flatten().tolist()
         cursor += s.step_tokens(bag_size)
-    assert s.epoch(cursor) == 1 and sorted(read) == list(range(6 * 168))
+    assert cursor == EPOCH and sorted(read) == list(range(EPOCH))
 
 
 def test_order_is_the_seeds():
     assert torch.equal(stream().read(0, 3), stream().read(0, 3))
     assert not torch.equal(stream().read(0, 3), stream(seed=6).read(0, 3))
-    assert not torch.equal(stream().read(0, 3), stream().read(13 * 12 * R, 3))  # the next epoch
+    assert not torch.equal(stream(0).read(0, 1), stream(0).read(EPOCH, 1))  # the next epoch
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_out_the_rows_of_one_batch(ranks):
     """Trap 12: what is trained on does not depend on how many ranks there are."""
-    parts = [stream(range(i * R // ranks, (i + 1) * R // ranks)) for i in range(ranks)]
-    for cursor, bag_size in ((0, 3), (72, 3), (144, 1), (6 * 164, 1)):
+    parts = [stream(rows=range(i * R // ranks, (i + 1) * R // ranks)) for i in range(ranks)]
+    for cursor, bag_size in ((0, 3), (72, 3), (5 * 72, 1), (EPOCH, 1)):
         assert torch.equal(torch.cat([p.batch(cursor, bag_size, 1) for p in parts]), stream().read(cursor, bag_size))
 
 
 def test_rows_read_ahead_are_the_rows_read_at_once():
-    s, direct, cursor = stream(), stream(), 0
+    s, direct, cursor = stream(2), stream(2), 0
     phases = [3, 3, 1, 1, 1]
     for bag_size, following in zip(phases, phases[1:] + [1]):
         assert torch.equal(s.batch(cursor, bag_size, following), direct.read(cursor, bag_size))
