@@ -42,7 +42,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # of matrix products: auto, bfloat16, float32
     compile: str = "auto"  # auto (as train.py: on for cuda), on, off
-    shape: str = "auto"  # of step and nanogpt: curves (config/curves.py), 124m, 270m, 600m; auto: 124m, for nanogpt curves
+    shape: str = "auto"  # of step and nanogpt: curves (config/curves.py), wide, 124m, 270m, 600m; auto: 124m, for nanogpt curves
     rows: int = 0  # rows of a micro-batch in part step; 0: by shape and device
     repeats: int = 7
     threads: int = 0  # CPU threads; 0: PyTorch's choice
@@ -53,6 +53,7 @@ class Config:
 
 SHAPES = {  # GPTConfig, and rows of a micro-batch on a CPU and on a GPU
     "curves": (dict(vocab_size=256, block_size=128, n_layer=2, n_head=1, n_embd=64), 64, 512),
+    "wide": (dict(vocab_size=256, block_size=256, n_layer=4, n_head=4, n_embd=256), 16, 256),
     "124m": (dict(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768, ff_dim=2048), 1, 64),
     "270m": (dict(vocab_size=128256, block_size=2048, n_layer=30, n_head=9, n_embd=576, ff_dim=1536), 1, 16),
     "600m": (dict(vocab_size=128256, block_size=2048, n_layer=32, n_head=15, n_embd=960, ff_dim=2560), 1, 16),
