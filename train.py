@@ -217,7 +217,7 @@ def main(config):
     dtype = c.dtype if c.dtype != "auto" else "bfloat16" if has_fast_bfloat16(device) else "float32"
     autocast = (torch.autocast(device_type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext())
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is left on CUDA
-    if device_type == "cpu":  # at these lengths plain attention is up to 3 times as fast in bfloat16 as the flash kernel
+    if device_type == "cpu":  # on short rows the flash kernel's backward pass is slow in bfloat16, plain attention is not
         torch.backends.cuda.enable_flash_sdp(c.block_size > 512)
 
     # ---------------------------------------------------------------------------------------------------- data
@@ -270,8 +270,13 @@ def main(config):
         for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):  # as configured, should it differ
             group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
         step, cursor, seconds, best_val = saved["step"], saved["cursor"], saved["seconds"], saved["best_val"]
-        if changed:  # another bag size or batch cuts the corpus into other runs: begin a new one
-            cursor = -(-cursor // (n_rows * stream.run)) * n_rows * stream.run
+        recut = any(saved["config"][key] != getattr(c, key) for key in ("block_size", "bag_size", "total_batch", "seed"))
+        if recut or step < superposition_steps or cursor < saved["switch"]:  # whole runs up to the switch, wherever it is now
+            unit = n_rows * stream.run
+            cursor = -(-cursor // unit) * unit
+            stream.switch = cursor + max(0, superposition_steps - step) * unit
+        else:
+            stream.switch = saved["switch"]
         torch.set_rng_state(saved["rng"])
         if master and os.path.exists(log_path):  # rows after the checkpoint will be written again
             with open(log_path) as f:
@@ -333,7 +338,7 @@ def main(config):
     def warm_up(run):
         """Run every graph once before the clock starts: one per phase, one for evaluation."""
         for bag_size in dict.fromkeys((bag_size_at(step, c.bag_size, superposition_steps), 1)):
-            objective, *_ = forward(run, stream.read(cursor, bag_size)[:c.batch_size].to(device), bag_size)
+            objective, *_ = forward(run, stream.read(0, bag_size)[:c.batch_size].to(device), bag_size)  # any text will do
             objective.backward()
             optimizer.zero_grad()
         evaluate(run, val_mine[:1])
@@ -396,7 +401,7 @@ def main(config):
             signal.signal(number, lambda n, frame: stop_signals.append(signal.Signals(n).name))
 
     def save(name):
-        state = {"model": raw_model.state_dict(), "step": step, "cursor": cursor,
+        state = {"model": raw_model.state_dict(), "step": step, "cursor": cursor, "switch": stream.switch,
                  "seconds": seconds, "best_val": best_val, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c),
                  "meta": meta, "data": folder, "versions": versions}
         if name == "last.pt":  # best.pt is never resumed, and moments are twice the size of the weights

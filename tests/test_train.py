@@ -5,6 +5,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -230,6 +231,24 @@ def test_allowed_changes_take_effect(run, tiny):
     assert rows[10]["step"] == 11 and rows[10]["lr"] == 0.002
     groups = load(tiny().out_dir)["optimizer"]["param_groups"]
     assert [(g["weight_decay"], tuple(g["betas"])) for g in groups] == [(0.3, (0.9, 0.99)), (0.0, (0.9, 0.99))]
+
+
+@pytest.mark.parametrize("before, after", [
+    (dict(bag_size=1), dict(bag_size=3, superposition_ratio=0.8)), (dict(bag_size=1), dict(bag_size=4, superposition_ratio=0.2)),
+    (dict(), dict(superposition_ratio=0.8)), (dict(), dict(max_steps=20)), (dict(superposition_ratio=1.0), dict(bag_size=2)),
+    (dict(), dict(total_batch=256))])
+def test_another_switch_on_resume_reads_on(run, tmp_path, monkeypatch, before, after):
+    """Changed in either phase, and then resumed once more without a change, bit for bit."""
+    run(**before)
+    changed = {**before, "max_steps": 20, **after}
+    one, two = str(tmp_path / "run"), tmp_path / "two"
+    shutil.copytree(one, two)
+    rows = run(resume=True, allow_changes=True, **changed)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        ask_to_stop(patch, 17)
+        run(out_dir=str(two), resume=True, allow_changes=True, **changed)
+    assert column(run(out_dir=str(two), resume=True, **changed), *LEARNED) == column(rows, *LEARNED)
+    assert len(rows) == 20 and rows[-1]["data_tokens"] > rows[9]["data_tokens"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
