@@ -49,10 +49,11 @@ class Config:
     profile: str = ""  # write a trace of three steps to this file, for chrome://tracing or Perfetto
     json: str = ""  # write all figures to this file
     nanogpt: str = ""  # folder of a clone of karpathy/nanoGPT
+    ranks: int = 0  # processes of our train.py in part nanogpt; 0: as `make curves`, 2 on a CPU, 1 on CUDA
 
 
 SHAPES = {  # GPTConfig, and rows of a micro-batch on a CPU and on a GPU
-    "curves": (dict(vocab_size=256, block_size=128, n_layer=2, n_head=1, n_embd=64), 64, 512),
+    "curves": (dict(vocab_size=256, block_size=128, n_layer=2, n_head=1, n_embd=64, qk_norm=True), 64, 512),
     "wide": (dict(vocab_size=256, block_size=256, n_layer=4, n_head=4, n_embd=256), 16, 256),
     "124m": (dict(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768, ff_dim=2048), 1, 64),
     "270m": (dict(vocab_size=128256, block_size=2048, n_layer=30, n_head=9, n_embd=576, ff_dim=1536), 1, 16),
@@ -191,8 +192,6 @@ def make_step(b, shape, rows, seed=0):
         model = GPT(GPTConfig(**shape))
     run = torch.compile(model, dynamic=False, fullgraph=True) if b.compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    if not b.cuda:
-        torch.backends.cuda.enable_flash_sdp(shape["block_size"] > 512)  # as train.py
 
     def step(bag_size):
         tokens = torch.randint(0, shape["vocab_size"], (rows, (shape["block_size"] + 1) * bag_size), dtype=torch.int32,
@@ -284,7 +283,7 @@ def nanogpt(b):
     rows = b.c.rows or (cuda_rows if b.cuda else cpu_rows)
     layers, heads, width, context = (shape[k] for k in ("n_layer", "n_head", "n_embd", "block_size"))
     common = [f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}", f"--block_size={context}",
-              f"--batch_size={rows}", f"--device={b.device}"]
+              f"--device={b.device}"]
     mode = ["--compile=True"] if b.cuda else ["--compile=False"]  # as its README says for a CPU
     times = {"nanoGPT": [], "nanoTST": []}
     with tempfile.TemporaryDirectory() as folder:  # one corpus that both can read: uint16, with the shape's vocabulary
@@ -296,11 +295,13 @@ def nanogpt(b):
         with open(os.path.join(folder, "meta.pkl"), "wb") as f:
             pickle.dump({"vocab_size": shape["vocab_size"]}, f)
         theirs = [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}/out", "--dropout=0.0",
-                  "--gradient_accumulation_steps=1", "--eval_iters=1", "--eval_interval=100000", "--log_interval=1",
+                  f"--batch_size={rows}", "--gradient_accumulation_steps=1", "--eval_iters=1", "--eval_interval=100000", "--log_interval=1",
                   "--max_iters=40", *common, *mode]
-        ours = [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}/ours", "--overwrite",
-                "--bag_size=1", "--eval_interval=100000", "--eval_positions=1", "--log_interval=1", "--max_steps=40",
-                f"--total_batch={rows * context}", f"--dtype={b.c.dtype}", f"--compile={b.c.compile}", *common]
+        ranks = b.c.ranks or (1 if b.cuda else 2)
+        ours = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train.py",
+                f"--dataset={folder}", f"--out_dir={folder}/ours", "--overwrite", "--bag_size=1", "--eval_interval=100000",
+                "--eval_positions=1", "--log_interval=1", "--max_steps=40", f"--total_batch={rows * context}",
+                f"--qk_norm={shape.get('qk_norm', False)}", f"--dtype={b.c.dtype}", f"--compile={b.c.compile}", *common]
         for _ in range(3):
             for label, command, cwd, pattern in (("nanoGPT", theirs, b.c.nanogpt, r"^iter (\d+):.*time ([\d.]+)ms"),
                                                  ("nanoTST", ours, here, r"^step +(\d+)/.*\| ([\d.]+) ms \|")):

@@ -90,6 +90,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(x.dtype)  # CUDA's autocast gives float32
 
 
+def attention(q, k, v):
+    """Causal attention: q (B, H, L, D), k and v (B, K, L, D), query head h with key/value head h * K // H -> (B, H, L, D)."""
+    if q.device.type != "cpu" or q.size(2) > 512:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    # On a CPU and short rows both of PyTorch's kernels are slower than the formula: one has a slow backward pass in
+    # bfloat16, the other keeps copies in float32.
+    if q.size(1) != k.size(1):
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    z = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, L, L)
+    future = torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device).triu(1)
+    p = z.masked_fill(future, -torch.inf).softmax(-1, dtype=torch.promote_types(z.dtype, torch.float32))
+    return p.to(v.dtype) @ v
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
@@ -107,8 +121,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split(self.heads, dim=2)  # (B, L, H, D), (B, L, K, D) twice
         q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # (B, H, L, D)
         k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # (B, K, L, D)
-        y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True,
-                                           enable_gqa=self.heads[0] != self.heads[1])  # (B, H, L, D)
+        y = attention(q, k, v.transpose(1, 2))  # (B, H, L, D)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, L, C)
 
 
@@ -150,7 +163,7 @@ class MoE(nn.Module):
     Router in float32 (TF32 on CUDA): softmax over all experts, top k, their weights renormalised to 1. No expert has a capacity
     and no position is dropped. Positions are sorted by expert, so that two grouped matrix products over the
     stacked weights do all experts at once: one graph whatever the routing, and an expert nobody chose has a zero
-    gradient rather than none, which is what DDP needs.
+    gradient rather than none, which is what DDP needs. On a CPU each expert's rows are filled up to a multiple of 64.
 
     forward returns (y (B, L, C), statistics), the statistics being float32 tensors:
         balance_loss  E * sum_e f_e P_e, f_e the share of positions that chose expert e (they sum to k), P_e its
@@ -174,7 +187,7 @@ class MoE(nn.Module):
         B, L, C = x.shape
         device, k, E = x.device.type, self.top_k, self.gate_up.size(0)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x = x.flatten(0, 1).to(dtype)  # (N, C)
+        x, N = x.flatten(0, 1).to(dtype), B * L  # (N, C)
         with torch.autocast(device, enabled=False):
             logits = F.linear(x.float(), self.router.weight.float())  # (N, E)
         probs = logits.softmax(-1)
@@ -186,14 +199,23 @@ class MoE(nn.Module):
         weights = (weights / weights.sum(-1, keepdim=True)).to(dtype)
 
         chosen, order = experts.flatten().sort(stable=True)  # (N*k,) the (position, choice) pairs, by expert
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.size(0), device=x.device))
-        ends = torch.searchsorted(chosen, torch.arange(E, device=x.device), right=True, out_int32=True)  # (E,) of its rows
-        load = ends.diff(prepend=ends.new_zeros(1)).float()  # (E,)
-        rows = Take.apply(x, order, inverse, k)  # (N*k, C)
-        gate, up = grouped_mm(rows, self.gate_up.to(dtype), offs=ends).chunk(2, dim=-1)  # (N*k, F) each
-        rows = grouped_mm(F.silu(gate) * up, self.down.to(dtype), offs=ends)  # (N*k, C)
-        y = Take.apply(rows, inverse, order, 1).unflatten(0, (-1, k))  # (N, k, C)
-        y = (y * weights[..., None]).sum(1).view(B, L, C)
+        ends = torch.searchsorted(chosen, torch.arange(E, device=x.device), right=True, out_int32=True)  # (E,) of its pairs
+        load = ends.diff(prepend=ends.new_zeros(1))  # (E,)
+        multiple = 64 if device == "cpu" else 1  # a CPU prepares a product anew for each number of rows: have few of them
+        room = -(-load // multiple) * multiple  # (E,) rows of each expert, some of them empty
+        offsets = room.cumsum(0, dtype=torch.int32)  # (E,) ends of its rows
+        row = torch.arange(N * k, device=x.device) + ((offsets - room) - (ends - load))[chosen]  # (N*k,) of each pair in order
+        M = N * k + E * (multiple - 1)  # room for all, whatever the routing
+        row_of = torch.empty_like(order).scatter_(0, order, row)  # (N*k,) where each pair is
+        pair_of = torch.zeros(M, dtype=order.dtype, device=x.device).scatter_(0, row, order)  # (M,) what is where
+        filled = torch.zeros(M, 1, dtype=dtype, device=x.device).index_fill_(0, row, 1)  # an empty row gets no gradient
+
+        rows = Take.apply(x, pair_of, row_of, k)  # (M, C)
+        gate, up = grouped_mm(rows, self.gate_up.to(dtype), offs=offsets).chunk(2, dim=-1)  # (M, F) each
+        rows = grouped_mm(F.silu(gate) * up, self.down.to(dtype), offs=offsets)  # (M, C)
+        rows = rows * (Take.apply(weights.view(-1, 1), pair_of, row_of, 1) * filled)
+        y = Take.apply(rows, row_of, pair_of, 1).view(B, L, k, C).sum(2)  # (B, L, C)
+        load = load.float()
 
         return y, {
             "balance_loss": E * (load / (B * L) * probs.mean(0)).sum(),

@@ -8,6 +8,7 @@ in the three lines marked TST below.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import math
@@ -78,7 +79,7 @@ class Config:
     # Batch and schedule
     block_size: int = 128  # L, positions in a row
     total_batch: int = 8192  # positions per optimizer step over all ranks; a bag is one position
-    batch_size: int = 64  # rows per micro-batch on one device; accumulation follows from the two above
+    batch_size: int = 0  # rows per micro-batch of a rank; accumulation follows from the two above; 0: all rows at once
     max_steps: int = 2000
     learning_rate: float = 8e-3
     schedule: str = "wsd"  # warmup, constant, linear decay; or cosine
@@ -101,7 +102,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # of matrix products: auto, bfloat16, float32; weights are float32
     compile: str = "auto"  # auto, on, off; auto is on for cuda
-    threads: int = 0  # CPU threads; 0: PyTorch's choice
+    threads: int = 0  # CPU threads of a rank; 0: PyTorch's choice, or a rank's share of the cores
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
@@ -115,8 +116,8 @@ FREE_ON_RESUME = {"out_dir", "resume", "allow_changes", "overwrite", "init_from"
 def check(config, world_size):
     """Stop with a one-line message for a combination that cannot work. Nothing has been built yet."""
     c = config
-    for key in ("bag_size", "n_layer", "n_head", "n_embd", "block_size", "total_batch", "batch_size", "max_steps",
-                "eval_interval", "eval_positions", "log_interval"):
+    for key in ("bag_size", "n_layer", "n_head", "n_embd", "block_size", "total_batch", "max_steps", "eval_interval",
+                "eval_positions", "log_interval"):
         if getattr(c, key) < 1:
             fail(f"{key} must be at least 1, got {getattr(c, key)}")
     for key in ("superposition_ratio", "decay_ratio", "min_lr_ratio"):
@@ -126,8 +127,8 @@ def check(config, world_size):
                          ("dtype", ("auto", "bfloat16", "float32")), ("compile", ("auto", "on", "off"))):
         if getattr(c, key) not in choices:
             fail(f"{key} must be one of {', '.join(choices)}, got {getattr(c, key)!r}")
-    for key in ("n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps", "weight_decay", "grad_clip",
-                "save_interval", "threads"):
+    for key in ("batch_size", "n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps", "weight_decay",
+                "grad_clip", "save_interval", "threads"):
         if not getattr(c, key) >= 0:
             fail(f"{key} must not be negative, got {getattr(c, key)}")
     for key in ("beta1", "beta2"):
@@ -141,9 +142,10 @@ def check(config, world_size):
         fail(f"learning_rate must be positive, got {c.learning_rate}")
     if c.n_embd % c.n_head and not c.head_dim:
         fail(f"n_embd {c.n_embd} must be a multiple of n_head {c.n_head} unless head_dim is given")
-    if c.total_batch % (c.batch_size * c.block_size * world_size):
-        fail(f"total_batch {c.total_batch} positions must be a multiple of batch_size {c.batch_size} x block_size "
-             f"{c.block_size} x {world_size} ranks = {c.batch_size * c.block_size * world_size}")
+    batch_size = c.batch_size or 1
+    if c.total_batch % (batch_size * c.block_size * world_size):
+        fail(f"total_batch {c.total_batch} positions must be a multiple of batch_size {batch_size} x block_size "
+             f"{c.block_size} x {world_size} ranks = {batch_size * c.block_size * world_size}")
 
 
 def learning_rate_at(step, c):
@@ -192,13 +194,23 @@ def has_fast_bfloat16(device):
     return False
 
 
+def keep_freed_memory():
+    """Have glibc keep what is freed for the next step. By default large tensors go back to the system, and a step on a CPU
+    spends a fifth of its time on faulting their pages in again."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and never shrink it
+
+
 def main(config):
     # ------------------------------------------------------------------------------------------------- machine
     c = config
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, master = int(os.environ.get("LOCAL_RANK", 0)), rank == 0
-    distributed = "RANK" in os.environ  # started by torchrun
+    distributed, local_world_size = "RANK" in os.environ, int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # by torchrun
     check(c, world_size)
+    c.batch_size = c.batch_size or c.total_batch // (c.block_size * world_size)
     say = print if master else lambda *args, **kwargs: None
 
     device = c.device
@@ -212,13 +224,13 @@ def main(config):
     device_type = device.split(":")[0]
     if distributed:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    if c.threads:
-        torch.set_num_threads(c.threads)
+    if device_type == "cpu":
+        if c.threads or local_world_size > 1:  # torchrun would give each rank a single one
+            torch.set_num_threads(c.threads or max(1, os.cpu_count() // local_world_size))
+        keep_freed_memory()
     dtype = c.dtype if c.dtype != "auto" else "bfloat16" if has_fast_bfloat16(device) else "float32"
     autocast = (torch.autocast(device_type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext())
     torch.set_float32_matmul_precision("high")  # TF32 where float32 is left on CUDA
-    if device_type == "cpu":  # on short rows the flash kernel's backward pass is slow in bfloat16, plain attention is not
-        torch.backends.cuda.enable_flash_sdp(c.block_size > 512)
 
     # ---------------------------------------------------------------------------------------------------- data
     folder = c.dataset if os.path.isdir(c.dataset) else os.path.join(os.path.dirname(__file__) or ".", "data", c.dataset)

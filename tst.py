@@ -59,9 +59,32 @@ def embed_bags(bags, weight):
         return F.embedding(bags.squeeze(-1), weight).to(dtype)  # (B, L, C)
     if device == "cpu" and weight.dtype == torch.float32:
         # Never holds (B, L, s, C), in eager mode either, where nothing would fuse the two lines below.
-        return F.embedding_bag(bags.flatten(0, -2), weight, mode="mean").view(*bags.shape[:-1], -1).to(dtype)
+        lookup = _EmbedBagsOfSmallVocabulary.apply if weight.size(0) <= 1024 else _embedding_bag
+        return lookup(bags.flatten(0, -2), weight, dtype).view(*bags.shape[:-1], -1)  # (B, L, C)
     x = F.embedding(bags, weight)  # (B, L, s, C); torch.compile fuses look-up, mean and cast into one kernel
     return x.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)  # (B, L, C)
+
+
+def _embedding_bag(bags, weight, dtype):
+    return F.embedding_bag(bags, weight, mode="mean").to(dtype)  # (N, s), (V, C) -> (N, C)
+
+
+class _EmbedBagsOfSmallVocabulary(torch.autograd.Function):
+    """_embedding_bag with a backward pass that is one matrix product, with the (N, V) counts of tokens in bags. For few
+    words it is faster on a CPU than adding N*s rows one by one, and its time does not grow with s."""
+
+    @staticmethod
+    def forward(ctx, bags, weight, dtype):
+        ctx.save_for_backward(bags)
+        ctx.vocab_size, ctx.dtype = weight.size(0), weight.dtype
+        return _embedding_bag(bags, weight, dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        bags, = ctx.saved_tensors
+        one = torch.ones((), dtype=grad.dtype, device=grad.device)
+        counts = grad.new_zeros(bags.size(0), ctx.vocab_size).scatter_add_(1, bags.long(), one.expand(bags.shape))  # (N, V)
+        return None, (counts.T @ (grad / bags.size(1))).to(ctx.dtype), None  # (V, C)
 
 
 def bag_weights(kind, bag_size, c0=3.63, a=1.35, k=-1.25):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
-from model import GPT, MLP, GPTConfig, MoE, RMSNorm, rotary, rotate
+from model import GPT, MLP, GPTConfig, MoE, RMSNorm, attention, rotary, rotate
 
 SHAPE = dict(vocab_size=50, block_size=12, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ff_dim=48)
 DENSE, EXPERTS = {}, dict(n_expert=4, top_k=2, qk_norm=True)
@@ -117,6 +117,22 @@ def test_rotary_positions_are_a_rotation_in_the_complex_plane():
             turned = turned * complex(math.cos(position * 10000 ** (-i / 4)), math.sin(position * 10000 ** (-i / 4)))
             assert_close(got[:, position, :, i].double(), turned.real, rtol=1e-5, atol=1e-5)
             assert_close(got[:, position, :, i + 4].double(), turned.imag, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("L", [1, 5, 520])  # short rows and long ones have their own code on a CPU
+@pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (3, 1)])
+def test_attention_equals_a_loop_over_heads_and_positions_in_value_and_gradient(L, H, K):
+    q, k, v = (torch.randn(2, heads, L, 8, requires_grad=True) for heads in (H, K, K))
+    exact_q, exact_k, exact_v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    exact = torch.stack([torch.stack([
+        (exact_k[:, h * K // H, :i + 1] @ exact_q[:, h, i, :, None] / math.sqrt(8)).softmax(1).mT @ exact_v[:, h * K // H, :i + 1]
+        for i in range(L)], dim=1) for h in range(H)], dim=1).squeeze(3)  # (B, H, L, D)
+    out, upstream = attention(q, k, v), torch.randn(2, H, L, 8)
+    assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    out.backward(upstream)
+    exact.backward(upstream.double())
+    for x, y in ((q, exact_q), (k, exact_k), (v, exact_v)):
+        assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_grouped_query_attention_is_attention_with_repeated_key_value_heads():
