@@ -10,6 +10,7 @@ process on Linux.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import pickle
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from configurator import fail, parse
 from dataloader import TokenStream, load_meta, load_tokens
 from model import GPT, GPTConfig
-from train import PEAK_FLOPS, has_fast_bfloat16
+from train import PEAK_FLOPS, has_fast_bfloat16, keep_freed_memory
 from tst import bags_and_labels, linear_multi_hot_cross_entropy, multi_hot_cross_entropy
 
 PARTS = ("roofline", "loss", "step", "moe", "loader", "nanogpt")
@@ -53,7 +54,7 @@ class Config:
 
 
 SHAPES = {  # GPTConfig, and rows of a micro-batch on a CPU and on a GPU
-    "curves": (dict(vocab_size=256, block_size=128, n_layer=2, n_head=1, n_embd=64, qk_norm=True), 64, 512),
+    "curves": (dict(vocab_size=256, block_size=128, n_layer=2, n_head=1, n_embd=64), 64, 512),
     "wide": (dict(vocab_size=256, block_size=256, n_layer=4, n_head=4, n_embd=256), 16, 256),
     "124m": (dict(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768, ff_dim=2048), 1, 64),
     "270m": (dict(vocab_size=128256, block_size=2048, n_layer=30, n_head=9, n_embd=576, ff_dim=1536), 1, 16),
@@ -73,6 +74,8 @@ class Bench:
         self.compiled = c.compile == "on" or c.compile == "auto" and self.cuda
         if c.threads:
             torch.set_num_threads(c.threads)
+        if not self.cuda:
+            keep_freed_memory()  # as train.py
         name = torch.cuda.get_device_name() if self.cuda else f"{torch.get_num_threads()} CPU threads"
         self.peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
         self.figures = {"device": name, "torch": torch.__version__, "dtype": str(self.dtype), "compiled": self.compiled,
@@ -102,7 +105,8 @@ class Bench:
         return {name: statistics.median(ts) for name, ts in times.items()}
 
     def extra_memory(self, run):
-        """Peak bytes that `run` needs above what is held before it, None where this cannot be told."""
+        """Peak bytes that `run` needs above what is held before it, None where this cannot be told. On a CPU it is memory
+        of the process, holes between the tensors included."""
         self.wait()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -111,12 +115,13 @@ class Bench:
             self.wait()
             return torch.cuda.max_memory_allocated() - before
         try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed must count anew
             with open("/proc/self/clear_refs", "w") as f:
                 f.write("5")  # resets the peak, VmHWM
             before = process_memory("VmRSS")
             run()
             return process_memory("VmHWM") - before
-        except OSError:
+        except (OSError, AttributeError):
             return None
 
     def table(self, title, rows):
@@ -297,11 +302,11 @@ def nanogpt(b):
         theirs = [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}/out", "--dropout=0.0",
                   f"--batch_size={rows}", "--gradient_accumulation_steps=1", "--eval_iters=1", "--eval_interval=100000", "--log_interval=1",
                   "--max_iters=40", *common, *mode]
-        ranks = b.c.ranks or (1 if b.cuda else 2)
+        ranks = b.c.ranks or (1 if b.cuda or rows % 2 else 2)
         ours = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train.py",
                 f"--dataset={folder}", f"--out_dir={folder}/ours", "--overwrite", "--bag_size=1", "--eval_interval=100000",
                 "--eval_positions=1", "--log_interval=1", "--max_steps=40", f"--total_batch={rows * context}",
-                f"--qk_norm={shape.get('qk_norm', False)}", f"--dtype={b.c.dtype}", f"--compile={b.c.compile}", *common]
+                f"--dtype={b.c.dtype}", f"--compile={b.c.compile}", *common]
         for _ in range(3):
             for label, command, cwd, pattern in (("nanoGPT", theirs, b.c.nanogpt, r"^iter (\d+):.*time ([\d.]+)ms"),
                                                  ("nanoTST", ours, here, r"^step +(\d+)/.*\| ([\d.]+) ms \|")):
@@ -312,7 +317,7 @@ def nanogpt(b):
                 times[label].append(statistics.median(found))
     ms = {label: statistics.median(ts) for label, ts in times.items()}
     b.table(f"against nanoGPT's train.py, {name}: {layers} layers, width {width}, context {context}, {rows} rows", [
-        {"trainer": label, "ms a step": ms[label], "tokens/s": round(rows * context / ms[label] * 1e3),
+        {"trainer": label, "processes": ranks if label == "nanoTST" else 1, "ms a step": ms[label], "tokens/s": round(rows * context / ms[label] * 1e3),
          "tokens/s / nanoGPT": ms["nanoGPT"] / ms[label], "runs": " ".join(f"{t:.0f}" for t in times[label])} for label in ms])
 
 

@@ -94,8 +94,8 @@ def attention(q, k, v):
     """Causal attention: q (B, H, L, D), k and v (B, K, L, D), query head h with key/value head h * K // H -> (B, H, L, D)."""
     if q.device.type != "cpu" or q.size(2) > 512:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-    # On a CPU and short rows both of PyTorch's kernels are slower than the formula: one has a slow backward pass in
-    # bfloat16, the other keeps copies in float32.
+    # On a CPU and short rows training is faster with the formula than with PyTorch's kernels: one has a slow backward
+    # pass, the other copies to float32.
     if q.size(1) != k.size(1):
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     z = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, L, L)
@@ -205,7 +205,7 @@ class MoE(nn.Module):
         room = -(-load // multiple) * multiple  # (E,) rows of each expert, some of them empty
         offsets = room.cumsum(0, dtype=torch.int32)  # (E,) ends of its rows
         row = torch.arange(N * k, device=x.device) + ((offsets - room) - (ends - load))[chosen]  # (N*k,) of each pair in order
-        M = N * k + E * (multiple - 1)  # room for all, whatever the routing
+        M = N * k + min(E, N * k) * (multiple - 1)  # room for all, whatever the routing
         row_of = torch.empty_like(order).scatter_(0, order, row)  # (N*k,) where each pair is
         pair_of = torch.zeros(M, dtype=order.dtype, device=x.device).scatter_(0, row, order)  # (M,) what is where
         filled = torch.zeros(M, 1, dtype=dtype, device=x.device).index_fill_(0, row, 1)  # an empty row gets no gradient

@@ -200,7 +200,7 @@ def keep_freed_memory():
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and never shrink it
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never shrink it
 
 
 def main(config):
@@ -208,7 +208,7 @@ def main(config):
     c = config
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, master = int(os.environ.get("LOCAL_RANK", 0)), rank == 0
-    distributed, local_world_size = "RANK" in os.environ, int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # by torchrun
+    distributed = "RANK" in os.environ  # started by torchrun
     check(c, world_size)
     c.batch_size = c.batch_size or c.total_batch // (c.block_size * world_size)
     say = print if master else lambda *args, **kwargs: None
@@ -224,9 +224,10 @@ def main(config):
     device_type = device.split(":")[0]
     if distributed:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    if c.threads or distributed and device_type == "cpu":  # torchrun's own choice is a single thread
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(c.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if device_type == "cpu":
-        if c.threads or local_world_size > 1:  # torchrun would give each rank a single one
-            torch.set_num_threads(c.threads or max(1, os.cpu_count() // local_world_size))
         keep_freed_memory()
     dtype = c.dtype if c.dtype != "auto" else "bfloat16" if has_fast_bfloat16(device) else "float32"
     autocast = (torch.autocast(device_type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext())
@@ -506,6 +507,6 @@ if __name__ == "__main__":
     try:
         main(parse(Config, sys.argv[1:]))
     except torch.OutOfMemoryError:
-        fail("out of GPU memory; lower batch_size (the total batch stays the same), or --checkpoint_activations")
+        fail("out of GPU memory; give a smaller --batch_size (the total batch stays the same), or --checkpoint_activations")
     except OSError as e:
         fail(e)

@@ -277,6 +277,7 @@ def test_eight_micro_steps_equal_one(run, tmp_path, kind):
     """Trap 12."""
     once = run(batch_size=8, balance_coef=0.0, out_dir=str(tmp_path / "1x8"), **kind)
     assert_same_training(run(batch_size=1, balance_coef=0.0, out_dir=str(tmp_path / "8x1"), **kind), once)
+    assert_same_training(run(batch_size=0, balance_coef=0.0, out_dir=str(tmp_path / "all"), **kind), once)
 
 
 TWO_RANKS = dict(balance_coef=0.0, batch_size=2, eval_positions=176)  # 2 micro-steps; 11 validation rows do not halve
