@@ -5,21 +5,18 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# On a CPU two processes with half the cores each, which beats one process with all of them; on a GPU one.
-RANKS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 2)
-TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) train.py
 
 .PHONY: curves moe bench test clean
 
 # Both sides at their own best learning rate, which is the same one (README, "The sweep").
 curves: .venv/ready data/python_source/meta.json
-	$(TRAIN) config/curves.py --out_dir=out/baseline --overwrite --bag_size=1
-	$(TRAIN) config/curves.py --out_dir=out/tst --overwrite
+	$(BIN)/python train.py config/curves.py --out_dir=out/baseline --overwrite --bag_size=1
+	$(BIN)/python train.py config/curves.py --out_dir=out/tst --overwrite
 	$(BIN)/python plot.py out/baseline out/tst --out=curves.png
 
 moe: .venv/ready data/python_source/meta.json
-	$(TRAIN) config/curves_moe.py --out_dir=out/moe_baseline --overwrite --bag_size=1
-	$(TRAIN) config/curves_moe.py --out_dir=out/moe_tst --overwrite
+	$(BIN)/python train.py config/curves_moe.py --out_dir=out/moe_baseline --overwrite --bag_size=1
+	$(BIN)/python train.py config/curves_moe.py --out_dir=out/moe_tst --overwrite
 	$(BIN)/python plot.py out/moe_baseline out/moe_tst --out=curves_moe.png
 
 bench: .venv/ready

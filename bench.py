@@ -50,7 +50,6 @@ class Config:
     profile: str = ""  # write a trace of three steps to this file, for chrome://tracing or Perfetto
     json: str = ""  # write all figures to this file
     nanogpt: str = ""  # folder of a clone of karpathy/nanoGPT
-    ranks: int = 0  # processes of our train.py in part nanogpt; 0: as `make curves`, 2 on a CPU, 1 on CUDA
 
 
 SHAPES = {  # GPTConfig, and rows of a micro-batch on a CPU and on a GPU
@@ -302,11 +301,9 @@ def nanogpt(b):
         theirs = [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}/out", "--dropout=0.0",
                   f"--batch_size={rows}", "--gradient_accumulation_steps=1", "--eval_iters=1", "--eval_interval=100000", "--log_interval=1",
                   "--max_iters=40", *common, *mode]
-        ranks = b.c.ranks or (1 if b.cuda or rows % 2 else 2)
-        ours = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train.py",
-                f"--dataset={folder}", f"--out_dir={folder}/ours", "--overwrite", "--bag_size=1", "--eval_interval=100000",
-                "--eval_positions=1", "--log_interval=1", "--max_steps=40", f"--total_batch={rows * context}",
-                f"--dtype={b.c.dtype}", f"--compile={b.c.compile}", *common]
+        ours = [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}/ours", "--overwrite", "--bag_size=1",
+                "--eval_interval=100000", "--eval_positions=1", "--log_interval=1", "--max_steps=40",
+                f"--total_batch={rows * context}", f"--dtype={b.c.dtype}", f"--compile={b.c.compile}", *common]
         for _ in range(3):
             for label, command, cwd, pattern in (("nanoGPT", theirs, b.c.nanogpt, r"^iter (\d+):.*time ([\d.]+)ms"),
                                                  ("nanoTST", ours, here, r"^step +(\d+)/.*\| ([\d.]+) ms \|")):
@@ -317,7 +314,7 @@ def nanogpt(b):
                 times[label].append(statistics.median(found))
     ms = {label: statistics.median(ts) for label, ts in times.items()}
     b.table(f"against nanoGPT's train.py, {name}: {layers} layers, width {width}, context {context}, {rows} rows", [
-        {"trainer": label, "processes": ranks if label == "nanoTST" else 1, "ms a step": ms[label], "tokens/s": round(rows * context / ms[label] * 1e3),
+        {"trainer": label, "ms a step": ms[label], "tokens/s": round(rows * context / ms[label] * 1e3),
          "tokens/s / nanoGPT": ms["nanoGPT"] / ms[label], "runs": " ".join(f"{t:.0f}" for t in times[label])} for label in ms])
 
 

@@ -147,12 +147,12 @@ def linear_multi_hot_cross_entropy(hidden, weight, labels, weights=None, ignore_
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    labels = labels.flatten(0, -2).long()  # (N, s)
+    labels = labels.flatten(0, -2).T.long().contiguous()  # (s, N): N is the side along which compiled loops are vectors
     if weights is None:  # made on the device: a copy from the host would be waited for in each step
-        weights = torch.full((labels.size(-1),), 1 / labels.size(-1), device=labels.device)
-    valid = labels != ignore_index  # (N, s)
+        weights = torch.full((labels.size(0),), 1 / labels.size(0), device=labels.device)
+    valid = labels != ignore_index  # (s, N)
     weights = weights.to(torch.promote_types(dtype, torch.float32))
-    coef = valid * (weights / valid.sum(0).clamp(min=1))  # (N, s): how much each label counts in the loss
+    coef = valid * (weights / valid.sum(1).clamp(min=1))[:, None]  # (s, N): how much each label counts in the loss
     if chunk_rows is None:  # the fastest measured on a CPU are those of some hundred rows; a GPU wants to be filled
         chunk_rows = max(64, (2**29 if device == "cuda" else 2**25) // weight.size(0))
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -166,8 +166,9 @@ class _LinearMCE(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, coef, dtype, vocab_size, chunk_rows, with_grad):
         w = weight.to(dtype)  # (V, C)
         wide = coef.dtype  # float32, or float64
-        total = coef.sum(-1, keepdim=True)  # (N, 1), 1/N where every label is valid
-        share = coef / total.clamp(min=torch.finfo(wide).tiny)  # (N, s), a position's own label distribution
+        total = coef.sum(0)  # (N,), 1/N where every label is valid
+        share = coef / total.clamp(min=torch.finfo(wide).tiny)  # (s, N), a position's own label distribution
+        total = total[:, None]  # (N, 1)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_h, grad_w = [], None
         for a in range(0, hidden.size(0), chunk_rows):
@@ -178,12 +179,12 @@ class _LinearMCE(torch.autograd.Function):
                 z[:, vocab_size:] = -torch.inf
             log_p = F.log_softmax(z, -1, dtype=wide)  # (n, V)
             del z
-            loss = loss - (coef[rows] * log_p.gather(-1, labels[rows])).sum()
+            loss = loss - (coef[:, rows] * log_p.T.gather(0, labels[:, rows])).sum()
             if not with_grad:
                 continue
             # d loss / d z = total * (softmax - label distribution). The factor `total` goes to the narrow
             # side of each product, (n, C), which saves a pass over (n, V).
-            dz = log_p.exp_().scatter_add_(-1, labels[rows], -share[rows]).to(dtype)  # (n, V)
+            dz = log_p.exp_().T.scatter_add_(0, labels[:, rows], -share[:, rows]).T.to(dtype)  # (n, V)
             del log_p
             grad_h.append((dz @ w) * total[rows].to(dtype))  # (n, C)
             scaled = h * total[rows].to(dtype)
