@@ -226,7 +226,7 @@ def main(config):
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     if c.threads or distributed and device_type == "cpu":  # torchrun's own choice is a single thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(c.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(c.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
     if device_type == "cpu":
         keep_freed_memory()
     dtype = c.dtype if c.dtype != "auto" else "bfloat16" if has_fast_bfloat16(device) else "float32"
