@@ -299,8 +299,8 @@ def nanogpt(b):
         with open(os.path.join(folder, "meta.pkl"), "wb") as f:
             pickle.dump({"vocab_size": shape["vocab_size"]}, f)
         theirs = [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}/out", "--dropout=0.0",
-                  f"--batch_size={rows}", "--gradient_accumulation_steps=1", "--eval_iters=1", "--eval_interval=100000", "--log_interval=1",
-                  "--max_iters=40", *common, *mode]
+                  f"--batch_size={rows}", "--gradient_accumulation_steps=1", "--eval_iters=1", "--eval_interval=100000",
+                  "--log_interval=1", "--max_iters=40", *common, *mode]
         ours = [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}/ours", "--overwrite", "--bag_size=1",
                 "--eval_interval=100000", "--eval_positions=1", "--log_interval=1", "--max_steps=40",
                 f"--total_batch={rows * context}", f"--dtype={b.c.dtype}", f"--compile={b.c.compile}", *common]

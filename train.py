@@ -196,7 +196,7 @@ def has_fast_bfloat16(device):
 
 def keep_freed_memory():
     """Have glibc keep what is freed for the next step. By default large tensors go back to the system, and a step on a CPU
-    spends a fifth of its time on faulting their pages in again."""
+    spends much of its time on faulting their pages in again."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
