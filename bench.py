@@ -53,7 +53,7 @@ class Config:
 
 
 SHAPES = {  # GPTConfig, and rows of a micro-batch on a CPU and on a GPU
-    "curves": (dict(vocab_size=256, block_size=128, n_layer=2, n_head=1, n_embd=64), 64, 512),
+    "curves": (dict(vocab_size=256, block_size=128, n_layer=2, n_head=1, n_embd=64), 128, 512),
     "wide": (dict(vocab_size=256, block_size=256, n_layer=4, n_head=4, n_embd=256), 16, 256),
     "124m": (dict(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768, ff_dim=2048), 1, 64),
     "270m": (dict(vocab_size=128256, block_size=2048, n_layer=30, n_head=9, n_embd=576, ff_dim=1536), 1, 16),

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tst import embed_bags, linear_multi_hot_cross_entropy
@@ -94,14 +95,34 @@ def attention(q, k, v):
     """Causal attention: q (B, H, L, D), k and v (B, K, L, D), query head h with key/value head h * K // H -> (B, H, L, D)."""
     if q.device.type != "cpu" or q.size(2) > 512:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-    # On a CPU and short rows training is faster with the formula than with PyTorch's kernels: one has a slow backward
-    # pass, the other copies to float32.
     if q.size(1) != k.size(1):
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    z = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, L, L)
-    future = torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device).triu(1)
-    p = z.masked_fill(future, -torch.inf).softmax(-1, dtype=torch.promote_types(z.dtype, torch.float32))
-    return p.to(v.dtype) @ v
+    return ShortAttention.apply(q, k, v)
+
+
+class ShortAttention(torch.autograd.Function):
+    """Causal attention of short rows on a CPU, where PyTorch's kernels have a slow backward pass: (B, H, L, D) each.
+    Keeps the numerators of the softmax in the dtype of q, so that the backward pass takes no exponentials."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q = q * q.size(-1) ** -0.5
+        future = torch.full((q.size(2), q.size(2)), -torch.inf, dtype=wide, device=q.device).triu(1)  # (L, L)
+        z = q @ k.transpose(-2, -1) + future  # (B, H, L, L)
+        p = (z - z.amax(-1, keepdim=True)).exp().to(q.dtype)  # not yet divided by their sum
+        scale = 1 / p.sum(-1, keepdim=True, dtype=wide)  # (B, H, L, 1)
+        ctx.save_for_backward(q, k, v, p, scale)
+        return (p @ v * scale).to(q.dtype)  # (B, H, L, D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v, p, scale = ctx.saved_tensors
+        dy = (dy * scale).to(p.dtype)
+        dp = dy @ v.transpose(-2, -1)  # (B, H, L, L)
+        dz = (p * (dp - (p * dp).sum(-1, keepdim=True, dtype=scale.dtype) * scale)).to(p.dtype)
+        return dz @ k * q.size(-1) ** -0.5, dz.transpose(-2, -1) @ q, p.transpose(-2, -1) @ dy
 
 
 class Attention(nn.Module):
@@ -125,6 +146,13 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))  # (B, L, C)
 
 
+def swiglu(x):
+    """silu(gate) * up of both side by side, (..., 2F) -> (..., F). Written out, since the compiled backward pass of
+    F.silu takes its exponential twice."""
+    gate, up = x.chunk(2, dim=-1)
+    return gate * gate.sigmoid() * up
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -134,8 +162,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.ff_dim, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, L, F) each
-        return self.down(F.silu(gate) * up)  # (B, L, C)
+        return self.down(swiglu(self.gate_up(x)))  # (B, L, C)
 
 
 class Take(torch.autograd.Function):
@@ -211,8 +238,8 @@ class MoE(nn.Module):
         filled = torch.zeros(M, 1, dtype=dtype, device=x.device).index_fill_(0, row, 1)  # an empty row gets no gradient
 
         rows = Take.apply(x, pair_of, row_of, k)  # (M, C)
-        gate, up = grouped_mm(rows, self.gate_up.to(dtype), offs=offsets).chunk(2, dim=-1)  # (M, F) each
-        rows = grouped_mm(F.silu(gate) * up, self.down.to(dtype), offs=offsets)  # (M, C)
+        rows = swiglu(grouped_mm(rows, self.gate_up.to(dtype), offs=offsets))  # (M, F)
+        rows = grouped_mm(rows, self.down.to(dtype), offs=offsets)  # (M, C)
         rows = rows * (Take.apply(weights.view(-1, 1), pair_of, row_of, 1) * filled)
         y = Take.apply(rows, row_of, pair_of, 1).view(B, L, k, C).sum(2)  # (B, L, C)
         load = load.float()

@@ -15,6 +15,7 @@ Dimensions: B rows, L positions the transformer sees, s bag size, C width, V voc
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 BAG_WEIGHTS = ("uniform", "power", "exponential", "first", "fitted")
 
@@ -55,35 +56,37 @@ def embed_bags(bags, weight):
     """
     device = bags.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    small = device == "cpu" and weight.dtype == torch.float32 and weight.size(0) <= 1024
+    lookup = _EmbedBagsOfSmallVocabulary.apply if small else _embed_bags
+    return lookup(bags.flatten(0, -2), weight, dtype).view(*bags.shape[:-1], -1)  # (B, L, C)
+
+
+def _embed_bags(bags, weight, dtype):
     if bags.size(-1) == 1:
-        return F.embedding(bags.squeeze(-1), weight).to(dtype)  # (B, L, C)
-    if device == "cpu" and weight.dtype == torch.float32:
-        # Never holds (B, L, s, C), in eager mode either, where nothing would fuse the two lines below.
-        lookup = _EmbedBagsOfSmallVocabulary.apply if weight.size(0) <= 1024 else _embedding_bag
-        return lookup(bags.flatten(0, -2), weight, dtype).view(*bags.shape[:-1], -1)  # (B, L, C)
-    x = F.embedding(bags, weight)  # (B, L, s, C); torch.compile fuses look-up, mean and cast into one kernel
-    return x.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)  # (B, L, C)
-
-
-def _embedding_bag(bags, weight, dtype):
-    return F.embedding_bag(bags, weight, mode="mean").to(dtype)  # (N, s), (V, C) -> (N, C)
+        return F.embedding(bags.squeeze(-1), weight).to(dtype)  # (N, s), (V, C) -> (N, C)
+    if bags.device.type == "cpu" and weight.dtype == torch.float32:
+        # Never holds (N, s, C), in eager mode either, where nothing would fuse the two lines below.
+        return F.embedding_bag(bags, weight, mode="mean").to(dtype)
+    x = F.embedding(bags, weight)  # (N, s, C); torch.compile fuses look-up, mean and cast into one kernel
+    return x.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
 
 
 class _EmbedBagsOfSmallVocabulary(torch.autograd.Function):
-    """_embedding_bag with a backward pass that is one matrix product, with the (N, V) counts of tokens in bags. For few
-    words it is faster on a CPU than adding N*s rows one by one, and its time does not grow with s."""
+    """_embed_bags with a backward pass that is one matrix product, with the (N, V) counts of tokens in bags. For few
+    words it is faster on a CPU than adding N*s rows one by one, and its time hardly grows with s."""
 
     @staticmethod
     def forward(ctx, bags, weight, dtype):
         ctx.save_for_backward(bags)
         ctx.vocab_size, ctx.dtype = weight.size(0), weight.dtype
-        return _embedding_bag(bags, weight, dtype)
+        return _embed_bags(bags, weight, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         bags, = ctx.saved_tensors
-        one = torch.ones((), dtype=grad.dtype, device=grad.device)
-        counts = grad.new_zeros(bags.size(0), ctx.vocab_size).scatter_add_(1, bags.long(), one.expand(bags.shape))  # (N, V)
+        words = torch.arange(ctx.vocab_size, dtype=bags.dtype, device=bags.device)
+        counts = sum((token[:, None] == words).to(grad.dtype) for token in bags.unbind(1))  # (N, V)
         return None, (counts.T @ grad).to(ctx.dtype) / bags.size(1), None  # (V, C)
 
 
@@ -168,6 +171,7 @@ class _LinearMCE(torch.autograd.Function):
         wide = coef.dtype  # float32, or float64
         total = coef.sum(0)  # (N,), 1/N where every label is valid
         share = coef / total.clamp(min=torch.finfo(wide).tiny)  # (s, N), a position's own label distribution
+        share = sum(own * (labels == label) for own, label in zip(share, labels))  # (s, N), equal labels taken together
         total = total[:, None]  # (N, 1)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_h, grad_w = [], None
@@ -179,12 +183,14 @@ class _LinearMCE(torch.autograd.Function):
                 z[:, vocab_size:] = -torch.inf
             log_p = F.log_softmax(z, -1, dtype=wide)  # (n, V)
             del z
-            loss = loss - (coef[:, rows] * log_p.T.gather(0, labels[:, rows])).sum()
+            label_log_p = log_p.T.gather(0, labels[:, rows])  # (s, n)
+            loss = loss - (coef[:, rows] * label_log_p).sum()
             if not with_grad:
                 continue
-            # d loss / d z = total * (softmax - label distribution). The factor `total` goes to the narrow
-            # side of each product, (n, C), which saves a pass over (n, V).
-            dz = log_p.exp_().T.scatter_add_(0, labels[:, rows], -share[:, rows]).T.to(dtype)  # (n, V)
+            # d loss / d z = total * (softmax - label distribution). The factor `total` goes to the narrow side of each
+            # product, (n, C), and the labels' entries are written anew rather than added to: one pass over (n, V) each.
+            dz = log_p.exp_().to(dtype)  # (n, V)
+            dz.T.scatter_(0, labels[:, rows], (label_log_p.exp() - share[:, rows]).to(dtype))
             del log_p
             grad_h.append((dz @ w) * total[rows].to(dtype))  # (n, C)
             scaled = h * total[rows].to(dtype)

@@ -420,7 +420,8 @@ def test_bfloat16_autocast_is_close_to_float32(kind):
         got = gradients(model, x, y)
     for name in wanted:
         assert got[name].dtype == torch.float32
-        assert (got[name] - wanted[name]).norm() <= 0.25 * wanted[name].norm(), name
+        bound = 0.5 if kind else 0.05  # rounding sends some positions to another expert
+        assert (got[name] - wanted[name]).norm() <= bound * wanted[name].norm(), name
 
 
 # ---- generation
