@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
-from model import GPT, MLP, GPTConfig, MoE, RMSNorm, attention, rotary, rotate
+from model import GPT, MLP, GPTConfig, Linear, MoE, RMSNorm, attention, rotary, rotate
 
 SHAPE = dict(vocab_size=50, block_size=12, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ff_dim=48)
 DENSE, EXPERTS = {}, dict(n_expert=4, top_k=2, qk_norm=True)
@@ -117,6 +117,19 @@ def test_rotary_positions_are_a_rotation_in_the_complex_plane():
             turned = turned * complex(math.cos(position * 10000 ** (-i / 4)), math.sin(position * 10000 ** (-i / 4)))
             assert_close(got[:, position, :, i].double(), turned.real, rtol=1e-5, atol=1e-5)
             assert_close(got[:, position, :, i + 4].double(), turned.imag, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_is_torchs_in_value_and_gradients():
+    plain, ours = torch.nn.Linear(12, 20, bias=False), Linear(12, 20, bias=False)
+    ours.load_state_dict(plain.state_dict())
+    results = []
+    for layer in (plain.double(), ours.double()):
+        torch.manual_seed(0)
+        x = torch.randn(4, 64, 12, dtype=torch.float64, requires_grad=True)
+        y = layer(x)
+        (y * torch.randn_like(y)).sum().backward()
+        results.append((y.detach(), x.grad, layer.weight.grad))
+    assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("L", [1, 5, 520])  # short rows and long ones have their own code on a CPU

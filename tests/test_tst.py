@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tst import (BAG_WEIGHTS, bag_size_at, bag_weights, bags_and_labels, embed_bags, fold,
-                 linear_multi_hot_cross_entropy, multi_hot_cross_entropy)
+                 linear_multi_hot_cross_entropy, multi_hot_cross_entropy, tall_product)
 
 N, C, V = 20, 12, 37  # positions, width, vocabulary: not multiples of anything
 BAG_SIZES = [1, 2, 3, 4, 5, 8, 12, 16]
@@ -309,3 +309,22 @@ def test_cost_does_not_grow_with_the_bag(with_grad, products):
     assert all(c == counts[0] for c in counts)
     assert sum(n for (name, _), n in counts[0].items() if "mm" in name) == products
     assert max(size for _, size in counts[0]) == N * V
+
+
+# ---- gradients of weights
+
+@pytest.mark.parametrize("n, m, k", [(128, 3, 5), (4096, 8, 16), (100, 3, 5), (48, 40, 40)])  # in parts, and at once
+def test_tall_product_is_the_product_of_the_transposed(n, m, k):
+    a, b = torch.randn(n, m, dtype=torch.float64), torch.randn(n, k, dtype=torch.float64)
+    wanted = torch.stack([(a[:, i, None] * b).sum(0) for i in range(m)])
+    assert_close(tall_product(a, b), wanted)
+    got = tall_product(a.bfloat16(), b.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - wanted).norm() <= 0.01 * wanted.norm()
+
+
+def test_tall_product_takes_no_parts_larger_than_its_factors():
+    a, b = torch.randn(64, 500), torch.randn(64, 400)
+    with BigOperations(500 * 400 + 1) as big:
+        tall_product(a, b)
+    assert not [name for name, numel in big.counts if numel > 500 * 400]
