@@ -191,15 +191,15 @@ class _LinearMCE(torch.autograd.Function):
             if vocab_size < z.size(-1):
                 z[:, vocab_size:] = -torch.inf
             y = labels[:, rows].T  # (n, s)
-            label_log_p = F.log_softmax(z, -1, dtype=wide).gather(1, y)  # (n, s)
+            log_p = F.log_softmax(z, -1, dtype=wide)  # (n, V)
+            del z
+            label_log_p = log_p.gather(1, y)  # (n, s)
             loss = loss - (coef[:, rows].T * label_log_p).sum()
             if not with_grad:
                 continue
-            # d loss / d z = total * (softmax - label distribution). The factor `total` goes to the narrow side of each
-            # product, (n, C), and the labels' entries are written anew rather than added to: one pass over (n, V) each.
-            dz = F.softmax(z, -1).to(dtype)  # (n, V)
-            del z
-            dz.scatter_(1, y, (label_log_p.exp() - share[:, rows].T).to(dtype))
+            dz = log_p.exp_().to(dtype)  # (n, V)
+            del log_p
+            dz[torch.arange(len(dz), device=dz.device)[:, None], y] = (label_log_p.exp() - share[:, rows].T).to(dtype)
             grad_h.append((dz @ w) * total[rows].to(dtype))  # (n, C)
             scaled = h * total[rows].to(dtype)
             if grad_w is None:
