@@ -197,6 +197,8 @@ class _LinearMCE(torch.autograd.Function):
             loss = loss - (coef[:, rows].T * label_log_p).sum()
             if not with_grad:
                 continue
+            # d loss / d z = total * (softmax - label distribution). The factor `total` goes to the narrow side of each
+            # product, (n, C), and the labels' entries are written anew rather than added to: fewer passes over (n, V).
             dz = log_p.exp_().to(dtype)  # (n, V)
             del log_p
             dz[torch.arange(len(dz), device=dz.device)[:, None], y] = (label_log_p.exp() - share[:, rows].T).to(dtype)
