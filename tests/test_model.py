@@ -426,6 +426,10 @@ def test_balancing_bias_chooses_experts_but_does_not_weigh_them():
 @dense_and_moe
 def test_bfloat16_autocast_is_close_to_float32(kind):
     model, x, y = gpt(**kind), tokens(2, 12, 3), tokens(2, 12, 3)
+    if kind:  # decided routers: a position that rounding sends to another expert would say nothing about precision
+        with torch.no_grad():
+            for block in model.blocks:
+                block.mlp.router.weight *= 5
     wanted = gradients(model, x, y)
     loss = model(x, y)[0].item()
     with torch.autocast("cpu", torch.bfloat16):
@@ -433,8 +437,7 @@ def test_bfloat16_autocast_is_close_to_float32(kind):
         got = gradients(model, x, y)
     for name in wanted:
         assert got[name].dtype == torch.float32
-        bound = 0.5 if kind else 0.05  # rounding sends some positions to another expert
-        assert (got[name] - wanted[name]).norm() <= bound * wanted[name].norm(), name
+        assert (got[name] - wanted[name]).norm() <= 0.1 * wanted[name].norm(), name
 
 
 # ---- generation
