@@ -85,8 +85,8 @@ class _EmbedBagsOfSmallVocabulary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         bags, = ctx.saved_tensors
-        words = torch.arange(ctx.vocab_size, dtype=bags.dtype, device=bags.device)
-        counts = sum((token[:, None] == words).to(grad.dtype) for token in bags.unbind(1))  # (N, V)
+        one = torch.ones((), dtype=grad.dtype, device=grad.device)
+        counts = grad.new_zeros(bags.size(0), ctx.vocab_size).scatter_add_(1, bags.long(), one.expand(bags.shape))  # (N, V)
         return None, tall_product(counts, grad).to(ctx.dtype) / bags.size(1), None  # (V, C)
 
 
