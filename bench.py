@@ -44,10 +44,11 @@ class Config:
     dtype: str = "auto"  # of matrix products: auto, bfloat16, float32
     compile: str = "auto"  # auto (as train.py: on for cuda), on, off
     shape: str = "auto"  # of step and nanogpt: curves (config/curves.py), wide, 124m, 270m, 600m; auto: 124m, for nanogpt curves
-    rows: int = 0  # rows of a micro-batch in part step; 0: by shape and device
+    rows: int = 0  # rows of a micro-batch in parts step and nanogpt; 0: by shape and device
+    bag_sizes: str = "1,2,4,8,16"  # of part step
     repeats: int = 7
     threads: int = 0  # CPU threads; 0: PyTorch's choice
-    profile: str = ""  # write a trace of three steps to this file, for chrome://tracing or Perfetto
+    profile: str = ""  # write a trace of a step at each bag size to this file, for chrome://tracing or Perfetto
     json: str = ""  # write all figures to this file
     nanogpt: str = ""  # folder of a clone of karpathy/nanoGPT
 
@@ -75,7 +76,8 @@ class Bench:
             torch.set_num_threads(c.threads)
         if not self.cuda:
             keep_freed_memory()  # as train.py
-        name = torch.cuda.get_device_name() if self.cuda else f"{torch.get_num_threads()} CPU threads"
+        instructions = torch.backends.cpu.get_cpu_capability() + ", AMX" * torch.cpu._is_amx_tile_supported()
+        name = torch.cuda.get_device_name() if self.cuda else f"{torch.get_num_threads()} CPU threads, {instructions}"
         self.peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
         self.figures = {"device": name, "torch": torch.__version__, "dtype": str(self.dtype), "compiled": self.compiled,
                         "command": sys.argv}
@@ -220,7 +222,7 @@ def steps(b):
         shape["block_size"] = 256
     model, step = make_step(b, shape, rows)
     positions = rows * shape["block_size"]
-    sizes, compiling = (1, 2, 4, 8, 16), {}
+    sizes, compiling = [int(s) for s in b.c.bag_sizes.split(",")], {}
     for s in sizes:
         start = time.perf_counter()
         step(s)
@@ -231,17 +233,17 @@ def steps(b):
     for s in sizes:
         memory = b.extra_memory(lambda: step(s))
         flops = positions * model.flops_per_position() / t[s]
-        table.append({"s": s, "ms": t[s] * 1e3, "time / s = 1": t[s] / t[1], "positions/s": round(positions / t[s]),
-                      "data tokens/s": round(s * positions / t[s]), "TFLOP/s": flops / 1e12,
+        table.append({"s": s, "ms": t[s] * 1e3, f"time / s = {sizes[0]}": t[s] / t[sizes[0]],
+                      "positions/s": round(positions / t[s]), "data tokens/s": round(s * positions / t[s]), "TFLOP/s": flops / 1e12,
                       **({"MFU": flops / b.peak} if b.peak else {}), "extra MB": (memory or 0) / 1e6,
                       "first call s": compiling[s]})
     b.table(f"training step, {name}: {model.n_params():,} parameters, {rows} rows of {shape['block_size']}", table)
     if b.c.profile:
         with torch.profiler.profile() as profiler:
-            for s in (1, 8, 16):
+            for s in sizes:
                 step(s)
         profiler.export_chrome_trace(b.c.profile)
-        print(f"  trace of steps at s = 1, 8, 16 in {b.c.profile}")
+        print(f"  trace of steps at s = {b.c.bag_sizes} in {b.c.profile}")
 
 
 def moe(b):
@@ -276,9 +278,21 @@ def loader(b):
             {"s": s, "ms": t[s] * 1e3, "million tokens/s": rows * L * s / t[s] / 1e6} for s in t])
 
 
+WITH_PEAK_MEMORY = """
+import atexit, resource, runpy, sys, torch
+def peak():
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print("peak bytes", torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else kilobytes * 1024)
+atexit.register(peak)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def nanogpt(b):
-    """train.py against nanoGPT's own: same layers, heads, width, context, batch and text, in turn."""
-    if not os.path.exists(os.path.join(b.c.nanogpt, "train.py")):
+    """train.py against nanoGPT's own: same layers, heads, width, context, batch and text, in turn. Memory is the peak of
+    the allocator on CUDA, of the process (compiler included) on a CPU."""
+    if not b.c.nanogpt or not os.path.exists(os.path.join(b.c.nanogpt, "train.py")):
         fail("--nanogpt must name a clone of karpathy/nanoGPT")
     here = os.path.dirname(os.path.abspath(__file__))
     source = os.path.join(here, "data", "python_source")
@@ -289,7 +303,7 @@ def nanogpt(b):
     common = [f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}", f"--block_size={context}",
               f"--device={b.device}"]
     mode = ["--compile=True"] if b.cuda else ["--compile=False"]  # as its README says for a CPU
-    times = {"nanoGPT": [], "nanoTST": []}
+    times, memory = {"nanoGPT": [], "nanoTST": []}, {}
     with tempfile.TemporaryDirectory() as folder:  # one corpus that both can read: uint16, with the shape's vocabulary
         meta = load_meta(source) | {"dtype": "uint16", "vocab_size": shape["vocab_size"]}
         for split in ("train", "val"):
@@ -298,10 +312,11 @@ def nanogpt(b):
             json.dump(meta, f)
         with open(os.path.join(folder, "meta.pkl"), "wb") as f:
             pickle.dump({"vocab_size": shape["vocab_size"]}, f)
-        theirs = [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}/out", "--dropout=0.0",
+        trainer = [sys.executable, "-c", WITH_PEAK_MEMORY, "train.py"]
+        theirs = [*trainer, f"--dataset={folder}", f"--out_dir={folder}/out", "--dropout=0.0",
                   f"--batch_size={rows}", "--gradient_accumulation_steps=1", "--eval_iters=1", "--eval_interval=100000",
                   "--log_interval=1", "--max_iters=40", *common, *mode]
-        ours = [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}/ours", "--overwrite", "--bag_size=1",
+        ours = [*trainer, f"--dataset={folder}", f"--out_dir={folder}/ours", "--overwrite", "--bag_size=1",
                 "--eval_interval=100000", "--eval_positions=1", "--log_interval=1", "--max_steps=40",
                 f"--total_batch={rows * context}", f"--dtype={b.c.dtype}", f"--compile={b.c.compile}", *common]
         for _ in range(3):
@@ -312,16 +327,20 @@ def nanogpt(b):
                 if not found:
                     fail(f"{label} gave no times: {' '.join((out.stderr or out.stdout).split())[-200:]}")
                 times[label].append(statistics.median(found))
+                memory[label] = int(re.search(r"^peak bytes (\d+)", out.stdout, re.M)[1])
     ms = {label: statistics.median(ts) for label, ts in times.items()}
     b.table(f"against nanoGPT's train.py, {name}: {layers} layers, width {width}, context {context}, {rows} rows", [
         {"trainer": label, "ms a step": ms[label], "tokens/s": round(rows * context / ms[label] * 1e3),
-         "tokens/s / nanoGPT": ms["nanoGPT"] / ms[label], "runs": " ".join(f"{t:.0f}" for t in times[label])} for label in ms])
+         "tokens/s / nanoGPT": ms["nanoGPT"] / ms[label], "peak MB": memory[label] / 1e6,
+         "runs": " ".join(f"{t:.0f}" for t in times[label])} for label in ms])
 
 
 def main(config):
     parts = config.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         fail(f"parts are {', '.join(PARTS)}, got {', '.join(unknown)}")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", config.bag_sizes):
+        fail(f"bag_sizes are numbers like 1,8,16, got {config.bag_sizes!r}")
     if config.shape not in ("auto", *SHAPES):
         fail(f"shape must be auto, {', '.join(SHAPES)}, got {config.shape!r}")
     b = Bench(config)

@@ -58,8 +58,9 @@ moe)
     draw moe moe_baseline moe_tst ;;
 bench)
     $python bench.py --parts=roofline,loss,step,moe,loader --json="$results/bench_124m.json"
-    $python bench.py --parts=step --shape=270m --json="$results/bench_270m.json"
-    $python bench.py --parts=step --shape=600m --json="$results/bench_600m.json"
+    for shape in 270m 600m; do  # each bag size is a graph of its own: fewer of them, to stay within ten minutes
+        $python bench.py --parts=step --shape=$shape --bag_sizes=1,8,16 --json="$results/bench_$shape.json"
+    done
     if [ -n "${NANOGPT:-}" ]; then  # folder of a clone of karpathy/nanoGPT
         $python data/python_source/prepare.py
         $python bench.py --parts=nanogpt --shape=124m --nanogpt="$NANOGPT" --json="$results/bench_nanogpt.json"

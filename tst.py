@@ -85,8 +85,9 @@ class _EmbedBagsOfSmallVocabulary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         bags, = ctx.saved_tensors
+        rows = torch.arange(bags.size(0), device=grad.device)[:, None]
         one = torch.ones((), dtype=grad.dtype, device=grad.device)
-        counts = grad.new_zeros(bags.size(0), ctx.vocab_size).scatter_add_(1, bags.long(), one.expand(bags.shape))  # (N, V)
+        counts = grad.new_zeros(bags.size(0), ctx.vocab_size).index_put_((rows, bags), one, accumulate=True)  # (N, V)
         return None, tall_product(counts, grad).to(ctx.dtype) / bags.size(1), None  # (V, C)
 
 
