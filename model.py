@@ -128,7 +128,7 @@ class ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         wide = torch.promote_types(q.dtype, torch.float32)
-        q = q * q.size(-1) ** -0.5
+        q, k, v = (q * q.size(-1) ** -0.5).contiguous(), k.contiguous(), v.contiguous()  # here, or in each product again
         future = torch.full((q.size(2), q.size(2)), -torch.inf, dtype=wide, device=q.device).triu(1)  # (L, L)
         z = q @ k.transpose(-2, -1) + future  # (B, H, L, L)
         p = (z - z.amax(-1, keepdim=True)).exp().to(q.dtype)  # not yet divided by their sum
