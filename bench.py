@@ -54,7 +54,7 @@ class Config:
 
 
 SHAPES = {  # GPTConfig, and rows of a micro-batch on a CPU and on a GPU
-    "curves": (dict(vocab_size=256, block_size=128, n_layer=2, n_head=1, n_embd=64, ff_dim=176), 128, 512),
+    "curves": (dict(vocab_size=256, block_size=128, n_layer=2, n_head=1, n_embd=64), 128, 512),
     "wide": (dict(vocab_size=256, block_size=256, n_layer=4, n_head=4, n_embd=256), 16, 256),
     "124m": (dict(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768, ff_dim=2048), 1, 64),
     "270m": (dict(vocab_size=128256, block_size=2048, n_layer=30, n_head=9, n_embd=576, ff_dim=1536), 1, 16),
@@ -316,10 +316,9 @@ def nanogpt(b):
         theirs = [*trainer, f"--dataset={folder}", f"--out_dir={folder}/out", "--dropout=0.0",
                   f"--batch_size={rows}", "--gradient_accumulation_steps=1", "--eval_iters=1", "--eval_interval=100000",
                   "--log_interval=1", "--max_iters=40", *common, *mode]
-        mlp = [f"--ff_dim={shape['ff_dim']}"] if "ff_dim" in shape else []
         ours = [*trainer, f"--dataset={folder}", f"--out_dir={folder}/ours", "--overwrite", "--bag_size=1",
                 "--eval_interval=100000", "--eval_positions=1", "--log_interval=1", "--max_steps=40",
-                f"--total_batch={rows * context}", f"--dtype={b.c.dtype}", f"--compile={b.c.compile}", *common, *mlp]
+                f"--total_batch={rows * context}", f"--dtype={b.c.dtype}", f"--compile={b.c.compile}", *common]
         for _ in range(3):
             for label, command, cwd, pattern in (("nanoGPT", theirs, b.c.nanogpt, r"^iter (\d+):.*time ([\d.]+)ms"),
                                                  ("nanoTST", ours, here, r"^step +(\d+)/.*\| ([\d.]+) ms \|")):
