@@ -4,7 +4,7 @@
     python plot.py out/b1 out/b2 out/t1 out/t2 --labels=baseline,baseline,TST,TST --table=results.md
 
 A RUN is a run folder or a metrics.jsonl. Runs under one label, of one length and bag size, count as seeds of one
-configuration: they share a colour, and the table gets a line with their mean and spread (max - min). Give finished
+configuration: they share a colour, and the table gets a line with their mean, standard deviation and range. Give finished
 runs of one model: a run stopped before its learning rate has decayed ends too high, and as a baseline it would flatter
 the others; and equal positions are equal FLOPs only within one model. The table needs no matplotlib.
 """
@@ -13,6 +13,8 @@ import json
 import math
 import sys
 from pathlib import Path
+
+import numpy as np
 
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito, colour-blind safe
 MARKERS = "osD^vPX"
@@ -173,7 +175,7 @@ def table(runs):
     for group in (group for group in grouped(runs) if len(group) > 1):
         losses = [final(run["rows"])["val_loss"] for run in group]
         cells.append(line(f"{group[0]['label']}, mean of {len(group)}", mean_run([run["rows"] for run in group]),
-                          group[0], f" (spread {max(losses) - min(losses):.4f})"))
+                          group[0], f" (sd {np.std(losses, ddof=1):.4f}, range {max(losses) - min(losses):.4f})"))
     cells.insert(1, ["-:"] * len(cells[0]))
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(cell.rjust(width, "-" if cell == "-:" else " ") for cell, width in zip(row, widths))

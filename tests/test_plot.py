@@ -149,10 +149,16 @@ def test_table_with_labels(six, tmp_path, capsys):
     cells = {line[0]: line[1:] for line in
              ([cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines())}
     assert cells["b0 (base)"] == ["1", "0", "30", "3.0000", "1.0000", "0.00M", "3e+10", "0.2 min", "-"]
-    assert cells["base, mean of 3"][3] == "3.1000 (spread 0.2000)"
-    assert cells["TST, mean of 3"][:4] == ["4", "0.333", "30", "2.7000 (spread 0.2000)"]
+    assert cells["base, mean of 3"][3] == "3.1000 (sd 0.1000, range 0.2000)"
+    assert cells["TST, mean of 3"][:4] == ["4", "0.333", "30", "2.7000 (sd 0.1000, range 0.2000)"]
     # mean curve 3.6 -> 2.7 passes 3.1 after 5/9 of the ten steps from 20 to 30
     assert cells["TST, mean of 3"][-1] == f">= {30 / (20 + 50 / 9):.2f}x"
+
+
+def test_table_with_a_diverged_seed(six, tmp_path, capsys):
+    six[1] = write(tmp_path / "diverged", rows_of([5, 4, math.nan]))
+    plot.main([*six[:3], "--labels=base,base,base", "--no_plot"])
+    assert "nan (sd nan" in capsys.readouterr().out
 
 
 def test_baseline_by_name(six, capsys):
