@@ -27,10 +27,10 @@ def write_safely(path, write):
              "The checkpoint before it is untouched: make room and use --resume")
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, mmap=True):
     """A checkpoint as train.py writes it, on the CPU. Only tensors and plain values are unpickled."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         fail(f"there is no checkpoint {path}")
     except Exception as e:

@@ -8,16 +8,21 @@ set -euo pipefail
 cd "$(dirname "$0")"
 text=${1:?usage: bash gpu_english.sh TEXT [pair|sweep|seeds|long|moe|bench]} part=${2:-pair} python=${PYTHON:-python3} results=results/gpu_english
 mkdir -p "$results"
-exec > >(tee "$results/$part.log") 2>&1
+exec > >(tee -a "$results/$part.log") 2>&1
 echo "command: bash gpu_english.sh $*"
 $python -c "import torch; print('torch', torch.__version__, torch.cuda.get_device_name())"
 
-[ -f data/english/meta.json ] || $python data/text/prepare.py "$text" --out_dir=data/english
+if [ -f data/english/meta.json ]; then echo "data/english is there already; $text is not read"
+else $python data/text/prepare.py "$text" --out_dir=data/english; fi
 
+# A part that was cut short goes on where it was when it is started again: what is in $results already is not run anew
+# (remove it for that), and a run goes on from its last checkpoint.
 train() {  # train NAME CONFIG --key=value ...
-    local name=$1 config=$2
+    local name=$1 config=$2 start=--overwrite
     shift 2
-    $python train.py "config/$config.py" --out_dir="out/gpu/$name" --overwrite "$@"
+    if [ -f "$results/$name/metrics.jsonl" ]; then return; fi
+    if [ -f "out/gpu/$name/last.pt" ]; then start=--resume; fi
+    $python train.py "config/$config.py" --out_dir="out/gpu/$name" $start "$@"
     mkdir -p "$results/$name"
     cp "out/gpu/$name/metrics.jsonl" "out/gpu/$name/config.json" "$results/$name/"
 }
@@ -27,6 +32,13 @@ draw() {  # draw NAME RUN RUN ... [--labels=...]
     shift
     for arg in "$@"; do case $arg in --*) args+=("$arg") ;; *) args+=("$results/$arg") ;; esac; done
     $python plot.py "${args[@]}" --out="$results/$name.png" --table="$results/$name.md"
+}
+
+bench() {  # bench NAME --key=value ...
+    local name=$1
+    shift
+    if [ -f "$results/$name.json" ]; then return; fi
+    if $python bench.py "$@" --json="out/$name.json"; then cp "out/$name.json" "$results/"; fi
 }
 
 case $part in
@@ -57,13 +69,14 @@ moe)
     train moe_tst gpu_moe
     draw moe moe_baseline moe_tst ;;
 bench)
-    $python bench.py --parts=roofline,loss,step,moe,loader --json="$results/bench_124m.json"
+    mkdir -p out
+    bench bench_124m --parts=roofline,loss,step,moe,loader
     for shape in 270m 600m; do  # each bag size is a graph of its own: fewer of them, to stay within ten minutes
-        $python bench.py --parts=step --shape=$shape --bag_sizes=1,8,16 --json="$results/bench_$shape.json"
+        bench bench_$shape --parts=step --shape=$shape --bag_sizes=1,8,16
     done
     if [ -n "${NANOGPT:-}" ]; then  # folder of a clone of karpathy/nanoGPT
         $python data/python_source/prepare.py
-        $python bench.py --parts=nanogpt --shape=124m --nanogpt="$NANOGPT" --json="$results/bench_nanogpt.json"
+        bench bench_nanogpt --parts=nanogpt --shape=124m --nanogpt="$NANOGPT"
     fi ;;
 *)
     echo "no such part: $part"; exit 1 ;;

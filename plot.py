@@ -100,14 +100,14 @@ def mean_run(runs):
 
 
 def baseline_ends(baselines):
-    """[(FLOPs, loss)] at the end of the baselines, one per length: seeds (FLOPs within 1 %) are averaged."""
+    """[(FLOPs, loss)] at the end of the baselines, the lowest loss of each length (FLOPs within 1 %)."""
     lengths = []
     for end in sorted(point for rows in baselines for point in curve([final(rows)], "flops") if point[0] > 0):
-        if lengths and end[0] <= 1.01 * lengths[-1][0][0]:
-            lengths[-1].append(end)
+        if lengths and end[0] <= 1.01 * lengths[-1][0]:
+            lengths[-1] = min(lengths[-1], end, key=lambda point: point[1])
         else:
-            lengths.append([end])
-    return [tuple(sum(column) / len(column) for column in zip(*ends)) for ends in lengths]
+            lengths.append(end)
+    return lengths
 
 
 def speedup(tst, baselines):
@@ -156,7 +156,8 @@ def grouped(runs):
 
 def table(runs):
     """The comparison as a markdown table. `runs`: dicts of name, label, rows and baseline (bool)."""
-    baselines = [run["rows"] for run in runs if run["baseline"]]
+    finite = [run for run in runs if run["baseline"] and math.isfinite(final(run["rows"])["val_loss"])]
+    baselines = [mean_run([run["rows"] for run in group]) for group in grouped(finite)]  # seeds averaged, then the best
 
     def line(name, rows, run, spread=""):
         end = final(rows)
@@ -213,7 +214,7 @@ def draw(runs, out, title=None):
     means = [group[0]["rows"] if len(group) == 1 else mean_run([run["rows"] for run in group]) for group in groups]
     low, high = loss_limits(groups, means)
     labels = list(dict.fromkeys(run["label"] for run in sorted(runs, key=lambda run: not run["baseline"])))
-    style = {label: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, label in enumerate(labels)}
+    style = {label: (COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)]) for i, label in enumerate(labels)}
     counts = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
     times = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
     panels = (("Equal FLOPs", "positions", "transformer positions", counts),

@@ -33,6 +33,8 @@ def main(config):
     device = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     model, checkpoint = load_model(c.checkpoint)
     model.to(device).eval()
+    if "encoding" not in checkpoint["meta"]:
+        fail(f"the corpus of {c.checkpoint} names no encoding in its meta.json, so tokens cannot become text")
     tokenizer = get_tokenizer(checkpoint["meta"]["encoding"], folder=checkpoint["data"])
     prompt = c.prompt
     if prompt.startswith("FILE:"):
@@ -58,5 +60,5 @@ if __name__ == "__main__":
         main(parse(Config, sys.argv[1:]))
     except (BrokenPipeError, KeyboardInterrupt):
         sys.exit(1)
-    except OSError as e:
+    except (OSError, UnicodeError) as e:
         fail(e)

@@ -14,9 +14,11 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +109,8 @@ class Config:
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
 
-# knobs that may differ when a run is resumed: they do not change what is learned
+# knobs that may differ when a run is resumed: they do not change what is learned. (batch_size does with experts, whose
+# load is balanced within a micro-batch.)
 FREE_ON_RESUME = {"out_dir", "resume", "allow_changes", "overwrite", "init_from", "batch_size", "eval_interval",
                   "log_interval", "save_interval", "wandb_project", "device", "compile", "threads",
                   "checkpoint_activations"}
@@ -134,8 +137,10 @@ def check(config, world_size):
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(c, key) < 1:
             fail(f"{key} must be at least 0 and below 1, got {getattr(c, key)}")
-    if c.device.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device):
         fail(f"device must be auto, cpu, cuda, cuda:N or mps, got {c.device!r}")
+    if not 0 <= c.seed < 2**63:
+        fail(f"seed must lie in 0..2^63 - 1, got {c.seed}")
     if world_size > 1 and c.device.startswith("cuda:"):
         fail("torchrun gives each rank a GPU of its own; use --device=cuda")
     if not c.learning_rate > 0:
@@ -218,8 +223,12 @@ def main(config):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         fail("device=cuda, but PyTorch sees no CUDA GPU")
+    if device == "mps" and not torch.backends.mps.is_available():
+        fail("device=mps, but PyTorch sees no Apple GPU")
     if device.startswith("cuda"):
         device = device if ":" in device else f"cuda:{local_rank}"
+        if int(device[5:]) >= torch.cuda.device_count():
+            fail(f"device={device}, but PyTorch sees {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     device_type = device.split(":")[0]
     if distributed:
@@ -270,16 +279,20 @@ def main(config):
     step, cursor, seconds, best_val = 0, 0, 0.0, math.inf
     log_path, last_path = os.path.join(c.out_dir, "metrics.jsonl"), os.path.join(c.out_dir, "last.pt")
     if c.resume:
-        saved = load_checkpoint(last_path)
+        saved = load_checkpoint(last_path, mmap=False)  # the file will be replaced, and must not be held until then
+        free = FREE_ON_RESUME - ({"batch_size"} if c.n_expert and c.balance_coef else set())
         changed = [f"{key} {saved['config'][key]} -> {value}" for key, value in dataclasses.asdict(c).items()
-                   if key not in FREE_ON_RESUME and saved["config"].get(key, value) != value]
+                   if key not in free and saved["config"].get(key, value) != value]
         if changed and not c.allow_changes:
             fail(f"{last_path} was trained with other settings: {', '.join(changed)}; "
                  "give the same ones, or --allow_changes")
         if saved["meta"] != meta:
             fail(f"the corpus in {folder} is not the one {last_path} was trained on")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, KeyError, ValueError) as e:
+            fail(f"{last_path} does not fit this model: {' '.join(str(e).split())[:200]}")
         for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):  # as configured, should it differ
             group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
         step, cursor, seconds, best_val = saved["step"], saved["cursor"], saved["seconds"], saved["best_val"]
@@ -299,6 +312,7 @@ def main(config):
             except (ValueError, KeyError, TypeError):
                 fail(f"{log_path} is damaged; move it away to resume without the rows before step {step}")
             write_safely(log_path, lambda path: Path(path).write_text("".join(kept)))
+        del saved
     elif os.path.exists(log_path) and not c.overwrite:
         fail(f"{c.out_dir} already holds a run: go on with it (--resume), replace it (--overwrite) or choose another --out_dir")
     elif master:
@@ -382,6 +396,7 @@ def main(config):
     if not compiled:
         warm_up(model)
     if distributed:
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its new name is not known to torch 2.11
         ddp = DDP(model, device_ids=[local_rank] if device_type == "cuda" else None, broadcast_buffers=False,
                   gradient_as_bucket_view=True)
     else:

@@ -20,7 +20,7 @@ def test_step_table(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, word", [(dict(bag_sizes="1,x"), "bag_sizes"), (dict(parts="lost"), "roofline, loss"),
-                                         (dict(shape="big"), "curves"), (dict(parts="nanogpt"), "clone of karpathy/nanoGPT")])
+                                         (dict(shape="big"), "curves"), (dict(dtype="int8"), "bfloat16"), (dict(parts="nanogpt"), "clone of karpathy/nanoGPT")])
 def test_what_it_does_not_know_is_one_line(wrong, word):
     with pytest.raises(SystemExit, match=word):
         bench.main(bench.Config(device="cpu", **wrong))

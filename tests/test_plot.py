@@ -92,8 +92,8 @@ def test_one_baseline_length_gives_the_crossing():
     tst = rows_of([5 - step / 25 for step in range(10, 101, 10)], bag_size=4, switch=20)
     assert plot.speedup(tst, [ending_at(3.0, 100)]) == (">=", pytest.approx(2.0))
     assert plot.speedup(tst, [ending_at(2.8, 110)]) == (">=", pytest.approx(2.0))
-    seeds = [ending_at(2.9, 100), ending_at(3.1, 100)]  # averaged, not two lengths
-    assert plot.speedup(tst, seeds) == (">=", pytest.approx(2.0))
+    rates = [ending_at(3.0, 100), ending_at(3.1, 100)]  # one length, and the better of them counts
+    assert plot.speedup(tst, rates) == (">=", pytest.approx(2.0))
 
 
 def test_crossing_counts_only_where_the_curve_stays_below():
@@ -120,14 +120,22 @@ def test_not_reached_and_unknown():
     (4.1, 100, ("<", 1.0)),             # worse than the shortest
 ])
 def test_several_lengths_compare_the_ends(loss, steps, expected):
-    baselines = [ending_at(2.0, 400), ending_at(4.1, 100), ending_at(3.9, 100), ending_at(3.0, 200)]
+    baselines = [ending_at(2.0, 400), ending_at(4.1, 100), ending_at(4.0, 100), ending_at(3.0, 200)]
     relation, factor = plot.speedup(rows_of([9.0, loss], every=steps // 2), baselines)
     assert (relation, factor) == (expected[0], pytest.approx(expected[1]))
 
 
 def test_lengths_within_a_percent_are_one():
-    assert plot.baseline_ends([ending_at(3.0, 1000), ending_at(3.2, 1008)]) == [(1004 * FLOPS, pytest.approx(3.1))]
+    assert plot.baseline_ends([ending_at(3.0, 1000), ending_at(3.2, 1008)]) == [(1000 * FLOPS, 3.0)]
     assert len(plot.baseline_ends([ending_at(3.0, 1000), ending_at(3.2, 1020)])) == 2
+
+
+def test_best_learning_rate_of_the_baseline_counts(tmp_path, capsys):
+    """Baselines of one length that are not seeds of each other are not averaged: TST is compared with the best."""
+    runs = [write(tmp_path / "good", rows_of([5, 4, 3.0])), write(tmp_path / "bad", rows_of([5, 4, 3.5])),
+            write(tmp_path / "tst", rows_of([6, 4, 3.2], 4, 10))]
+    plot.main([*runs, "--no_plot"])
+    assert "not reached" in capsys.readouterr().out
 
 
 def test_diverged_baseline_seed_does_not_count():

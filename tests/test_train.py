@@ -388,6 +388,7 @@ def test_errors_of_the_command_line_are_one_line(run, corpus, monkeypatch, argv,
     (dict(learning_rate=math.nan), "learning_rate"), (dict(n_head=3), "n_embd 16 must be a multiple of n_head 3"),
     (dict(batch_size=3), "total_batch 128"), (dict(batch_size=16), "total_batch 128"), (dict(head_dim=5), "head_dim"),
     (dict(n_kv_head=3), "n_kv_head"), (dict(n_expert=2), "top_k"), (dict(device="cuda"), "device=cuda"),
+    (dict(device="cuda:x"), "cuda:N"), (dict(seed=-1), "seed"),
     (dict(bag_size=100), "the corpus has 6,000 tokens"), (dict(block_size=512, total_batch=512, batch_size=1), "validation"),
     (dict(dataset="no/such/folder"), "no prepared corpus"), (dict(init_from="no/such/file"), "no/such/file"),
     (dict(resume=True), "there is no checkpoint")])
@@ -477,6 +478,15 @@ def test_checkpoint_of_another_shape_is_one_line(run, tmp_path):
     run(out_dir=str(tmp_path / "small"))
     with pytest.raises(SystemExit, match="does not fit this model"):
         run(n_embd=32, init_from=str(tmp_path / "small" / "last.pt"))
+    with pytest.raises(SystemExit, match="does not fit this model"):
+        run(n_embd=32, out_dir=str(tmp_path / "small"), resume=True, allow_changes=True)
+
+
+def test_a_mixture_of_experts_keeps_its_micro_batch_on_resume(run):
+    """Its load is balanced within a micro-batch, so another size would be another objective."""
+    run(n_expert=4, top_k=2)
+    with pytest.raises(SystemExit, match="batch_size 8 -> 4"):
+        run(n_expert=4, top_k=2, resume=True, batch_size=4)
 
 
 def test_another_corpus_on_resume_is_one_line(run, corpus, tmp_path):
