@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import fail, parse
+from configurator import fail, one_of, parse, pick_device
 from dataloader import TokenStream, load_meta, load_tokens
 from model import GPT, GPTConfig
 from train import PEAK_FLOPS, has_fast_bfloat16, keep_freed_memory
@@ -67,7 +67,7 @@ class Bench:
 
     def __init__(self, c):
         self.c = c
-        self.device = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = pick_device(c.device).split(":")[0]
         self.cuda = self.device == "cuda"
         self.dtype = getattr(torch, c.dtype if c.dtype != "auto" else
                              "bfloat16" if has_fast_bfloat16(self.device) else "float32")
@@ -342,12 +342,8 @@ def main(config):
         fail(f"parts are {', '.join(PARTS)}, got {', '.join(unknown)}")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){,7}", config.bag_sizes):
         fail(f"bag_sizes are at most eight numbers like 1,8,16, got {config.bag_sizes!r}")
-    for key, choices in (("shape", ("auto", *SHAPES)), ("device", ("auto", "cpu", "cuda")), ("compile", ("auto", "on", "off")),
-                         ("dtype", ("auto", "bfloat16", "float32"))):
-        if getattr(config, key) not in choices:
-            fail(f"{key} must be one of {', '.join(choices)}, got {getattr(config, key)!r}")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        fail("device=cuda, but PyTorch sees no CUDA GPU")
+    one_of(config, shape=("auto", *SHAPES), device=("auto", "cpu", "cuda"), dtype=("auto", "bfloat16", "float32"),
+           compile=("auto", "on", "off"))
     sys.stdout.reconfigure(line_buffering=True)  # a table is there as soon as it is known, through a pipe, too
     torch.set_float32_matmul_precision("high")  # as train.py
     b = Bench(config)

@@ -15,6 +15,8 @@ import os
 import re
 import sys
 
+import torch
+
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
               ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
 
@@ -22,6 +24,30 @@ ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 def fail(message):
     """Stop with one line on stderr and exit status 1."""
     sys.exit(f"error: {message}")
+
+
+def one_of(config, **choices):
+    """Stop with a one-line message if a knob is none of its choices."""
+    for key, values in choices.items():
+        if getattr(config, key) not in values:
+            fail(f"{key} must be one of {', '.join(values)}, got {getattr(config, key)!r}")
+
+
+def pick_device(name, local_rank=0):
+    """The device that a knob names, as torch knows it: auto (a GPU if there is one), cpu, mps, cuda (the rank's own GPU) or
+    cuda:N. Stops with a one-line message if it is not there."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        fail(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
+    if name == "mps" and not torch.backends.mps.is_available():
+        fail("device=mps, but PyTorch sees no Apple GPU")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.startswith("cuda"):
+        return name
+    name = name if ":" in name else f"cuda:{local_rank}"
+    if not torch.cuda.is_available() or int(name[5:]) >= torch.cuda.device_count():
+        fail(f"device={name}, but PyTorch sees {torch.cuda.device_count()} CUDA GPUs")
+    return name
 
 
 def evaluate(node):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import load_model
-from configurator import fail, parse
+from configurator import fail, parse, pick_device
 from tokenizer import get_tokenizer
 
 
@@ -25,12 +25,12 @@ class Config:
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 50  # choose among the likeliest k tokens; 0: among all
     seed: int = 1337
-    device: str = "auto"  # auto, cpu, cuda
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
 def main(config):
     c = config
-    device = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(c.device)
     model, checkpoint = load_model(c.checkpoint)
     model.to(device).eval()
     if "encoding" not in checkpoint["meta"]:

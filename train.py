@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import re
 import signal
 import sys
 import time
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from checkpoint import load_checkpoint, model_config, write_safely
-from configurator import fail, parse
+from configurator import fail, one_of, parse, pick_device
 from dataloader import TokenStream, load_meta, load_tokens, validation_rows
 from model import GPT
 from tst import BAG_WEIGHTS, bag_size_at, bag_weights, bags_and_labels
@@ -109,8 +108,8 @@ class Config:
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
 
-# knobs that may differ when a run is resumed: they do not change what is learned. (batch_size does with experts, whose
-# load is balanced within a micro-batch.)
+# knobs that may differ when a run is resumed: they do not change what is learned (batch_size does with experts, whose load
+# is balanced within a micro-batch)
 FREE_ON_RESUME = {"out_dir", "resume", "allow_changes", "overwrite", "init_from", "batch_size", "eval_interval",
                   "log_interval", "save_interval", "wandb_project", "device", "compile", "threads",
                   "checkpoint_activations"}
@@ -126,10 +125,8 @@ def check(config, world_size):
     for key in ("superposition_ratio", "decay_ratio", "min_lr_ratio"):
         if not 0 <= getattr(c, key) <= 1:
             fail(f"{key} must lie in 0..1, got {getattr(c, key)}")
-    for key, choices in (("bag_weights", BAG_WEIGHTS), ("schedule", ("wsd", "cosine")),
-                         ("dtype", ("auto", "bfloat16", "float32")), ("compile", ("auto", "on", "off"))):
-        if getattr(c, key) not in choices:
-            fail(f"{key} must be one of {', '.join(choices)}, got {getattr(c, key)!r}")
+    one_of(c, bag_weights=BAG_WEIGHTS, schedule=("wsd", "cosine"), dtype=("auto", "bfloat16", "float32"),
+           compile=("auto", "on", "off"))
     for key in ("batch_size", "n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps", "weight_decay",
                 "grad_clip", "save_interval", "threads"):
         if not getattr(c, key) >= 0:
@@ -137,8 +134,6 @@ def check(config, world_size):
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(c, key) < 1:
             fail(f"{key} must be at least 0 and below 1, got {getattr(c, key)}")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device):
-        fail(f"device must be auto, cpu, cuda, cuda:N or mps, got {c.device!r}")
     if not 0 <= c.seed < 2**63:
         fail(f"seed must lie in 0..2^63 - 1, got {c.seed}")
     if world_size > 1 and c.device.startswith("cuda:"):
@@ -218,17 +213,8 @@ def main(config):
     c.batch_size = c.batch_size or c.total_batch // (c.block_size * world_size)
     say = print if master else lambda *args, **kwargs: None
 
-    device = c.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        fail("device=cuda, but PyTorch sees no CUDA GPU")
-    if device == "mps" and not torch.backends.mps.is_available():
-        fail("device=mps, but PyTorch sees no Apple GPU")
+    device = pick_device(c.device, local_rank)
     if device.startswith("cuda"):
-        device = device if ":" in device else f"cuda:{local_rank}"
-        if int(device[5:]) >= torch.cuda.device_count():
-            fail(f"device={device}, but PyTorch sees {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     device_type = device.split(":")[0]
     if distributed:

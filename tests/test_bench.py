@@ -19,8 +19,9 @@ def test_step_table(tmp_path):
         assert row["time / s = 1"] == pytest.approx(row["ms"] / rows[0]["ms"])
 
 
-@pytest.mark.parametrize("wrong, word", [(dict(bag_sizes="1,x"), "bag_sizes"), (dict(parts="lost"), "roofline, loss"),
-                                         (dict(shape="big"), "curves"), (dict(dtype="int8"), "bfloat16"), (dict(parts="nanogpt"), "clone of karpathy/nanoGPT")])
+@pytest.mark.parametrize("wrong, word", [
+    (dict(bag_sizes="1,x"), "bag_sizes"), (dict(parts="lost"), "roofline, loss"), (dict(shape="big"), "curves"),
+    (dict(dtype="int8"), "bfloat16"), (dict(parts="nanogpt"), "clone of karpathy/nanoGPT")])
 def test_what_it_does_not_know_is_one_line(wrong, word):
     with pytest.raises(SystemExit, match=word):
         bench.main(bench.Config(device="cpu", **wrong))

@@ -165,8 +165,10 @@ def test_table_with_labels(six, tmp_path, capsys):
 
 def test_table_with_a_diverged_seed(six, tmp_path, capsys):
     six[1] = write(tmp_path / "diverged", rows_of([5, 4, math.nan]))
-    plot.main([*six[:3], "--labels=base,base,base", "--no_plot"])
-    assert "nan (sd nan" in capsys.readouterr().out
+    plot.main([*six, "--labels=base,base,base,TST,TST,TST", "--no_plot"])
+    lines = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("|")}
+    assert "nan (sd nan" in lines["base, mean of 3"]
+    assert ">=" in lines["TST, mean of 3"]  # compared with the two others
 
 
 def test_baseline_by_name(six, capsys):

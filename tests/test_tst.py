@@ -313,7 +313,7 @@ def test_cost_does_not_grow_with_the_bag(with_grad, products):
 
 # ---- gradients of weights
 
-@pytest.mark.parametrize("n, m, k", [(128, 3, 5), (4096, 8, 16), (100, 3, 5), (48, 40, 40)])  # in parts, and at once
+@pytest.mark.parametrize("n, m, k", [(128, 3, 5), (4096, 8, 16), (4096, 16, 8), (100, 3, 5), (48, 40, 40)])  # in parts, and at once
 def test_tall_product_is_the_product_of_the_transposed(n, m, k):
     a, b = torch.randn(n, m, dtype=torch.float64), torch.randn(n, k, dtype=torch.float64)
     wanted = torch.stack([(a[:, i, None] * b).sum(0) for i in range(m)])
