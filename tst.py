@@ -169,11 +169,23 @@ def linear_multi_hot_cross_entropy(hidden, weight, labels, weights=None, ignore_
     valid = labels != ignore_index  # (s, N)
     weights = weights.to(torch.promote_types(dtype, torch.float32))
     coef = valid * (weights / valid.sum(1).clamp(min=1))[:, None]  # (s, N): how much each label counts in the loss
-    if chunk_rows is None:  # the fastest measured on a CPU are those of some hundred rows; a GPU wants to be filled
-        chunk_rows = max(64, (2**29 if device == "cuda" else 2**25) // weight.size(0))
+    if chunk_rows is None:  # products of 64 rows at once are the fastest on a CPU; a GPU wants to be filled
+        chunk_rows = max(64, (2**29 if device == "cuda" else 2**26) // weight.size(0) // 64 * 64)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearMCE.apply(hidden.flatten(0, -2), weight, labels.where(valid, 0), coef, dtype,
                             vocab_size or weight.size(0), chunk_rows, with_grad)
+
+
+def softmax_(z, wide):
+    """Turn logits (n, V) into their softmax, in place but computed in dtype `wide`. Returns their log-sum-exp in `wide`: (n, 1)."""
+    # Eager mode on a CPU would pass through memory for each line: it takes blocks of rows that stay in the cache.
+    in_blocks = z.device.type == "cpu" and not torch.compiler.is_compiling()
+    lse = []
+    for block in z.split(max(1, 2**20 // z.size(1)) if in_blocks else len(z)):
+        p = block.softmax(-1, dtype=wide)
+        lse.append(block.amax(-1, keepdim=True).to(wide) - p.amax(-1, keepdim=True).log())  # p.amax() is at least 1 / V
+        block.copy_(p)
+    return torch.cat(lse)
 
 
 class _LinearMCE(torch.autograd.Function):
@@ -195,16 +207,15 @@ class _LinearMCE(torch.autograd.Function):
             if vocab_size < z.size(-1):
                 z[:, vocab_size:] = -torch.inf
             y = labels[:, rows].T  # (n, s)
-            log_p = F.log_softmax(z, -1, dtype=wide)  # (n, V)
-            del z
-            label_log_p = log_p.gather(1, y)  # (n, s)
+            label_z = z.gather(1, y)  # (n, s)
+            lse = softmax_(z, wide)  # (n, 1), and z holds the softmax from here on
+            label_log_p = label_z.to(wide) - lse  # (n, s)
             loss = loss - (coef[:, rows].T * label_log_p).sum()
             if not with_grad:
                 continue
             # d loss / d z = total * (softmax - label distribution). The factor `total` goes to the narrow side of each
             # product, (n, C), and the labels' entries are written anew rather than added to: fewer passes over (n, V).
-            dz = log_p.exp_().to(dtype)  # (n, V)
-            del log_p
+            dz = z  # (n, V)
             dz[torch.arange(len(dz), device=dz.device)[:, None], y] = (label_log_p.exp() - share[:, rows].T).to(dtype)
             grad_h.append((dz @ w) * total[rows].to(dtype))  # (n, C)
             scaled = h * total[rows].to(dtype)
@@ -214,7 +225,7 @@ class _LinearMCE(torch.autograd.Function):
                 grad_w.addmm_(dz.T, scaled)
             else:  # products in bfloat16, their sum over the chunks in float32
                 grad_w += dz.T @ scaled
-            del dz  # or the next chunk's would be made beside it
+            del z, dz  # or the next chunk's would be made beside it
         if with_grad:
             ctx.save_for_backward(torch.cat(grad_h).to(hidden.dtype), grad_w.to(weight.dtype))
         return loss

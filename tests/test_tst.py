@@ -248,6 +248,19 @@ def test_padding_rows_get_no_probability_and_no_gradient():
     assert not got[2][V:].any()
 
 
+def test_large_vocabulary_takes_several_blocks_and_chunks():
+    """Of 50,257 words a block of the softmax holds 20 rows. The logits are so large that most labels have probability 0
+    in float32, but not minus infinity for its logarithm."""
+    hidden = (30 * torch.randn(70, 4, dtype=torch.float64)).requires_grad_()
+    weight = torch.randn(50257, 4, dtype=torch.float64, requires_grad=True)
+    labels, weights = torch.randint(0, 50257, (70, 3)), bag_weights("power", 3)
+    assert_same(fused(45), loop_of_cross_entropies, hidden, weight, labels, weights, rtol=1e-7, atol=1e-12)
+    narrow = hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    for got, wanted in zip(value_and_gradients(fused(45), *narrow, labels, weights),
+                           value_and_gradients(loop_of_cross_entropies, hidden, weight, labels, weights)):
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
+
+
 def test_incoming_gradient_scales_both_gradients():
     args = *operands(4), bag_weights("power", 4)
     _, *once = value_and_gradients(fused(7), *args)
