@@ -499,6 +499,7 @@ def main(config):
         wandb_run.finish()
     if distributed:
         dist.barrier()  # rank 0 may still be writing
+        del ddp  # with the last reference to the group, it would wait for a thread that waits for Python's lock
         dist.destroy_process_group()
     if stopping:
         sys.exit(1)

@@ -306,7 +306,7 @@ def two_ranks(corpus, tmp_path_factory):
         **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
         "OMP_NUM_THREADS": "1"}) for rank in range(2)]
     for process in ranks:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     return {name: read_rows(knobs["out_dir"]) for name, knobs in configs.items()}
 
