@@ -169,7 +169,7 @@ def linear_multi_hot_cross_entropy(hidden, weight, labels, weights=None, ignore_
     valid = labels != ignore_index  # (s, N)
     weights = weights.to(torch.promote_types(dtype, torch.float32))
     coef = valid * (weights / valid.sum(1).clamp(min=1))[:, None]  # (s, N): how much each label counts in the loss
-    if chunk_rows is None:  # products of 64 rows at once are the fastest on a CPU; a GPU wants to be filled
+    if chunk_rows is None:  # multiples of 64 rows multiply fastest on a CPU; a GPU wants to be filled
         chunk_rows = max(64, (2**29 if device == "cuda" else 2**26) // weight.size(0) // 64 * 64)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearMCE.apply(hidden.flatten(0, -2), weight, labels.where(valid, 0), coef, dtype,
@@ -178,10 +178,12 @@ def linear_multi_hot_cross_entropy(hidden, weight, labels, weights=None, ignore_
 
 def softmax_(z, wide):
     """Turn logits (n, V) into their softmax, in place but computed in dtype `wide`. Returns their log-sum-exp in `wide`: (n, 1)."""
-    # Eager mode on a CPU would pass through memory for each line: it takes blocks of rows that stay in the cache.
-    in_blocks = z.device.type == "cpu" and not torch.compiler.is_compiling()
-    lse = []
-    for block in z.split(max(1, 2**20 // z.size(1)) if in_blocks else len(z)):
+    if torch.compiler.is_compiling():  # fused, and without a wide (n, V)
+        lse = z.to(wide).logsumexp(-1, keepdim=True)
+        z.copy_((z.to(wide) - lse).exp())
+        return lse
+    lse = []  # each line below is a pass: on a CPU, through the cache instead of memory, by blocks of rows
+    for block in z.split(max(1, 2**20 // z.size(1)) if z.device.type == "cpu" else len(z)):
         p = block.softmax(-1, dtype=wide)
         lse.append(block.amax(-1, keepdim=True).to(wide) - p.amax(-1, keepdim=True).log())  # p.amax() is at least 1 / V
         block.copy_(p)
