@@ -10,11 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -305,9 +307,13 @@ def two_ranks(corpus, tmp_path_factory):
     ranks = [subprocess.Popen([sys.executable, "-c", A_RANK, jobs], cwd=ROOT, stderr=subprocess.PIPE, text=True, env={
         **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
         "OMP_NUM_THREADS": "1"}) for rank in range(2)]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in ranks:  # one that hangs
+            process.kill()
     return {name: read_rows(knobs["out_dir"]) for name, knobs in configs.items()}
 
 
@@ -315,6 +321,27 @@ def two_ranks(corpus, tmp_path_factory):
 def test_two_ranks_equal_one(run, two_ranks, name):
     """Trap 12."""
     assert_same_training(two_ranks[name], run(**TWO_RANKS, **KINDS[name]))
+
+
+def test_ddp_is_gone_before_its_process_group(run, monkeypatch):
+    """Its reducer would drop the group while it holds Python's lock, for which a thread of the group may be waiting."""
+    for key, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()).items():
+        monkeypatch.setenv(key, value)
+    ddp, destroy, alive = weakref.WeakSet(), dist.destroy_process_group, []
+
+    class Watched(train.DDP):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            ddp.add(self)
+            alive.append(len(ddp))
+
+    def watched_destroy():
+        alive.append(len(ddp))
+        destroy()
+    monkeypatch.setattr(train, "DDP", Watched)
+    monkeypatch.setattr(dist, "destroy_process_group", watched_destroy)
+    run(threads=torch.get_num_threads())
+    assert alive == [1, 0]
 
 
 # ---- trap 13: compilation in the loop
