@@ -1,0 +1,201 @@
+"""Knobs from config files and the command line, checked against a dataclass. Every script reads its knobs in this way.
+
+    python train.py config/curves.py --bag_size=4 --compile=off
+
+Later ones win. A config file is Python made of plain assignments. It is read, not run: only numbers, strings, and
+arithmetic on numbers are taken. Every key must be a field of the dataclass and every value of its type:
+
+    steps: int = 100  # the comment on a field's line is its text in --help
+    runs: list[str]  # a field without a default is given by its place, a list takes all that remain
+    loss: Literal["mce", "bce"] = "mce"  # one of these
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import operator
+import os
+import re
+import sys
+from typing import Literal, get_args, get_origin
+
+from nanotst import UserError
+
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Pow: operator.pow,
+}
+LARGEST_FILE = 2**20  # bytes of a config file
+
+
+def run(main, cls, argv=None):
+    """An entry point: main(the knobs of the command line), with what a user can act on printed as one line, exit 1."""
+    for stream in (sys.stdout, sys.stderr):  # whatever the terminal's encoding, a text never ends the program
+        stream.reconfigure(errors="replace")
+    try:
+        main(parse(cls, sys.argv[1:] if argv is None else argv))
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python would complain once more at its end
+        sys.exit(1)
+    except OSError as e:
+        sys.exit(f"error: {e}")
+
+
+def parse(cls, argv):
+    """A `cls` with the values of the arguments: --key=value, places, and, for a class without places, config files.
+
+    --flag alone sets a bool to True, -h or --help prints a page and exits. Raises UserError for what it does not
+    understand.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(help_text(cls))
+        sys.exit(0)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    places = [name for name, field in fields.items() if is_place(field)]
+    values, positional = {}, []
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, value = arg[2:].partition("=")
+            key = key.replace("-", "_")
+            known = fields.get(key)
+            if known and not equals and known.type is not bool:
+                raise UserError(f"{arg}: write --{key}=VALUE")
+            values[key] = typed(known, key, value if equals else True, arg, fields)
+        elif places:
+            positional.append(arg)
+        elif os.path.isfile(arg) or arg.endswith(".py"):
+            for key, value in read_file(arg).items():
+                values[key] = typed(fields.get(key), key, value, arg, fields)
+        else:
+            raise UserError(f"{arg!r} is neither a config file nor --key=value, see --help")
+    for name in places:
+        if name in values:
+            raise UserError(f"{name} is given by its place, without --{name}=, see --help")
+        takes = len(positional) if fields[name].type == list[str] else 1
+        taken, positional = positional[:takes], positional[takes:]
+        if not taken:
+            raise UserError(f"{name.upper()} is missing, see --help")
+        values[name] = taken if fields[name].type == list[str] else taken[0]
+    if positional:
+        raise UserError(f"do not know what to do with {positional[0]!r}, see --help")
+    return cls(**values)
+
+
+def is_place(field):
+    """Whether a field is given by its place."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def typed(field, key, value, where, fields):
+    """`value`, a string from the command line or a literal from a file, in the type of its field."""
+    if field is None:
+        close = [k for k in fields if len(key) > 2 and (key.lower() in k or k in key.lower())]
+        close = close or difflib.get_close_matches(key.lower(), fields, 2)
+        raise UserError(
+            f"{where}: unknown key {key!r}"
+            + (f", did you mean {' or '.join(close)}?" if close else ", see --help")
+        )
+    kind = field.type
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind) or type(value) is not str:
+            raise UserError(f"{where}: {key} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        return value
+    if kind == int | str:  # such as bag_size, 4 or "8-4-2"
+        kind = (
+            int
+            if type(value) is int or isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value.strip())
+            else str
+        )
+    wrong = UserError(f"{where}: {key} takes {kind.__name__}, got {value!r:.60}")
+    if isinstance(value, str) and kind is not str:
+        text = value.strip().replace("_", "")
+        try:
+            if kind is bool:
+                value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                    text.lower()
+                ]
+            elif kind is int and re.fullmatch(
+                r"[+-]?\d+(\.\d*)?e\+?\d+", text, re.I
+            ):  # 2e6 is a fine way to write a count
+                value = float(text)
+            else:
+                value = kind(text)
+        except (ValueError, KeyError):
+            raise wrong from None
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if kind is float and type(value) is int and abs(value) < 2**1023:
+        value = float(value)
+    if type(value) is not kind:
+        raise wrong
+    if kind is int and abs(value) >= 2**63 or kind is float and not math.isfinite(value):
+        raise UserError(f"{where}: {key} takes a finite number of 64 bits, got {value!r:.60}")
+    return value
+
+
+def read_file(path):
+    """{key: value} of the assignments in a config file. Raises UserError for a file that holds anything else."""
+    try:
+        with open(path, "rb") as f:
+            source = f.read(LARGEST_FILE + 1)
+        if len(source) > LARGEST_FILE:
+            raise UserError(f"{path} is too large for a config file")
+        tree = ast.parse(
+            source, path
+        )  # from bytes: UTF-8, with a byte-order mark or without, whatever the locale
+    except OSError as e:
+        raise UserError(f"cannot read the config file {path}: {e.strerror}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise UserError(f"{path} is not Python: {e}") from None
+    values = {}
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        try:
+            (target,) = node.targets
+            values[target.id] = evaluate(node.value)
+        except (AttributeError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+            raise UserError(
+                f"{path}:{node.lineno}: a config file holds assignments such as `bag_size = 4` "
+                "and nothing else"
+            ) from None
+    return values
+
+
+def evaluate(node):
+    """Value of a literal, or of arithmetic on numbers. Raises ValueError for anything else, and for huge powers."""
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        left, right = evaluate(node.left), evaluate(node.right)
+        if not all(type(x) in (int, float) for x in (left, right)):
+            raise ValueError("arithmetic is for numbers")
+        if isinstance(node.op, ast.Pow) and abs(right) * math.log2(abs(left) + 2) > 1024:
+            raise ValueError("a power beyond all knobs")
+        return ARITHMETIC[type(node.op)](left, right)
+    return ast.literal_eval(node)
+
+
+def help_text(cls):
+    """The dataclass as a --help page: its docstring, the comment lines between the fields as headings, the comment
+    on a field's line as its description."""
+    lines = [inspect.getdoc(cls)]
+    for line in inspect.getsource(cls).splitlines():
+        if m := re.match(r"    (\w+): (.+?)(?: = (.*?))?(?:  # (.*))?$", line):
+            name = f"--{m[1]}={m[3].strip(chr(34))}" if m[3] else m[1].upper()
+            choices = re.findall(r'"([^"]*)"', m[2]) if m[2].startswith("Literal") else []
+            text = (m[4] or "") + (f" [{', '.join(choices)}]" if choices else "")
+            lines.append(f"  {name}".ljust(36) + text)
+        elif m := re.match(r"    # (.*)", line):
+            lines += ["", m[1]]
+    return "\n".join(lines)
