@@ -26,7 +26,7 @@ from nanotst.corpus import open_corpus
 from model import GPT
 from nanotst import UserError
 from nanotst.checkpoint import all_finite, load_initial, model_config, resume, save_checkpoint
-from nanotst.configurator import run
+from nanotst.configurator import run, validate
 from nanotst.log import RunFolder, progress, router_metrics
 from nanotst.machine import Machine, StopSignals
 from nanotst.optim import OPTIMIZERS, SCHEDULES, make_optimizer, rate_multiplier, set_rates
@@ -125,8 +125,8 @@ FREE_ON_RESUME = {
 
 
 def check(c, world_size):
-    """Raise UserError for a combination that cannot work. Nothing has been built yet. -> the phases of the
-    run."""
+    """The phases of the run. Raises UserError for a combination of knobs that cannot work."""
+    validate(c)
     for key in ("n_layer", "n_head", "n_embd", "block_size", "total_batch", "max_steps", "eval_interval",
                 "eval_positions", "log_interval"):  # fmt: skip
         if getattr(c, key) < 1:
@@ -169,9 +169,7 @@ def bag_sizes(bag_size):
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
-        raise UserError(
-            f"bag_size must be a number of at least 1, or several such as 8-4-2, got {bag_size!r}"
-        )
+        raise UserError(f"bag_size must be at least 1, or several numbers such as 8-4-2, got {bag_size!r}")
     return sizes
 
 
@@ -212,9 +210,7 @@ def main(c):
     step, seconds, best_val = 0, 0.0, math.inf
     if c.resume:
         free = FREE_ON_RESUME - ({"batch_size"} if c.n_expert and c.balance_coef else set())
-        saved = resume(
-            folder.last, model, optimizer, dataclasses.asdict(c), corpus.meta, free, c.allow_changes
-        )
+        saved = resume(folder.last, model, optimizer, dataclasses.asdict(c), corpus, free, c.allow_changes)
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
         stream = TokenStream(corpus.train, c.block_size, phases, **read, state=saved["stream"], step=step)
         folder.keep_rows(step)
@@ -335,8 +331,8 @@ def main(c):
         after = row.get("val_loss") or (evaluate(model, val_mine[:batch_size]) if save_now else 0.0)
         if not all(map(math.isfinite, (loss, row["grad_norm"], after))):  # the same on all ranks; never saved
             raise UserError(
-                f"the loss is {loss} at step {step}, its gradient's norm {row['grad_norm']}, the loss after it {after}; "
-                "lower learning_rate and start anew, or --resume from the last checkpoint with --allow_changes"
+                f"the loss is not finite at step {step} (before it {loss}, its gradient {row['grad_norm']}, after it "
+                f"{after}); lower learning_rate and start anew, or --resume from the last checkpoint with --allow_changes"
             )
         folder.add(row, progress(row, c.max_steps, elapsed / (step - logged_at)))
         state = {"model": raw_model.state_dict(), "step": step, "stream": stream.state(), "seconds": seconds,

@@ -53,10 +53,11 @@ class RunFolder:
     def _lock(self):
         if "fcntl" not in globals():
             return
-        self.lock = open(os.path.join(self.out_dir, "lock"), "a+")  # kept open: closing it releases the lock
+        path = os.path.join(self.out_dir, "lock")
+        self.lock = open(path, "a+")  # noqa: SIM115 kept open, since closing it releases the lock
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             self.lock.seek(0)
             raise UserError(f"{self.out_dir} is in use by {self.lock.read().strip() or 'another process'}; wait for "
                             "it or choose another --out_dir") from None  # fmt: skip

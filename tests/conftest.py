@@ -1,8 +1,5 @@
-"""Shared by all tests: the repository on sys.path, one thread, a fixed seed, a tiny corpus and a tiny training run.
+"""Shared by all tests: the repository on sys.path, one thread, a fixed seed, a tiny corpus and a tiny training run."""
 
-"Trap N" in a test's docstring is a mistake that re-implementations of Token Superposition Training make; the test
-fails when it is made here.
-"""
 import json
 import os
 import signal
@@ -18,9 +15,27 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 
-TINY = dict(n_layer=1, n_head=2, n_embd=16, ff_dim=32, block_size=16, total_batch=128, batch_size=8, max_steps=10,
-            bag_size=3, superposition_ratio=0.4, learning_rate=0.01, warmup_steps=2, eval_interval=5, log_interval=1,
-            eval_positions=160, save_interval=0, device="cpu", dtype="float32", compile="off")
+TINY = dict(
+    n_layer=1,
+    n_head=2,
+    n_embd=16,
+    ff_dim=32,
+    block_size=16,
+    total_batch=128,
+    batch_size=8,
+    max_steps=10,
+    bag_size=3,
+    superposition_ratio=0.4,
+    learning_rate=0.01,
+    warmup_steps=2,
+    eval_interval=5,
+    log_interval=1,
+    eval_positions=160,
+    save_interval=0,
+    device="cpu",
+    dtype="float32",
+    compile="off",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +51,17 @@ def write_corpus(folder, train_tokens, val_tokens, vocab_size):
     folder.mkdir()
     for split, tokens in (("train", train_tokens), ("val", val_tokens)):
         np.asarray(tokens, dtype=np.uint16).tofile(folder / f"{split}.bin")
-    (folder / "meta.json").write_text(json.dumps(dict(
-        vocab_size=vocab_size, dtype="uint16", train_tokens=len(train_tokens), val_tokens=len(val_tokens),
-        bytes_per_token=2.0)))
+    (folder / "meta.json").write_text(
+        json.dumps(
+            dict(
+                vocab_size=vocab_size,
+                dtype="uint16",
+                train_tokens=len(train_tokens),
+                val_tokens=len(val_tokens),
+                bytes_per_token=2.0,
+            )
+        )
+    )
     return str(folder)
 
 
@@ -53,8 +76,10 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def tiny(corpus, tmp_path):
     """tiny(key=value, ...) -> the Config of a run of a second or less."""
+
     def config(**knobs):
         return train.Config(**{**TINY, "dataset": corpus, "out_dir": str(tmp_path / "run"), **knobs})
+
     return config
 
 
@@ -67,6 +92,7 @@ def run(tiny):
         config = tiny(**knobs)
         train.main(config)
         return read_rows(config.out_dir)
+
     yield start
     for number, handler in handlers.items():
         signal.signal(number, handler)

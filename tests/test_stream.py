@@ -1,4 +1,5 @@
 """dataloader.py on a corpus whose tokens are their own positions, so what was read is known exactly."""
+
 import json
 
 import numpy as np
@@ -8,7 +9,12 @@ import torch
 from conftest import write_corpus
 from dataloader import TokenStream, load_meta, load_tokens, validation_rows
 
-N, R, L, S = 1000, 6, 4, 3  # runs of 12 tokens: 83 of them, with 3 more tokens for the last target; 78 in an epoch
+N, R, L, S = (
+    1000,
+    6,
+    4,
+    3,
+)  # runs of 12 tokens: 83 of them, with 3 more tokens for the last target; 78 in an epoch
 EPOCH = 78 * 12
 
 
@@ -50,7 +56,7 @@ def test_every_token_is_read_once_in_an_epoch(switch):
     s, cursor, read = stream(switch, n=EPOCH + 3), 0, []
     while cursor < EPOCH:
         bag_size = S if cursor < switch * R * L * S else 1
-        read += s.read(cursor, bag_size)[:, :L * bag_size].flatten().tolist()
+        read += s.read(cursor, bag_size)[:, : L * bag_size].flatten().tolist()
         cursor += s.step_tokens(bag_size)
     assert cursor == EPOCH and sorted(read) == list(range(EPOCH))
 
@@ -66,7 +72,9 @@ def test_ranks_share_out_the_rows_of_one_batch(ranks):
     """Trap 12: what is trained on does not depend on how many ranks there are."""
     parts = [stream(rows=range(i * R // ranks, (i + 1) * R // ranks)) for i in range(ranks)]
     for cursor, bag_size in ((0, 3), (72, 3), (5 * 72, 1), (EPOCH, 1)):
-        assert torch.equal(torch.cat([p.batch(cursor, bag_size, 1) for p in parts]), stream().read(cursor, bag_size))
+        assert torch.equal(
+            torch.cat([p.batch(cursor, bag_size, 1) for p in parts]), stream().read(cursor, bag_size)
+        )
 
 
 def test_rows_read_ahead_are_the_rows_read_at_once():
@@ -76,7 +84,9 @@ def test_rows_read_ahead_are_the_rows_read_at_once():
         assert torch.equal(s.batch(cursor, bag_size, following), direct.read(cursor, bag_size))
         cursor += s.step_tokens(bag_size)
     assert torch.equal(s.batch(0, 3, 3), direct.read(0, 3))  # not what was read ahead
-    assert torch.equal(s.batch(s.step_tokens(3), 1, 1), direct.read(s.step_tokens(3), 1))  # nor here: another bag size
+    assert torch.equal(
+        s.batch(s.step_tokens(3), 1, 1), direct.read(s.step_tokens(3), 1)
+    )  # nor here: another bag size
 
 
 def test_validation_rows_are_fixed_and_evenly_spaced():
@@ -87,7 +97,9 @@ def test_validation_rows_are_fixed_and_evenly_spaced():
 
 def test_corpus_is_read_back(tmp_path):
     folder = write_corpus(tmp_path / "x", range(50), range(7), 50)
-    assert load_tokens(folder, "train").tolist() == list(range(50)) and load_tokens(folder, "val").tolist() == list(range(7))
+    assert load_tokens(folder, "train").tolist() == list(range(50)) and load_tokens(
+        folder, "val"
+    ).tolist() == list(range(7))
     with pytest.raises(ValueError):
         load_tokens(folder, "train")[0] = 1  # the corpus cannot be damaged by its reader
 
@@ -105,9 +117,16 @@ def lose_a_key(folder):
     (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "dtype"}))
 
 
-@pytest.mark.parametrize("damage, message", [
-    (break_meta, "no prepared corpus"), (lambda f: (f / "meta.json").unlink(), "prepare"), (shorten, "holds 49 tokens"),
-    (lambda f: (f / "train.bin").unlink(), "cannot read .*train.bin"), (lose_a_key, "no prepared corpus")])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (break_meta, "no prepared corpus"),
+        (lambda f: (f / "meta.json").unlink(), "prepare"),
+        (shorten, "holds 49 tokens"),
+        (lambda f: (f / "train.bin").unlink(), "cannot read .*train.bin"),
+        (lose_a_key, "no prepared corpus"),
+    ],
+)
 def test_damaged_corpus_is_one_line(tmp_path, damage, message):
     folder = tmp_path / "x"
     write_corpus(folder, range(50), range(7), 50)
