@@ -1,14 +1,18 @@
 """configurator.py: what may be written in config files and on the command line, and what is said about the rest."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 import train
 from nanotst import UserError
-from nanotst.configurator import parse, run
+from nanotst.configurator import parse, run, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -177,3 +181,94 @@ CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("config/*.py"
 def test_the_repositorys_configs_are_valid(argv, monkeypatch):
     monkeypatch.chdir(ROOT)
     train.check(parse(train.Config, argv), world_size=1)
+
+
+@dataclass
+class Places:
+    """Usage: places FOLDER FILE [FILE ...]"""
+
+    folder: str  # the first one
+    files: list[str]  # all that remain
+    loss: Literal["mce", "bce"] = "mce"  # what is minimised
+    bag_size: int | str = 1  # 4, or 8-4-2
+
+
+def test_fields_without_a_default_are_given_by_their_place():
+    assert parse(Places, ["out", "--loss=bce", "a.py", "b"]) == Places("out", ["a.py", "b"], "bce")
+    for argv, words in (
+        ([], "FOLDER is missing"),
+        (["out"], "FILES is missing"),
+        (["--folder=out", "a"], "by its place"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse(Places, argv)
+
+
+def test_choices_and_numbers_that_may_be_words(file):
+    def bag_size(value):
+        return parse(Places, ["a", "b", f"--bag_size={value}"]).bag_size
+
+    assert bag_size("4") == 4 and bag_size("8-4-2") == "8-4-2"
+    with pytest.raises(UserError, match="loss must be one of mce, bce, got 'mse'"):
+        parse(Places, ["a", "b", "--loss=mse"])
+
+
+def test_choices_are_shown_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        parse(Places, ["--help"])
+    out = capsys.readouterr().out
+    assert "what is minimised [mce, bce]" in out and "FOLDER" in out and "all that remain" in out
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "NaN"])
+def test_no_knob_takes_what_is_not_a_finite_number(file, value):
+    assert "finite" in error(f"--learning_rate={value}")
+    assert "a config file holds" in error(file("learning_rate = float('nan')\n"))
+    with pytest.raises(UserError, match="finite"):
+        validate(Knobs(learning_rate=float(value)))
+    assert "64 bits" in error("--bag_size=" + "9" * 30)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "9**9**9",
+        "2**99999999",
+        "1+" * 3000 + "1",
+        "[1] * 10**10",
+        "'a' * 10**10",
+        "(" * 500,
+        "10.0**400",
+        "10**400",
+    ],
+)
+def test_a_config_file_cannot_hang_or_fill_the_memory(file, source):
+    error(file(f"bag_size = {source}\n"))
+
+
+def test_a_config_file_is_utf8_whatever_the_locale(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_bytes("\ufeff# Größe\nout_dir = 'größe'\r\nbag_size = 4\r\n".encode())
+    code = f"from nanotst.configurator import *; from test_configurator import Knobs; print(ascii(parse(Knobs, [{str(path)!r}])))"
+    env = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+    }
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "bag_size=4" in out.stdout and "gr\\xf6\\xdfe" in out.stdout, out.stderr
+
+
+def test_an_entry_point_prints_what_the_user_can_act_on_and_nothing_else(capsys):
+    def main(config):
+        raise {1: UserError("do this"), 2: OSError(2, "No such file", "x.bin"), 3: ZeroDivisionError()}[
+            config.bag_size
+        ]
+
+    for argv, words in ((["--bag_size=1"], "error: do this"), (["--bag_size=2"], "error: .*x.bin")):
+        with pytest.raises(SystemExit, match=words):
+            run(main, Knobs, argv)
+    with pytest.raises(ZeroDivisionError):  # a bug gives its traceback
+        run(main, Knobs, ["--bag_size=3"])

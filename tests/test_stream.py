@@ -1,142 +1,248 @@
-"""dataloader.py on a corpus whose tokens are their own positions, so what was read is known exactly."""
+"""stream.py on a corpus whose tokens are their own positions, so what was read is known exactly."""
 
-import json
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import write_corpus
-from dataloader import TokenStream, load_meta, load_tokens, validation_rows
+from nanotst import UserError
+from nanotst.stream import Order, TokenStream, permute, validation_rows
+from tst import Phase, bags_and_labels, phase_list
 
-N, R, L, S = (
-    1000,
-    6,
-    4,
-    3,
-)  # runs of 12 tokens: 83 of them, with 3 more tokens for the last target; 78 in an epoch
-EPOCH = 78 * 12
+R, L = 6, 4  # rows of a batch, positions of a row
+LISTS = {
+    "ordinary": [Phase(0, 9, 1, 1)],
+    "TST": [Phase(0, 5, 3, 3), Phase(5, 30, 1, 1)],
+    "TST alone": [Phase(0, 40, 3, 3)],
+    "switch in the second epoch": [Phase(0, 18, 3, 3), Phase(18, 90, 1, 1)],
+    "input only": [Phase(0, 5, 3, 1), Phase(5, 30, 1, 1)],
+    "output only": [Phase(0, 5, 1, 3), Phase(5, 30, 1, 1)],
+    "stepping down": [Phase(0, 3, 8, 8), Phase(3, 5, 4, 4), Phase(5, 8, 2, 2), Phase(8, 30, 1, 1)],
+}
+lists = pytest.mark.parametrize("phases", LISTS.values(), ids=LISTS.keys())
 
 
-def stream(switch=5, rows=range(R), n=N, seed=5):
-    """Superposition ends after step number `switch`."""
-    return TokenStream(np.arange(n, dtype=np.uint16), L, S, switch, R, rows, seed)
+def stream(phases, rows=range(R), n=1000, seed=5, **more):
+    return TokenStream(np.arange(n, dtype=np.uint32), L, phases, R, rows, seed, **more)
 
 
-def starts_by_hand(switch, seed=5):
-    """Where every row starts, a list per step, for two epochs: the order written down as plain loops."""
-    steps = []
-    for epoch in range(2):
-        runs = [12 * run for run in np.random.default_rng([seed, epoch]).permutation(83)[:78]]
-        while runs and len(steps) < switch:  # superposition takes 6 runs
-            steps.append(runs[:6])
-            del runs[:6]
-        rows = [run + offset for run in runs for offset in (0, 4, 8)]  # what it left, as rows of 4
-        rows = list(np.random.default_rng([seed, epoch, 1]).permutation(rows))
-        while rows:
-            steps.append(rows[:6])
-            del rows[:6]
+def phase_of(phases, step):
+    return [p for p in phases if p.start <= step][-1]
+
+
+# ---- the permutation
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 83, 1000, 4097])
+def test_a_permutation_holds_every_number_once(n):
+    for key in ((0,), (5, 1), (5, 2)):
+        assert sorted(permute(np.arange(n), n, key).tolist()) == list(range(n))
+
+
+def test_a_permutation_may_be_asked_for_any_part_and_is_its_keys():
+    whole = permute(np.arange(1000), 1000, (7, 3))
+    assert permute(np.array([999, 3, 3]), 1000, (7, 3)).tolist() == whole[[999, 3, 3]].tolist()
+    assert (permute(np.arange(1000), 1000, (7, 4)) != whole).mean() > 0.98
+
+
+def test_a_permutation_shuffles():
+    """Against what chance would give: where a number goes is even over all places (chi-squared of 16 bins), and
+    neighbours do not stay neighbours."""
+    places = np.stack([permute(np.arange(64), 64, (key,)) for key in range(2000)])  # (2000, 64)
+    for column in places.T:
+        counts = np.bincount(column // 4, minlength=16)
+        assert ((counts - 125) ** 2 / 125).sum() < 50  # 15 degrees of freedom: chance exceeds 50 once in 10^5
+    assert 0.02 < (np.abs(np.diff(places, axis=1)) == 1).mean() < 0.04  # 1/32
+
+
+# ---- what is read
+
+
+def starts_by_hand(phases, n, seed=5):
+    """Where every row starts, a list per step: the order written down as lists that are shuffled, used up and cut."""
+    run = L * phases[0].n_in
+    n_runs = (n - max(p.n_out for p in phases)) // run
+
+    def shuffled(items, epoch, p):
+        return [items[i] for i in permute(np.arange(len(items)), len(items), (seed, 0, epoch, p))]
+
+    epoch, p, steps = 0, 0, []
+    left = shuffled([run * i for i in range(n_runs)], 0, 0)
+    for step in range(phases[-1].stop):
+        while step >= phases[p].stop:
+            p += 1
+            left = cut(left, phases[p - 1], phases[p], lambda items, p=p: shuffled(items, epoch, p))
+        rows = []
+        while len(rows) < R:
+            if not left:  # the next epoch, cut down from its runs to the rows of this phase
+                epoch += 1
+                left = shuffled([run * i for i in range(n_runs)], epoch, 0)
+                for q in range(1, p + 1):
+                    left = cut(left, phases[q - 1], phases[q], lambda items, q=q: shuffled(items, epoch, q))
+            rows.append(left.pop(0))
+        steps.append(rows)
     return steps
 
 
-@pytest.mark.parametrize("switch", [0, 1, 5, 13, 20])
-def test_stream_equals_a_plain_loop(switch):
-    """Trap 9: no replay, no gap, wherever the switch is, in the second epoch too."""
-    s, cursor = stream(switch), 0
-    for step, starts in enumerate(starts_by_hand(switch)):
-        bag_size = S if step < switch else 1
-        rows = s.batch(cursor, bag_size, S if step + 1 < switch else 1)
-        assert rows.tolist() == [list(range(start, start + (L + 1) * bag_size)) for start in starts]
-        cursor += s.step_tokens(bag_size)
-    assert cursor == 2 * EPOCH
+def cut(rows, before, after, shuffled):
+    length = L * after.n_in
+    return shuffled([row + i * length for row in rows for i in range(before.n_in // after.n_in)])
 
 
-@pytest.mark.parametrize("switch", [0, 4, 13])
-def test_every_token_is_read_once_in_an_epoch(switch):
-    s, cursor, read = stream(switch, n=EPOCH + 3), 0, []
-    while cursor < EPOCH:
-        bag_size = S if cursor < switch * R * L * S else 1
-        read += s.read(cursor, bag_size)[:, : L * bag_size].flatten().tolist()
-        cursor += s.step_tokens(bag_size)
-    assert cursor == EPOCH and sorted(read) == list(range(EPOCH))
+@lists
+@pytest.mark.parametrize("n", [1000, 403])
+def test_stream_equals_a_plain_loop(phases, n):
+    """Nothing is replayed or left out, wherever the switches are, in later epochs too."""
+    s = stream(phases, n=n)
+    for step, starts in enumerate(starts_by_hand(phases, n)):
+        p = phase_of(phases, step)
+        assert s.batch(step).tolist() == [list(range(a, a + L * p.n_in + p.n_out)) for a in starts]
+
+
+@lists
+def test_every_token_is_read_once_in_an_epoch(phases):
+    """The input of the positions, over a whole epoch and through all switches in it."""
+    s, read, step = stream(phases), [], 0
+    while len(read) < s.epoch_tokens:
+        p = phase_of(phases, step)
+        read += bags_and_labels(s.read(step), p.n_in, p.n_out)[0].flatten().tolist()
+        step += 1
+        assert s.tokens_at(step) == len(read)
+    assert sorted(read[: s.epoch_tokens]) == list(range(s.epoch_tokens))
+    assert (
+        s.epoch_tokens >= 1000 - max(p.n_out for p in phases) - L * phases[0].n_in
+    )  # the last run alone is left out
+
+
+@lists
+def test_labels_are_the_tokens_after_the_bag(phases):
+    s = stream(phases)
+    for step in (0, 4, 5, 8):
+        p = phase_of(phases, step)
+        bags, labels = bags_and_labels(s.read(step), p.n_in, p.n_out)
+        assert torch.equal(labels, bags[:, :, -1:] + torch.arange(1, p.n_out + 1))
 
 
 def test_order_is_the_seeds():
-    assert torch.equal(stream().read(0, 3), stream().read(0, 3))
-    assert not torch.equal(stream().read(0, 3), stream(seed=6).read(0, 3))
-    assert not torch.equal(stream(0).read(0, 1), stream(0).read(EPOCH, 1))  # the next epoch
+    tst = LISTS["TST"]
+    assert torch.equal(stream(tst).read(0), stream(tst).read(0))
+    assert not torch.equal(stream(tst).read(0), stream(tst, seed=6).read(0))
 
 
+@lists
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_out_the_rows_of_one_batch(ranks):
-    """Trap 12: what is trained on does not depend on how many ranks there are."""
-    parts = [stream(rows=range(i * R // ranks, (i + 1) * R // ranks)) for i in range(ranks)]
-    for cursor, bag_size in ((0, 3), (72, 3), (5 * 72, 1), (EPOCH, 1)):
-        assert torch.equal(
-            torch.cat([p.batch(cursor, bag_size, 1) for p in parts]), stream().read(cursor, bag_size)
-        )
+def test_ranks_share_out_the_rows_of_one_batch(phases, ranks):
+    """What is trained on does not depend on how many ranks there are."""
+    parts = [stream(phases, rows=range(i * R // ranks, (i + 1) * R // ranks)) for i in range(ranks)]
+    for step in (0, 4, 5, 8, 29):
+        assert torch.equal(torch.cat([p.batch(step) for p in parts]), stream(phases).read(step))
 
 
 def test_rows_read_ahead_are_the_rows_read_at_once():
-    s, direct, cursor = stream(2), stream(2), 0
-    phases = [3, 3, 1, 1, 1]
-    for bag_size, following in zip(phases, phases[1:] + [1]):
-        assert torch.equal(s.batch(cursor, bag_size, following), direct.read(cursor, bag_size))
-        cursor += s.step_tokens(bag_size)
-    assert torch.equal(s.batch(0, 3, 3), direct.read(0, 3))  # not what was read ahead
-    assert torch.equal(
-        s.batch(s.step_tokens(3), 1, 1), direct.read(s.step_tokens(3), 1)
-    )  # nor here: another bag size
+    s, direct = stream(LISTS["TST"]), stream(LISTS["TST"])
+    for step in (3, 4, 5, 6, 3, 4, 20):  # in order, back, and far away: not what was read ahead
+        assert torch.equal(s.batch(step), direct.read(step))
+
+
+# ---- going on
+
+
+@lists
+@pytest.mark.parametrize("step", [0, 4, 5, 6, 20])
+def test_a_stream_goes_on_where_it_was(phases, step):
+    before = stream(phases)
+    after = stream(phases, state=before.state(), step=step)
+    for i in range(step, step + 3):
+        assert torch.equal(after.read(i), before.read(i))
+    assert after.tokens_at(step) == before.tokens_at(step)
+
+
+def test_a_later_switch_goes_on_in_the_same_epoch():
+    """Superposition made longer on the way: what was read is not read again, what is left is read."""
+    short, long = [Phase(0, 5, 3, 3), Phase(5, 30, 1, 1)], [Phase(0, 8, 3, 3), Phase(8, 30, 1, 1)]
+    s = stream(long, state=stream(short).state(), step=4)
+    assert s.phases == long
+    read = [t for i in range(4) for t in stream(short).read(i)[:, : 3 * L].flatten().tolist()]
+    step = 4
+    while len(read) < s.epoch_tokens:
+        p = phase_of(long, step)
+        read += s.read(step)[:, : p.n_in * L].flatten().tolist()
+        step += 1
+    assert sorted(read[: s.epoch_tokens]) == list(range(s.epoch_tokens))
+
+
+@pytest.mark.parametrize(
+    "wanted, changes",
+    [
+        ([Phase(0, 30, 3, 3)], {}),  # bags after tokens: rows cannot be joined again
+        (LISTS["TST"], {"seed": 6}),
+    ],
+)
+def test_where_rows_are_cut_anew_another_epoch_begins(wanted, changes):
+    first = stream([Phase(0, 30, 1, 1)])
+    second = stream(wanted, state=first.state(), step=10, **changes)
+    assert second.tokens_at(10) == first.tokens_at(10) == 10 * R * L
+    assert second.tokens_at(11) - second.tokens_at(10) == R * L * phase_of(wanted, 10).n_in
+    assert not torch.equal(second.read(10), stream(wanted, **changes).read(0))  # a shuffle of its own
+    again = stream(wanted, state=second.state(), step=12, **changes)
+    assert torch.equal(again.read(12), second.read(12))
+
+
+def test_a_finished_run_may_be_opened_and_made_longer():
+    done = stream(LISTS["TST"])
+    assert stream(LISTS["TST"], state=done.state(), step=30).tokens_at(30) == done.tokens_at(30)
+    longer = stream([Phase(0, 5, 3, 3), Phase(5, 60, 1, 1)], state=done.state(), step=30)
+    assert torch.equal(longer.read(29), done.read(29)) and longer.phases[-1].stop == 60
+
+
+# ---- size
+
+
+class Endless:
+    """A corpus of n tokens that are never stored."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, span):
+        return np.zeros(span.stop - span.start, np.uint16)
+
+
+@pytest.mark.parametrize("n", [10**8, 10**10, 10**12])
+def test_memory_does_not_grow_with_the_corpus(n):
+    phases = phase_list(10**6, [8, 4], 0.5)
+    tracemalloc.start()
+    s = TokenStream(Endless(n), 1024, phases, 64, range(64), 1)
+    for step in (0, 300_000, 700_000):
+        s.batch(step)
+    s.worker.shutdown()
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert used < 2**20  # and a batch of 64 x 1024 x 8 int32 lies in torch's memory
+    assert 0 <= min(s.order.starts(2, np.arange(9))) and max(s.order.starts(2, np.arange(9))) < n
+
+
+@pytest.mark.parametrize(
+    "phases, n",
+    [([Phase(0, 9, 100, 100)], 1000), ([Phase(0, 9, 10**18, 1)], 1000), ([Phase(0, 9, 1, 10**6)], 1000)],
+)
+def test_a_corpus_too_short_is_one_line(phases, n):
+    with pytest.raises(UserError, match="the corpus has 1,000 tokens, too few for 6 rows"):
+        stream(phases, n=n)
+
+
+def test_an_order_of_two_epochs_in_one_batch():
+    """Six rows of a corpus of four: two come from the next epoch."""
+    order = Order(17, 4, [(1, 0)], 1, (5,))
+    starts = order.starts(0, np.arange(8)).tolist()
+    assert sorted(starts[:4]) == sorted(starts[4:]) == [0, 4, 8, 12]
 
 
 def test_validation_rows_are_fixed_and_evenly_spaced():
     rows = validation_rows(np.arange(100, dtype=np.uint16), 5, 9)
     assert rows.dtype == torch.int32
     assert rows.tolist() == [list(range(i, i + 10)) for i in (0, 22, 45, 67, 90)]
-
-
-def test_corpus_is_read_back(tmp_path):
-    folder = write_corpus(tmp_path / "x", range(50), range(7), 50)
-    assert load_tokens(folder, "train").tolist() == list(range(50)) and load_tokens(
-        folder, "val"
-    ).tolist() == list(range(7))
-    with pytest.raises(ValueError):
-        load_tokens(folder, "train")[0] = 1  # the corpus cannot be damaged by its reader
-
-
-def break_meta(folder):
-    (folder / "meta.json").write_text("{")
-
-
-def shorten(folder):
-    (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
-
-
-def lose_a_key(folder):
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "dtype"}))
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (break_meta, "no prepared corpus"),
-        (lambda f: (f / "meta.json").unlink(), "prepare"),
-        (shorten, "holds 49 tokens"),
-        (lambda f: (f / "train.bin").unlink(), "cannot read .*train.bin"),
-        (lose_a_key, "no prepared corpus"),
-    ],
-)
-def test_damaged_corpus_is_one_line(tmp_path, damage, message):
-    folder = tmp_path / "x"
-    write_corpus(folder, range(50), range(7), 50)
-    damage(folder)
-    with pytest.raises(SystemExit, match=message) as error:
-        load_tokens(str(folder), "train")
-    assert "\n" not in str(error.value)
-
-
-def test_missing_corpus_names_the_script_that_makes_it(tmp_path):
-    (tmp_path / "prepare.py").touch()
-    with pytest.raises(SystemExit, match=f"run python {tmp_path}/prepare.py first"):
-        load_meta(str(tmp_path))
