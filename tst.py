@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------------------------------------ phases of a run
+# -------------------------------------------------------------------------------------------- phases of a run
 
 MODES = ("full", "input", "output")
 
@@ -85,7 +85,7 @@ def phase_at(phases, step):
     return next((phase for phase in phases if step < phase.stop), phases[-1])
 
 
-# --------------------------------------------------------------------------------------------------- input and target
+# ------------------------------------------------------------------------------------------- input and target
 
 
 def bags_and_labels(tokens, n_in, n_out):
@@ -118,7 +118,7 @@ def embed_bags(bags, weight):
     return x.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
 
 
-# ------------------------------------------------------------------------------------------- weights within a bag
+# --------------------------------------------------------------------------------------- weights within a bag
 
 BAG_WEIGHTS = ("uniform", "power", "exponential", "first", "fitted")
 
@@ -146,9 +146,9 @@ def bag_weights(kind, n_out, c0=3.63, a=1.35, k=-1.25):
     return (w / w.sum()).float()
 
 
-# ------------------------------------------------------------------------------------------------------------ losses
-# Each takes logits (..., V) and labels (..., s) and returns a scalar, for s = 1 as well. Labels that equal ignore_index
-# do not count. To add one: a function, and its name in LOSSES below.
+# ----------------------------------------------------------------------------------------------------- losses
+# Each takes logits (..., V) and labels (..., s) and returns a scalar, for s = 1 as well. Labels that equal
+# ignore_index do not count. To add one: a function, and its name in LOSSES below.
 
 
 def multi_hot_cross_entropy(logits, labels, weights=None, ignore_index=-100):

@@ -24,7 +24,7 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-# ---------------------------------------------------------------------------------------------------- matrix products
+# -------------------------------------------------------------------------------------------- matrix products
 
 
 def tall_product(a, b):
@@ -61,7 +61,7 @@ class LinearOnCPU(torch.autograd.Function):
         return dy @ weight, tall_product(dy.flatten(0, -2), x.flatten(0, -2))
 
 
-# ------------------------------------------------------------------------------------------------------ bag embedding
+# ---------------------------------------------------------------------------------------------- bag embedding
 
 
 def embed_bags(bags, weight):
@@ -105,7 +105,7 @@ class EmbedBagsOfSmallVocabulary(torch.autograd.Function):
         return None, tall_product(counts, grad).to(ctx.dtype) / bags.size(1), None  # (V, C)
 
 
-# ---------------------------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------------------------- attention
 
 
 def causal_attention(q, k, v):
@@ -149,7 +149,7 @@ class ShortAttention(torch.autograd.Function):
         return dz @ k * q.size(-1) ** -0.5, dz.transpose(-2, -1) @ q, p.transpose(-2, -1) @ dy
 
 
-# ------------------------------------------------------------------------------------- rows of a mixture of experts
+# ------------------------------------------------------------------------------- rows of a mixture of experts
 
 
 class Placement(NamedTuple):
@@ -225,7 +225,7 @@ def grouped_product(x, weight, offsets):
     return _grouped_mm(x, weight.to(x.dtype), offs=offsets)
 
 
-# ------------------------------------------------------------------------------------ losses from hidden states
+# ---------------------------------------------------------------------------------- losses from hidden states
 
 
 def linear_loss(loss, hidden, weight, labels, vocab_size=None, chunk_rows=None, ignore_index=-100):

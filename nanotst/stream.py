@@ -131,8 +131,8 @@ class TokenStream:
         self.epoch_tokens = self.order.epoch_tokens
         if self.order.n_runs < n_rows:
             raise UserError(
-                f"the corpus has {len(tokens):,} tokens, too few for {n_rows} rows of {block_size} x bag_size "
-                f"{self.phases[0].n_in}; use smaller ones or more text"
+                f"the corpus has {len(tokens):,} tokens, too few for {n_rows} rows of {block_size} x "
+                f"bag_size {self.phases[0].n_in}; use smaller ones or more text"
             )
         self.worker = ThreadPoolExecutor(1)
         self.ahead = None, None  # a step, and what the thread reads for it
