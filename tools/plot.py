@@ -284,9 +284,9 @@ def panels_of(runs):
     return panels
 
 
-def draw_group(ax, group, mean, x_of, y, color, marker):
-    """The curves of one configuration: training loss and switch (those of its first run stand for all), its
-    seeds, and validation loss. x_of(row): where a row stands, None if that is not known."""
+def draw_group(ax, group, mean, x_of, y, color, marker, noisy):
+    """The curves of one configuration: validation loss, that of its seeds, where bags end, and, if `noisy`,
+    training loss (one run stands for all). x_of(row): where a row stands, None if that is not known."""
 
     def line(rows, key, scale=1.0, **look):
         points = [(x_of(row), row[key] * scale) for row in rows if key in row and x_of(row) is not None]
@@ -299,7 +299,8 @@ def draw_group(ax, group, mean, x_of, y, color, marker):
     bagged = [row for row in first if row.get("bag_size", 1) > 1]  # their training loss is another quantity
     ordinary = [row for row in first if row.get("bag_size", 1) == 1]
     per_nat = 1.0 if y == "val_loss" else final(first)[y] / final(first)["val_loss"]
-    line(ordinary, "loss", per_nat, lw=0.6, alpha=0.2, zorder=1, label="training loss")
+    if noisy:
+        line(ordinary, "loss", per_nat, lw=0.6, alpha=0.2, zorder=1, label="training loss")
     for run in group if len(group) > 1 else ():
         line(run["rows"], y, lw=0.8, alpha=0.45, zorder=2, label="one seed")
     line(mean, y, lw=1.8, marker=marker, ms=4, zorder=3, label=group[0]["label"])
@@ -331,12 +332,13 @@ def draw(runs, title=""):
     y, groups = measure_of(runs), grouped(runs)
     means = [mean_of(group) for group in groups]
     low, high = loss_limits(groups, means, y)
+    noisy = len(runs) <= 2  # more curves are drawn without the training loss, which would hide them
     labels = list(dict.fromkeys(run["label"] for run in sorted(runs, key=lambda run: not run["baseline"])))
     style = {}
     for i, label in enumerate(labels):
         style[label] = COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
 
-    fig = Figure(figsize=(13, 4.8), layout="constrained", dpi=120)
+    fig = Figure(figsize=(13, 4.8), layout="constrained", dpi=100)
     axes = fig.subplots(1, 3, sharey=True)
     for ax, (heading, key, quantity, units) in zip(axes, panels_of(runs)):
         longest = max((x for run in runs for x, _ in curve(run["rows"], key, y)), default=0)
@@ -345,7 +347,7 @@ def draw(runs, title=""):
         width, ends = 1.22 * longest / scale or 1, []
         for group, mean in zip(groups, means):
             color, marker = style[group[0]["label"]]
-            draw_group(ax, group, mean, x_of, y, color, marker)
+            draw_group(ax, group, mean, x_of, y, color, marker, noisy)
             ends += [(loss, x / scale, color) for x, loss in curve([final(mean)], key, y)]
         label_ends(ax, ends, width, low, high)
         ax.set(title=heading, xlabel=f"{quantity} ({unit})", xlim=(0, width), ylim=(low, high))
@@ -358,10 +360,12 @@ def draw(runs, title=""):
         count = sum(run["label"] == label for run in runs)
         text = label + (f" ({count} runs)" if count > 1 else "")
         handles.append(Line2D([], [], color=color, marker=marker, ms=5, lw=1.8, label=text))
-    handles.append(Line2D([], [], color="0.6", lw=0.8, label="training loss, ordinary steps"))
+    if noisy:
+        handles.append(Line2D([], [], color="0.6", lw=0.8, label="training loss, ordinary steps"))
     if any(bag_size_of(run["rows"]) > 1 for run in runs):
         handles.append(Line2D([], [], color="0.4", lw=1.3, ls=":", label="end of superposition"))
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
+    wide = sum(len(handle.get_label()) + 8 for handle in handles) > 150  # characters that fit in a line
+    fig.legend(handles=handles, loc="outside lower center", ncols=4 if wide else len(handles), frameon=False)
     if title:
         fig.suptitle(title)
     return fig
