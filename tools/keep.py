@@ -54,8 +54,8 @@ def names_of(paths):
 
 
 def cell(value):
-    """A value as text: 7 digits of what was measured (a float), all of a count."""
-    return f"{value:.7g}" if isinstance(value, float) else str(value)
+    """A value as text: of a float nine digits, which tell float32 apart, and all of a count."""
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
 def without_folders(text):
