@@ -60,7 +60,7 @@ class Corpus:
 
 
 def open_corpus(name):
-    """The corpus in the folder `name`, or else in data/`name`. UserError if there is none or a damaged one."""
+    """The corpus in the folder `name` or else in data/`name`. UserError if there is none or it is damaged."""
     found = find(name)
     meta, files = found.meta, {}
     for split, names in found.files.items():
@@ -110,18 +110,27 @@ def differences(meta, saved, keys):
 
 
 def fingerprint(train, val, vocab_size, large):
-    """A hash of the tokens in the smallest dtype that holds them; above is what it covers."""
-    digest = hashlib.sha256(f"{vocab_size} {len(train)} {len(val)}".encode())
+    """A hash of the tokens, whatever the files; what it covers stands above."""
+    dtype, parts = smallest_dtype(vocab_size), [vocab_size, len(train), len(val)]
     for tokens in (train, val):
-        starts, length = range(0, len(tokens), 2**20), 2**20
-        if large:
-            last, length = max(0, len(tokens) - BLOCK), BLOCK
-            starts = (i * last // (N_BLOCKS - 1) for i in range(N_BLOCKS))
-        for start in starts:
-            ids = tokens[start : start + length]
-            digest.update(ids.astype(smallest_dtype(vocab_size), copy=False))
+        parts.append(hash_of(tokens, dtype, large))
         tokens.maps.clear()  # or all that was read would count as memory in use
-    return digest.hexdigest()[:32]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def hash_of(tokens, dtype, large):
+    """sha256 of a split's tokens in `dtype`; of a large corpus, of blocks of them."""
+    file = tokens.files[0]
+    if not large and file.sha256 and len(tokens.files) == 1 and file.dtype == dtype:
+        tokens[:]  # verifies the file
+        return file.sha256
+    starts, length, digest = range(0, len(tokens), 2**20), 2**20, hashlib.sha256()
+    if large:
+        last, length = max(0, len(tokens) - BLOCK), BLOCK
+        starts = (i * last // (N_BLOCKS - 1) for i in range(N_BLOCKS))
+    for start in starts:
+        digest.update(tokens[start : start + length].astype(dtype, copy=False))
+    return digest.hexdigest()
 
 
 def smallest_dtype(vocab_size):
