@@ -242,13 +242,11 @@ class TokenFile:
             raise damaged(self.path)
 
     def check_parts(self, ids, start, stop):
-        """Compare the parts that hold ids[start:stop] with their checksums, unless that was done before."""
+        """Compare the parts that hold ids[start:stop] with their checksums, those not compared before."""
         size = self.dtype.itemsize
-        first, last = start * size // PART, -(-stop * size // PART)
-        if self.seen.find(0, first, last) >= 0:
-            data = ids.view(np.uint8)
-            for part in range(first, last):
-                if zlib.crc32(data[part * PART : (part + 1) * PART]) != self.sums[part]:
+        for part in range(start * size // PART, -(-stop * size // PART)):
+            if not self.seen[part]:
+                if zlib.crc32(ids.view(np.uint8)[part * PART : (part + 1) * PART]) != self.sums[part]:
                     raise damaged(self.path, f"in the 64 KB from byte {part * PART:,} on")
                 self.seen[part] = 1
 
