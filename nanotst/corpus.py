@@ -32,7 +32,7 @@ from nanotst.formats import AGAIN, damaged, find, readable, sha256_of
 LARGE = 2**30  # bytes of tokens; a larger corpus is not read whole to open it
 PART = 2**16  # bytes to a checksum
 BLOCK, N_BLOCKS = 4096, 1024  # tokens to a block, and blocks, in the fingerprint of a large corpus
-OPEN_FILES = 128  # that a split keeps mapped: each holds a file descriptor, of which a process has few
+OPEN_FILES = 100  # that a split keeps mapped: each holds a file descriptor, of which a process has few
 HEADER = 256 * 4  # bytes
 
 
