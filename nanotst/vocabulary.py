@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from nanotst import UserError
+from nanotst.formats import DATA, sha256_of
 from nanotst.tokenizer import Tokenizer, get_tokenizer
-
-DATA = str(Path(__file__).resolve().parents[1] / "data")
 
 
 def tokenizer_of(path, checkpoint, data=""):
@@ -17,37 +16,37 @@ def tokenizer_of(path, checkpoint, data=""):
     Only a vocabulary in a rank file needs the corpus. Its folder is `data`; if that is not given, it is
     looked for where it was in training, beside the run's folder, and in the repository's data/.
     """
-    meta, was = checkpoint["meta"], checkpoint["data"]
-    if data and not (os.path.isdir(data) or os.path.isdir(os.path.join(DATA, data))):
+    meta = checkpoint["meta"]
+    if data and not any(map(os.path.isdir, (data, os.path.join(DATA, data)))):
         raise UserError(f"--data={data} is no folder")
-    if "characters" in meta:
+    if meta.get("characters"):
         return character_tokenizer(meta["characters"])
     encoding = meta.get("encoding")
-    if not encoding:
-        raise UserError(
-            f"the corpus of {path} names no encoding in its meta.json, so tokens cannot become text"
-        )
+    if not isinstance(encoding, str):
+        raise UserError(f"the corpus of {path} names no encoding, so its tokens cannot become text")
     if not encoding.endswith((".model", ".tiktoken")):
         return get_tokenizer(encoding)
 
+    todo = "give the folder of its corpus, --data=FOLDER"
     if data:
         places = [data, os.path.join(DATA, data)]
     else:
-        run, name = Path(path).resolve().parent, os.path.basename(os.path.normpath(was))
+        run, was = Path(path).resolve().parent, str(checkpoint.get("data"))
+        name = os.path.basename(os.path.normpath(was))
         places = [was, *(str(folder / name) for folder in run.parents[:2]), os.path.join(DATA, name)]
-    for place in places:
-        if os.path.isfile(os.path.join(place, encoding)):
-            tokenizer = get_tokenizer(encoding, folder=place)
-            if tokenizer.vocab_size != meta["vocab_size"]:
-                raise UserError(
-                    f"{os.path.join(place, encoding)} has {tokenizer.vocab_size} tokens, {path} was trained "
-                    f"on {meta['vocab_size']}: give the folder of its corpus, --data=FOLDER"
-                )
-            return tokenizer
-    raise UserError(
-        f"{encoding}, the vocabulary of {path}, is in none of {', '.join(dict.fromkeys(places))}: "
-        "give the folder of its corpus, --data=FOLDER"
-    )
+    file = next(filter(os.path.isfile, (os.path.join(place, encoding) for place in places)), None)
+    if not file:
+        where = ", ".join(dict.fromkeys(places))
+        raise UserError(f"{encoding}, the vocabulary of {path}, is in none of {where}: {todo}")
+    tokenizer = get_tokenizer(os.path.abspath(file))
+    known = str(meta.get("vocabulary"))
+    if known.startswith("rank file"):
+        same = known == f"rank file {sha256_of(file)[:16]}"
+    else:  # an older checkpoint
+        same = tokenizer.vocab_size == meta.get("vocab_size")
+    if not same:
+        raise UserError(f"{file} is another vocabulary than that of {path}: {todo}")
+    return tokenizer
 
 
 def character_tokenizer(characters):
@@ -56,9 +55,7 @@ def character_tokenizer(characters):
 
     def encode(text):
         if unknown := next((character for character in text if character not in ids), None):
-            raise UserError(
-                f"the corpus has no character {unknown!r} among its {len(ids)}; leave it out of the prompt"
-            )
+            raise UserError(f"the prompt holds {unknown!r}, none of the corpus's {len(ids)} characters")
         return np.array([ids[character] for character in text], dtype=np.int64)
 
     def decode_bytes(tokens):

@@ -290,7 +290,7 @@ def test_nothing_absent_is_guessed_unless_transformers_guesses_the_same(name, tm
         try:
             knobs = export.knobs_of(config)
         except ValueError as e:
-            assert ("rope_theta" if "rope" in absent else absent) in str(e)
+            assert ("rope_theta" if "rope" in absent else absent.replace("_local", "")) in str(e)
             continue
         read += 1
         completed = transformers.AutoConfig.for_model(**config).to_dict()
@@ -370,7 +370,7 @@ def test_damaged_weights_are_not_exported(tmp_path):
             state | {"blocks.1.attn.out.weight": torch.ones(48, 63)}, model.config, str(tmp_path / "hf")
         )
     state["norm.weight"][3] = math.nan
-    with pytest.raises(UserError, match="norm.weight holds values that are not finite"):
+    with pytest.raises(UserError, match="not finite"):
         export.save_hf(state, model.config, str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
@@ -398,37 +398,19 @@ WRONG = ["x", "12", -1, 0, 1.5, True, [], {"a": 1}, 10**400, math.nan, math.inf]
 
 
 @pytest.mark.parametrize("value", WRONG, ids=lambda v: str(v)[:8])
-def test_values_of_wrong_type_are_one_line(value, tmp_path):
+def test_values_of_wrong_type_are_one_line(value):
     """Each key of config.json in turn, for each kind of model: refused in one line, or of no consequence."""
-    not_read = {
-        "architectures",
-        "torch_dtype",
-        "max_position_embeddings",
-        "attention_dropout",
-        "bos_token_id",
-    }
-    not_read |= {"eos_token_id", "output_router_logits", "router_aux_loss_coef"}
-    may_be_falsy = {
-        "tie_word_embeddings",
-        "attention_bias",
-        "mlp_bias",
-        "use_sliding_window",
-        "mlp_only_layers",
-    }
-    may_be_falsy |= {"norm_topk_prob", "decoder_sparse_step", "rope_parameters"}
+    fine = [("rms_norm_eps", 1.5), ("tie_word_embeddings", True)]
     for name, shape in SHAPES.items():
-        model, folder = build(shape), tmp_path / name
-        save(model, folder)
-        not_read |= {"intermediate_size"} if name == "qwen3_moe" else set()
-        full = json.loads((folder / "config.json").read_text())
-        for key in full:
-            edit(folder, **(full | {key: value}))
+        config = export.hf_config(GPTConfig(**shape))
+        knobs = export.knobs_of(config)
+        for key in config:
             try:
-                export.load_hf(model, str(folder))
-            except UserError as e:
-                assert "\n" not in str(e) and len(str(e)) < 1000
+                changed = export.knobs_of(config | {key: value})
+            except ValueError as e:
+                assert "\n" not in str(e) and len(str(e)) < 200
             else:
-                assert key in not_read or value in (0, 1, [], {"a": 1}) and key in may_be_falsy, (name, key)
+                assert changed == knobs or (key, value) in fine, (name, key)
 
 
 def test_an_index_that_is_damaged(tmp_path):
@@ -624,6 +606,8 @@ def put_into_a_run(run, tmp_path, shape, meta, **knobs):
     write_corpus(corpus, text, text, meta["vocab_size"])
     path = corpus / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | meta))
+    if meta["encoding"] == "tokenizer.model":
+        rank_file(corpus / "tokenizer.model")
     run(
         **shape,
         dataset=str(corpus),
@@ -674,7 +658,6 @@ def test_rank_file_of_a_checkpoint(moved, run, tmp_path, capsys):
     shape = SHAPES["llama"] | {"block_size": 32}
     del shape["vocab_size"]
     _, path = put_into_a_run(run, tmp_path, shape, meta)
-    (tmp_path / "tokenizer.model").rename(corpus / "tokenizer.model")
     if moved == "beside the run":
         (tmp_path / "new").mkdir()
         (tmp_path / "run").rename(tmp_path / "new" / "run")

@@ -21,7 +21,7 @@ import torch
 
 from model import GPT
 from nanotst import UserError
-from nanotst.checkpoint import load_checkpoint, model_config
+from nanotst.checkpoint import all_finite, load_checkpoint, model_config
 from nanotst.configurator import run
 from nanotst.tokenizer import LLAMA3_PATTERN
 from nanotst.vocabulary import tokenizer_of
@@ -193,10 +193,10 @@ def check_weights(state, c):
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in GPT(c).state_dict().items()}
     for name, shape in shapes.items():
-        if name not in state or state[name].shape != shape:
-            raise UserError(f"the checkpoint's {name} does not fit its configuration, the file is damaged")
-        if not state[name].isfinite().all():
-            raise UserError(f"the checkpoint's {name} holds values that are not finite")
+        if getattr(state.get(name), "shape", None) != shape:
+            raise UserError(f"the checkpoint's {name} does not fit its configuration")
+    if not all_finite(state.values()):
+        raise UserError("the weights in the checkpoint are not finite; use another one")
     if any(name.endswith("mlp.bias") and bias.any() for name, bias in state.items()):
         raise UserError(
             "a model trained with balance_bias has no counterpart: there no bias helps to choose experts"
@@ -301,9 +301,8 @@ def knobs_of(config):
     qk_norm, moe = kinds[kind]
     first = kind == "llama"
     n_embd, n_head = number(config, "hidden_size"), number(config, "num_attention_heads")
-    tie = config.get("tie_word_embeddings") or False
-    if tie not in (True, False):
-        raise ValueError(f"its tie_word_embeddings is {tie!r:.40}")
+    if type(tie := config.get("tie_word_embeddings", False)) is not bool:
+        raise ValueError(f"its tie_word_embeddings is {str(tie):.40}")
     return {
         "vocab_size": number(config, "vocab_size"),
         "n_layer": number(config, "num_hidden_layers"),
@@ -365,7 +364,7 @@ def load_hf(model, folder, say=print):
             )
         if source.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UserError(f"{folder}: {name} is {source.dtype}; quantized weights are not read")
-        if not source.isfinite().all():
+        if not all_finite([source]):
             raise UserError(f"{folder}: {name} holds values that are not finite")
         target.copy_(source[: len(target)])
 
@@ -455,7 +454,7 @@ def hf_tokenizer(tokenizer):
     return json.loads(theirs.to_str())
 
 
-def tokenizer_files(path, saved, data=""):
+def tokenizer_files(path, saved, block_size, data=""):
     """({file name: dict} of a checkpoint's tokenizer, empty if there is none; lines to say about it)."""
     try:
         tokenizer = tokenizer_of(path, saved, data)
@@ -469,7 +468,7 @@ def tokenizer_files(path, saved, data=""):
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": name,
         "eos_token": name,
-        "model_max_length": saved["config"]["block_size"],
+        "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
     notes = [f"the text {name} is read as the separator; none is put before a text by itself"]
@@ -486,8 +485,10 @@ def main(config):
     c = config
     saved = load_checkpoint(c.checkpoint)
     shape, meta = model_config(saved["config"], saved["meta"]), saved["meta"]
-    files, notes = tokenizer_files(c.checkpoint, saved, c.data)
-    options = {"separator": meta.get("separator"), "balance_coef": saved["config"]["balance_coef"]}
+    files, notes = tokenizer_files(c.checkpoint, saved, shape.block_size, c.data)
+    options = {"separator": meta.get("separator"), "balance_coef": saved["config"].get("balance_coef")}
+    if shape.n_expert and type(options["balance_coef"]) is not float:
+        raise UserError(f"{c.checkpoint}: its configuration has no balance_coef")
     save_hf(saved["model"], shape, c.folder, c.dtype, c.overwrite, files, **options)
     for note in notes:
         print(note)
