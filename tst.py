@@ -166,7 +166,7 @@ def multi_hot_cross_entropy(logits, labels, weights=None, ignore_index=-100):
     log_p = F.log_softmax(wide(logits), -1).flatten(0, -2)  # (N, V)
     labels = labels.flatten(0, -2).long()  # (N, s)
     if weights is None:  # made on the device: a copy from the host would be waited for in each step
-        weights = torch.full((labels.size(-1),), 1 / labels.size(-1), device=labels.device)
+        weights = log_p.new_full((labels.size(-1),), 1 / labels.size(-1))
     valid = labels != ignore_index  # (N, s)
     label_log_p = log_p.gather(-1, labels.where(valid, 0)).where(valid, 0)  # (N, s)
     return -(weights * label_log_p.sum(0) / valid.sum(0).clamp(min=1)).sum()

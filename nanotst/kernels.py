@@ -277,10 +277,11 @@ def linear_multi_hot_cross_entropy(
     labels = (
         labels.flatten(0, -2).T.long().contiguous()
     )  # (s, N): N is the side along which compiled loops are vectors
+    wide = torch.promote_types(dtype, torch.float32)
     if weights is None:  # made on the device: a copy from the host would be waited for in each step
-        weights = torch.full((labels.size(0),), 1 / labels.size(0), device=labels.device)
+        weights = torch.full((labels.size(0),), 1 / labels.size(0), dtype=wide, device=labels.device)
+    weights = weights.to(wide)
     valid = labels != ignore_index  # (s, N)
-    weights = weights.to(torch.promote_types(dtype, torch.float32))
     coef = (
         valid * (weights / valid.sum(1).clamp(min=1))[:, None]
     )  # (s, N): how much each label counts in the loss
