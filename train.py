@@ -135,7 +135,8 @@ def check(c, world_size):
         if not 0 <= getattr(c, key) <= 1:
             raise UserError(f"{key} must lie in 0..1, got {getattr(c, key)}")
     for key in ("seed", "batch_size", "n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps",
-                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate", "fitted_c0"):  # fmt: skip
+                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate",
+                "fitted_c0"):  # fmt: skip
         if not getattr(c, key) >= 0:
             raise UserError(f"{key} must not be negative, got {getattr(c, key)}")
     for key in ("beta1", "beta2"):
@@ -314,8 +315,8 @@ def main(c):
             "step": step, "phase": "superposition" if phase.bag_size > 1 else "recovery",
             "bag_size": phase.bag_size, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm.item(), "positions": step * c.total_batch,
-            "data_tokens": stream.tokens_at(step), "epoch": stream.tokens_at(step) / stream.epoch_tokens, "flops": step * flops_per_step,
-            "seconds": seconds, "tokens_per_second": rate,
+            "data_tokens": stream.tokens_at(step), "epoch": stream.tokens_at(step) / stream.epoch_tokens,
+            "flops": step * flops_per_step, "seconds": seconds, "tokens_per_second": rate,
         }  # fmt: skip
         if machine.peak_flops:
             row["mfu"] = rate * raw_model.flops_per_position() / (machine.peak_flops * world_size)
@@ -335,8 +336,8 @@ def main(c):
         folder.add(row, progress(row, c.max_steps, elapsed / (step - logged_at)))
         state = {
             "model": raw_model.state_dict(), "step": step, "stream": stream.state(), "seconds": seconds,
-            "shares": shares, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c), "meta": corpus.meta,
-            "data": corpus.folder, "versions": described["versions"],
+            "shares": shares, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c),
+            "meta": corpus.meta, "data": corpus.folder, "versions": described["versions"],
             "best_val": min(best_val, row.get("val_loss", best_val)),
         }  # fmt: skip
         if (
@@ -379,8 +380,8 @@ def describe_run(c, machine, model, stream, compiled, micro_steps, step):
         )
     tokens = stream.tokens_at(c.max_steps)
     machine.say(
-        f"{c.max_steps:,} steps of {c.total_batch:,} positions, {micro_steps} "
-        f"micro-step{'s' * (micro_steps > 1)} a rank; {tokens:,} tokens, {tokens / stream.epoch_tokens:.2f} epochs of the corpus"
+        f"{c.max_steps:,} steps of {c.total_batch:,} positions, in {micro_steps} micro-steps a rank; "
+        f"{tokens:,} tokens, {tokens / stream.epoch_tokens:.2f} epochs of the corpus"
     )
 
 
