@@ -13,6 +13,7 @@ import torch
 from model import GPT, GPTConfig
 from nanotst import UserError
 from nanotst.corpus import check_same, check_vocabulary
+from nanotst.stream import is_state
 
 
 def write_safely(path, write):
@@ -159,6 +160,8 @@ def resume(path, model, optimizer, c, corpus, free):
     for key, kind in RESUMED.items():
         if type(saved.get(key)) is not kind:
             raise UserError(f"{path} cannot be resumed: its {key} is missing or no {kind.__name__}")
+    if not is_state(saved["stream"]):
+        raise UserError(f"{path} cannot be resumed: its stream is no place in a corpus")
     if c.n_expert and getattr(saved.get("shares"), "shape", None) != (c.n_layer, c.n_expert):
         raise UserError(f"{path} cannot be resumed: its shares of experts are missing or of another shape")
     changed = [

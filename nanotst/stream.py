@@ -103,6 +103,22 @@ class Order:
         return permute(i, self.n_runs, (*self.key, epoch, 0)) * self.row_tokens[0] + offset
 
 
+def is_state(x):
+    """Whether x is what TokenStream.state() gives."""
+
+    def counts(values, n):
+        return (
+            isinstance(values, (list, tuple))
+            and len(values) == n
+            and all(type(v) is int and v >= 0 for v in values)
+        )
+
+    if not isinstance(x, dict) or not isinstance(x.get("phases"), list) or not x["phases"]:
+        return False
+    numbers = [x.get("first_step"), x.get("tokens_before")]
+    return counts(x.get("cut"), 3) and counts(numbers, 2) and all(counts(p, 4) for p in x["phases"])
+
+
 class TokenStream:
     """Batches of the training corpus.
 
