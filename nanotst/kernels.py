@@ -45,7 +45,10 @@ def tall_product(a, b):
 def linear(x, weight):
     """Equals F.linear(x, weight): (..., m), (n, m) -> (..., n). On a CPU the gradient of the weight is a
     tall_product."""
-    return LinearOnCPU.apply(x, weight.to(x.dtype)) if x.device.type == "cpu" else F.linear(x, weight)
+    if x.device.type != "cpu":
+        return F.linear(x, weight)
+    x = x.to(compute_dtype(x))  # what autocast does with the operands of F.linear
+    return LinearOnCPU.apply(x, weight.to(x.dtype))
 
 
 class LinearOnCPU(torch.autograd.Function):
