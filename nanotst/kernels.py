@@ -242,16 +242,16 @@ def linear_loss(loss, hidden, weight, labels, vocab_size=None, chunk_rows=None, 
     hidden, labels = hidden.flatten(0, -2).to(dtype), labels.flatten(0, -2)  # (N, C), (N, s)
     weight = weight[:vocab_size].to(dtype)  # (V, C)
     has_label = (labels != ignore_index).any(-1)  # (N,)
+    total = has_label.sum().clamp(min=1)
 
-    def of_chunk(h, w, y, share):
-        return loss(h @ w.T, y) * share
+    def of_chunk(h, w, y, n_labelled):
+        return loss(h @ w.T, y, ignore_index=ignore_index) * n_labelled / total
 
-    total = 0.0
+    mean = 0.0
     n = chunk_rows or rows_of_chunk(weight)
     for h, y, some in zip(hidden.split(n), labels.split(n), has_label.split(n)):
-        share = some.sum() / has_label.sum().clamp(min=1)
-        total = total + checkpoint(of_chunk, h, weight, y, share, use_reentrant=False)
-    return total
+        mean = mean + checkpoint(of_chunk, h, weight, y, some.sum(), use_reentrant=False)
+    return mean
 
 
 def rows_of_chunk(weight):
