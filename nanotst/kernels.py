@@ -240,12 +240,13 @@ def linear_loss(loss, hidden, weight, labels, vocab_size=None, chunk_rows=None, 
     """
     dtype = compute_dtype(hidden)
     hidden, labels = hidden.flatten(0, -2).to(dtype), labels.flatten(0, -2)  # (N, C), (N, s)
-    weight = weight[:vocab_size].to(dtype)  # (V, C)
+    weight = weight[:vocab_size]  # (V, C)
     has_label = (labels != ignore_index).any(-1)  # (N,)
     total = has_label.sum().clamp(min=1)
 
     def of_chunk(h, w, y, n_labelled):
-        return loss(h @ w.T, y, ignore_index=ignore_index) * n_labelled / total
+        # w is cast here, so that the sum of its gradients over the chunks is in its own dtype, float32
+        return loss(h @ w.to(dtype).T, y, ignore_index=ignore_index) * n_labelled / total
 
     mean = 0.0
     n = chunk_rows or rows_of_chunk(weight)

@@ -535,6 +535,19 @@ def test_bfloat16_autocast_is_close_to_float32(name):
         assert (g - w).norm() < 0.01 * w.norm()
 
 
+@every_loss
+def test_many_chunks_in_bfloat16_are_as_exact_as_one(name):
+    """The sum over chunks of the head's gradients is in float32; in bfloat16, 64 of them lose a digit."""
+    inputs, labels = leaves((2048, C), (V, C), dtype=torch.float32), torch.randint(V, (2048, 3))
+    wanted = value_and_gradients(plain(name), inputs, labels)[2]
+    errors = []
+    for rows in (2048, 32):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = value_and_gradients(chunked(name, rows), inputs, labels)[2]
+        errors.append((got - wanted).norm() / wanted.norm())
+    assert errors[1] < 1.25 * errors[0]
+
+
 def compiled_graphs(f):
     """f compiled without a gap, and the list that will hold its graphs."""
     graphs = []
