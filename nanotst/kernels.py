@@ -45,7 +45,10 @@ def tall_product(a, b):
 def linear(x, weight):
     """Equals F.linear(x, weight): (..., m), (n, m) -> (..., n). On a CPU the gradient of the weight is a
     tall_product."""
-    return LinearOnCPU.apply(x, weight.to(x.dtype)) if x.device.type == "cpu" else F.linear(x, weight)
+    if x.device.type != "cpu":
+        return F.linear(x, weight)
+    x = x.to(compute_dtype(x))  # what autocast does with the operands of F.linear
+    return LinearOnCPU.apply(x, weight.to(x.dtype))
 
 
 class LinearOnCPU(torch.autograd.Function):
@@ -237,18 +240,19 @@ def linear_loss(loss, hidden, weight, labels, vocab_size=None, chunk_rows=None, 
     """
     dtype = compute_dtype(hidden)
     hidden, labels = hidden.flatten(0, -2).to(dtype), labels.flatten(0, -2)  # (N, C), (N, s)
-    weight = weight[:vocab_size].to(dtype)  # (V, C)
+    weight = weight[:vocab_size]  # (V, C)
     has_label = (labels != ignore_index).any(-1)  # (N,)
+    total = has_label.sum().clamp(min=1)
 
-    def of_chunk(h, w, y, share):
-        return loss(h @ w.T, y) * share
+    def of_chunk(h, w, y, n_labelled):
+        # w is cast here, so that the sum of its gradients over the chunks is in its own dtype, float32
+        return loss(h @ w.to(dtype).T, y, ignore_index=ignore_index) * n_labelled / total
 
-    total = 0.0
+    mean = 0.0
     n = chunk_rows or rows_of_chunk(weight)
     for h, y, some in zip(hidden.split(n), labels.split(n), has_label.split(n)):
-        share = some.sum() / has_label.sum().clamp(min=1)
-        total = total + checkpoint(of_chunk, h, weight, y, share, use_reentrant=False)
-    return total
+        mean = mean + checkpoint(of_chunk, h, weight, y, some.sum(), use_reentrant=False)
+    return mean
 
 
 def rows_of_chunk(weight):
