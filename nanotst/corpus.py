@@ -255,7 +255,10 @@ def write_sums(path):
     """Write the checksums of a token file's parts beside it -> their path, which "sha256" has to name too."""
     with open(path, "rb") as f:
         sums = [zlib.crc32(part) for part in iter(lambda: f.read(PART), b"")]
-    np.array(sums, "<u4").tofile(sums_name(path))
+    with open(sums_name(path), "wb") as f:
+        f.write(np.array(sums, "<u4").tobytes())
+        f.flush()
+        os.fsync(f.fileno())
     return sums_name(path)
 
 

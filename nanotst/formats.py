@@ -53,7 +53,7 @@ def find(name):
             names = os.listdir(folder)
             if "meta.json" in names:
                 return read_ours(os.path.abspath(folder), names)
-            if any(map(TOKEN_FILE.fullmatch, names)):
+            if any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names:  # killed at its end
                 return read_foreign(os.path.abspath(folder), names)
     scripts = filter(os.path.isfile, (os.path.join(folder, "prepare.py") for folder in places))
     script = next(scripts, os.path.join(DATA, "text", "prepare.py"))

@@ -377,6 +377,10 @@ def test_missing_and_left_over_shards(tmp_path):
     refused(folder, "not all from train_0 to train_00002.bin")
     (folder / "train.bin").write_bytes(b"xx")
     refused(folder, "more than one corpus")
+    folder = tmp_path / "z"
+    ours(folder, hashed=False)
+    (folder / "my_train.bin").write_bytes(b"xx")  # not a name of ours
+    assert open_corpus(str(folder)).train[:].tolist() == TRAIN.tolist()
 
 
 @pytest.mark.parametrize(
@@ -422,6 +426,13 @@ def test_our_files_without_their_meta_json_are_not_taken_for_gpt2_tokens(tmp_pat
     for split in ("train", "val"):
         (tmp_path / "x" / f"{split}.bin").write_bytes(data)
     refused(tmp_path / "x", "lost its meta.json")
+
+
+def test_a_preparation_that_was_killed_leaves_no_corpus(tmp_path):
+    nanogpt(tmp_path / "x")
+    (tmp_path / "x" / "unfinished.tmp").mkdir()
+    (tmp_path / "x" / "prepare.py").touch()
+    refused(tmp_path / "x", f"run python {tmp_path}/x/prepare.py first")
 
 
 # ---------------------------------------------------------------------------------------------- large corpora
