@@ -224,10 +224,11 @@ class Block(nn.Module):
 
 
 class BagEmbedding(nn.Embedding):
-    """Mean embedding of each bag: (B, L, s) -> (B, L, C). A bag of one token is a look-up."""
+    """Mean embedding of each bag: (B, L, s) -> (B, L, C). A bag of one token is a look-up. See
+    tst.embed_bags."""
 
-    def forward(self, bags):
-        return kernels.embed_bags(bags, self.weight)
+    def forward(self, bags, share=None):
+        return kernels.embed_bags(bags, self.weight, share)
 
 
 class Head(Linear):
@@ -274,7 +275,7 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(p, std=std)
 
-    def forward(self, bags, labels=None, weights=None, loss="mce", shares=None):
+    def forward(self, bags, labels=None, weights=None, loss="mce", shares=None, bag_share=None):
         """Token ids to logits, or to the loss.
 
         bags (B, L, s), ordinary tokens being bags of one, or (B, L) for short. Without labels: logits (B, L,
@@ -284,7 +285,7 @@ class GPT(nn.Module):
         MoE.
         """
         bags = bags if bags.dim() == 3 else bags.unsqueeze(-1)  # (B, L, s)
-        x = self.embed(bags)  # (B, L, C)
+        x = self.embed(bags, bag_share)  # (B, L, C)
         cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
         routers = []
         for block, share in zip(self.blocks, [None] * len(self.blocks) if shares is None else shares):

@@ -26,12 +26,21 @@ from model import GPT
 from nanotst import UserError
 from nanotst.checkpoint import load_initial, model_config, resume, save_checkpoint
 from nanotst.configurator import run, validate
-from nanotst.corpus import open_corpus
 from nanotst.log import RunFolder, progress, router_metrics
 from nanotst.machine import Machine, StopSignals
+from nanotst.mixture import open_mixture
 from nanotst.optim import OPTIMIZERS, SCHEDULES, make_optimizer, rate_multiplier, set_rates
 from nanotst.stream import TokenStream, validation_rows
-from tst import BAG_WEIGHTS, LOSSES, MODES, bag_weights, bags_and_labels, phase_at, phase_list
+from tst import (
+    BAG_WEIGHTS,
+    LOSSES,
+    MODES,
+    bag_weights,
+    bags_and_labels,
+    phase_at,
+    phase_list,
+    within_documents,
+)
 
 # ------------------------------------------------------------------------------------------------------ knobs
 
@@ -42,7 +51,9 @@ class Config:
 
     # Run
     out_dir: str = "out/run"  # metrics.jsonl, config.json and checkpoints go here
-    dataset: str = "python_source"  # a folder in data/, or the path of one, that holds a prepared corpus
+    dataset: str = (
+        "python_source"  # a prepared corpus, a folder in data/ or its path; or several, A:0.5,B:0.5
+    )
     resume: bool = False  # go on from out_dir's last checkpoint, exactly; give the same knobs again
     allow_changes: bool = (
         False  # with --resume: let knobs that change the training differ from the checkpoint's
@@ -59,6 +70,9 @@ class Config:
     superposition: Literal[MODES] = "full"  # bags in the input and the target, or in one of them alone
     loss: Literal[tuple(LOSSES)] = "mce"  # of bags; ordinary steps always use cross-entropy
     bag_weights: Literal[BAG_WEIGHTS] = "uniform"  # of the tokens of a bag in the loss mce
+    document_bags: bool = (
+        False  # bags that mix no documents: of each, the tokens of its last token's document
+    )
     fitted_c0: float = 3.63  # the constant of the fitted weights c0 + 1.35 i^-1.25; 0 leaves the decay alone
 
     # Model
@@ -179,21 +193,19 @@ def main(c):
     phases = check(c, int(os.environ.get("WORLD_SIZE", 1)))  # TST: the steps on bags, then ordinary ones
     machine = Machine.start(c)
     device, world_size, say = machine.device, machine.world_size, machine.say
-    corpus = open_corpus(c.dataset)
+    corpus = open_mixture(c.dataset)
     n_rows = c.total_batch // c.block_size  # rows of a global batch
     rows = range(
         machine.rank * n_rows // world_size, (machine.rank + 1) * n_rows // world_size
-    )  # those of this rank
+    )  # of this rank
     batch_size = c.batch_size or len(rows)  # rows of a micro-batch
     micro_steps = len(rows) // batch_size
     read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
-    stream = TokenStream(corpus.train, c.block_size, phases, **read)
-    if len(corpus.val) <= c.block_size:
-        raise UserError(f"block_size {c.block_size} is longer than the {len(corpus.val)} validation tokens")
-    # the fixed validation batch: never more than the corpus has, the same whatever the phase and the world
-    # size
-    n_val = max(1, min(c.eval_positions, len(corpus.val)) // c.block_size)
-    val_mine = validation_rows(corpus.val, n_val, c.block_size)[machine.rank :: world_size]
+    sources = [(part.train, share) for _, part, share in corpus.parts]
+    stream = TokenStream(sources, c.block_size, phases, **read)
+    # the fixed validation rows of each corpus, the same whatever the phase and the world size: this rank's
+    val = [validation_rows(part.val, c.eval_positions, c.block_size) for _, part, _ in corpus.parts]
+    val_mine = [rows[machine.rank :: world_size] for rows in val]
 
     # ---------------------------------------------------------------------------------- model, new or resumed
     torch.manual_seed(c.seed)
@@ -216,7 +228,7 @@ def main(c):
         saved = resume(folder.last, model, optimizer, c, corpus, FREE_ON_RESUME)
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
         shares = saved["shares"].to(device) if c.n_expert else None
-        stream = TokenStream(corpus.train, c.block_size, phases, **read, state=saved["stream"], step=step)
+        stream = TokenStream(sources, c.block_size, phases, **read, state=saved["stream"], step=step)
         folder.keep_rows(step)
     phases = stream.phases
     described = {
@@ -235,9 +247,13 @@ def main(c):
         """Rows (B, L*n_in + n_out) -> what is minimised, the loss of tokens in it, the routers'
         statistics."""
         bags, labels = bags_and_labels(tokens, n_in, n_out)  # TST: (B, L, n_in), (B, L, n_out)
-        kind = c.loss if n_in > 1 or n_out > 1 else "mce"
+        kind, bag_share = "mce", None
+        if n_in > 1 or n_out > 1:
+            kind = c.loss
+            if c.document_bags:
+                bag_share, labels = within_documents(tokens, n_in, n_out, corpus.meta["separator"])
         with machine.autocast():
-            loss, router = run(bags, labels, weights.get(n_out), kind, shares)
+            loss, router = run(bags, labels, weights.get(n_out), kind, shares, bag_share)
         if router is None:
             return loss, loss, None
         balance = c.balance_coef * router["balance_loss"].mean() + c.z_coef * router["z_loss"].mean()
@@ -265,7 +281,7 @@ def main(c):
             tokens = stream.read(first)[:batch_size].to(device)  # any text will do
             forward(run, tokens, n_in, n_out)[0].backward()
             optimizer.zero_grad()
-        evaluate(run, val_mine[:1])
+        evaluate(run, val_mine[0][:1])
 
     raw_model = model  # checkpoints hold its keys
     model, compiled = machine.compile(raw_model, c.compile, warm_up)
@@ -323,11 +339,13 @@ def main(c):
         if c.n_expert:
             row |= router_metrics(load, machine.mean(entropy / micro_steps))
         if evaluate_now:
-            row["val_loss"] = evaluate(model, val_mine)
+            losses = [evaluate(model, rows) for rows in val_mine]
+            row["val_loss"] = sum(loss * float(share) for loss, (*_, share) in zip(losses, corpus.parts))
+            row |= {f"val_loss_{name}": loss for loss, (name, *_) in zip(losses, corpus.parts) if name}
             if corpus.bytes_per_token:
                 row["val_bpb"] = row["val_loss"] / math.log(2) / corpus.bytes_per_token
         # the loss is that of the weights before this step; those after it are tried before they are saved
-        after = row.get("val_loss") or (evaluate(model, val_mine[:batch_size]) if save_now else 0.0)
+        after = row.get("val_loss") or (evaluate(model, val_mine[0][:batch_size]) if save_now else 0.0)
         if not all(map(math.isfinite, (loss, row["grad_norm"], after))):  # the same on all ranks; never saved
             raise UserError(
                 f"the loss is not finite at step {step} (before it {loss}, its gradient {row['grad_norm']}, "

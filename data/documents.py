@@ -44,7 +44,7 @@ def needs(package, why):
 
 
 def kind(path):
-    """"text", "json" or "parquet", by the suffix in any case. A file of another suffix is text."""
+    """ "text", "json" or "parquet", by the suffix in any case. A file of another suffix is text."""
     name = path.lower().removesuffix(".gz").removesuffix(".xz").removesuffix(".zst")
     return "parquet" if name.endswith(".parquet") else "json" if name.endswith(JSON) else "text"
 
@@ -201,7 +201,9 @@ def parquet_documents(path, options):
             if options.seed is not None:
                 groups = np.random.default_rng(options.seed).permutation(groups)
             for group in groups.tolist():
-                batches = file.iter_batches(512, row_groups=[group], columns=[options.field], use_threads=False)
+                batches = file.iter_batches(
+                    512, row_groups=[group], columns=[options.field], use_threads=False
+                )
                 for text in (text for batch in batches for text in batch.column(0).to_pylist()):
                     rows += 1
                     if not isinstance(text, str):

@@ -67,23 +67,29 @@ class LinearOnCPU(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------- bag embedding
 
 
-def embed_bags(bags, weight):
+def embed_bags(bags, weight, share=None):
     """Equals tst.embed_bags: F.embedding(bags, weight).mean(-2), the mean in float32.
 
-    bags (B, L, s), weight (V, C) -> (B, L, C) in the dtype of weight, or of autocast where that is on."""
+    bags (B, L, s), weight (V, C) -> (B, L, C) in the dtype of weight, or of autocast where that is on. share
+    (B, L, s): a weighted mean, (F.embedding(bags, weight) * share[..., None]).sum(-2)."""
     small = bags.device.type == "cpu" and weight.dtype == torch.float32 and weight.size(0) <= 1024
     lookup = EmbedBagsOfSmallVocabulary.apply if small else _embed_bags
-    return lookup(bags.flatten(0, -2), weight, compute_dtype(weight)).view(*bags.shape[:-1], -1)  # (B, L, C)
+    share = None if share is None else share.flatten(0, -2)  # (N, s)
+    return lookup(bags.flatten(0, -2), weight, share, compute_dtype(weight)).view(
+        *bags.shape[:-1], -1
+    )  # (B, L, C)
 
 
-def _embed_bags(bags, weight, dtype):
+def _embed_bags(bags, weight, share, dtype):
     if bags.size(-1) == 1:
         return F.embedding(bags.squeeze(-1), weight).to(dtype)  # (N, s), (V, C) -> (N, C)
     if bags.device.type == "cpu" and weight.dtype == torch.float32:
-        # Never holds (N, s, C), in eager mode either, where nothing would fuse the two lines below.
-        return F.embedding_bag(bags, weight, mode="mean").to(dtype)
+        # Never holds (N, s, C), in eager mode either, where nothing would fuse the lines below.
+        mode = "mean" if share is None else "sum"
+        return F.embedding_bag(bags, weight, mode=mode, per_sample_weights=share).to(dtype)
     x = F.embedding(bags, weight)  # (N, s, C); torch.compile fuses look-up, mean and cast into one kernel
-    return x.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.mean(-2, dtype=wide) if share is None else (x.to(wide) * share[..., None]).sum(-2)).to(dtype)
 
 
 class EmbedBagsOfSmallVocabulary(torch.autograd.Function):
@@ -91,21 +97,23 @@ class EmbedBagsOfSmallVocabulary(torch.autograd.Function):
     For few words it is faster on a CPU than adding N*s rows one by one, and its time hardly grows with s."""
 
     @staticmethod
-    def forward(ctx, bags, weight, dtype):
-        ctx.save_for_backward(bags)
+    def forward(ctx, bags, weight, share, dtype):
+        ctx.save_for_backward(bags, share)
         ctx.vocab_size, ctx.dtype = weight.size(0), weight.dtype
-        return _embed_bags(bags, weight, dtype)
+        return _embed_bags(bags, weight, share, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (bags,) = ctx.saved_tensors
+        bags, share = ctx.saved_tensors
         rows = torch.arange(bags.size(0), device=grad.device)[:, None]
         one = torch.ones((), dtype=grad.dtype, device=grad.device)
+        one = one if share is None else share.to(grad.dtype)
         counts = grad.new_zeros(bags.size(0), ctx.vocab_size).index_put_(
             (rows, bags), one, accumulate=True
         )  # (N, V)
-        return None, tall_product(counts, grad).to(ctx.dtype) / bags.size(1), None  # (V, C)
+        grad_weight = tall_product(counts, grad).to(ctx.dtype)  # (V, C)
+        return None, grad_weight / bags.size(1) if share is None else grad_weight, None, None
 
 
 # -------------------------------------------------------------------------------------------------- attention

@@ -1,4 +1,5 @@
-"""configurator.py: what may be written in config files and on the command line, and what is said about the rest."""
+"""configurator.py: what may be written in config files and on the command line, and what is said about the
+rest."""
 
 import os
 import re

@@ -268,8 +268,8 @@ def exact_rotary(block_size, head_dim, theta):
 
 
 def test_rotary_tables_are_computed_in_float32_and_rounded_once():
-    """At position 4,095 an angle in bfloat16 is off by whole turns. A model in bfloat16 holds the rounded cosine
-    of the exact angle."""
+    """At position 4,095 an angle in bfloat16 is off by whole turns. A model in bfloat16 holds the rounded
+    cosine of the exact angle."""
     exact = exact_rotary(4096, 8, 10000.0)
     model = gpt(block_size=4096)
     assert model.cos.dtype == model.sin.dtype == torch.float32

@@ -1,4 +1,5 @@
-"""train.py, run whole in this process on a tiny model: the promises about steps, data, resuming and failing."""
+"""train.py, run whole in this process on a tiny model: the promises about steps, data, resuming and
+failing."""
 
 import errno
 import functools
@@ -20,11 +21,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import ROOT, TINY, read_rows, write_corpus
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 import tst
-from conftest import ROOT, TINY, read_rows, write_corpus
 from model import GPT, GPTConfig
 from nanotst import UserError, checkpoint, machine, optim
 from nanotst.configurator import parse
@@ -56,8 +57,9 @@ def tiny_model(config):
 
 
 def plain_training(config, phases=((0, 4, 3, 3), (4, 10, 1, 1)), weights=None, make_optimizers=None):
-    """Training of the tiny model with nothing but PyTorch's own functions and Python loops. phases: start, stop,
-    tokens read, tokens predicted; weights of the labels of a bag, the same if None. -> a dict per step, and the validation loss."""
+    """Training of the tiny model with nothing but PyTorch's own functions and Python loops. phases: start,
+    stop, tokens read, tokens predicted; weights of the labels of a bag, the same if None. -> a dict per step,
+    and the validation loss."""
     data = np.fromfile(config.dataset + "/train.bin", dtype=np.uint16).astype(np.int64)
     torch.manual_seed(config.seed)
     model = tiny_model(config)
@@ -477,7 +479,8 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def two_ranks(corpus, tmp_path_factory):
-    """{kind: rows} of runs in two processes, started as torchrun starts them; both kinds in the same two, to save time."""
+    """{kind: rows} of runs in two processes, started as torchrun starts them; both kinds in the same two, to
+    save time."""
     folder = tmp_path_factory.mktemp("two")
     configs = {
         name: {**TINY, **TWO_RANKS, **kind, "dataset": corpus, "out_dir": str(folder / name)}
@@ -523,7 +526,8 @@ def test_two_ranks_equal_one(run, two_ranks, name, monkeypatch):
 
 
 def test_ddp_is_gone_before_its_process_group(run, monkeypatch):
-    """Its reducer would drop the group while it holds Python's lock, for which a thread of the group may be waiting."""
+    """Its reducer would drop the group while it holds Python's lock, for which a thread of the group may be
+    waiting."""
     for key, value in dict(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()
     ).items():
@@ -590,8 +594,8 @@ def test_router_metrics_by_hand():
 
 @pytest.mark.parametrize("coefs", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.3, 0.7)])
 def test_balance_and_z_loss_are_trained_on_but_not_reported(run, tiny, coefs):
-    """The loss column stays the cross-entropy, comparable with a dense run's. Both are means over the layers; in the
-    second step the shares of experts are those of the first."""
+    """The loss column stays the cross-entropy, comparable with a dense run's. Both are means over the layers;
+    in the second step the shares of experts are those of the first."""
     knobs = dict(n_layer=2, n_expert=4, top_k=2, max_steps=2, bag_size=1, warmup_steps=0)
     rows = run(balance_coef=coefs[0], z_coef=coefs[1], learning_rate=1e-30, **knobs)
     torch.manual_seed(tiny().seed)
@@ -783,7 +787,8 @@ def test_checkpoint_of_another_shape_is_one_line(run, tmp_path):
 
 
 def test_a_mixture_of_experts_goes_on_with_other_micro_batches(run, tmp_path, monkeypatch):
-    """Its balance loss is that of the whole batch, and the shares of the step before are in the checkpoint."""
+    """Its balance loss is that of the whole batch, and the shares of the step before are in the
+    checkpoint."""
     knobs = dict(n_expert=4, top_k=2, balance_coef=1.0)
     unbroken = run(out_dir=str(tmp_path / "whole"), **knobs)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -870,7 +875,8 @@ def test_the_seed_is_that_of_the_initial_weights(run, tiny, tmp_path):
 
 
 def test_what_a_checkpoint_holds_is_taken_up(run, tiny, tmp_path):
-    """The state of torch's generator, the best loss and the seconds so far; initial weights are not read again."""
+    """The state of torch's generator, the best loss and the seconds so far; initial weights are not read
+    again."""
     run(max_steps=6, superposition_ratio=0.5)
     saved = load(tiny().out_dir)
     saved |= {"rng": torch.Generator().manual_seed(99).get_state(), "best_val": 0.0, "seconds": 1000.0}
@@ -1068,7 +1074,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tiny):
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, tiny, monkeypatch):
-    """The loss of a step is that of the weights before it: a broken gradient shows in it one step too late."""
+    """The loss of a step is that of the weights before it: a broken gradient shows in it one step too
+    late."""
     clip, steps = torch.nn.utils.clip_grad_norm_, []
 
     def broken_in_step_6(parameters, *args):
