@@ -3,38 +3,46 @@
     python train.py config/curves.py --bag_size=4 --out_dir=out/tst
     torchrun --standalone --nproc_per_node=8 train.py config/dense_270m.py
 
-The script reads from top to bottom: knobs, checks, set-up, loop. Everything about superposition is in tst.py and
-in the three lines marked TST below.
+The script reads from top to bottom: knobs, checks, and main: set up, loop, log. Everything about
+superposition is in tst.py and in the lines marked TST below.
 """
 
-import contextlib
-import ctypes
 import dataclasses
-import json
 import math
 import os
-import platform
-import signal
 import sys
 import time
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # the phases differ in tensor sizes
+os.environ.setdefault(
+    "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+)  # the phases differ in tensor sizes
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 
-from checkpoint import load_checkpoint, model_config, write_safely
-from configurator import fail, one_of, parse, pick_device
-from dataloader import TokenStream, load_meta, load_tokens, validation_rows
 from model import GPT
-from tst import BAG_WEIGHTS, bag_size_at, bag_weights, bags_and_labels
+from nanotst import UserError
+from nanotst.checkpoint import load_initial, model_config, resume, save_checkpoint
+from nanotst.configurator import run, validate
+from nanotst.log import RunFolder, progress, router_metrics
+from nanotst.machine import Machine, StopSignals
+from nanotst.mixture import open_mixture
+from nanotst.optim import OPTIMIZERS, SCHEDULES, make_optimizer, rate_multiplier, set_rates
+from nanotst.stream import TokenStream, validation_rows
+from tst import (
+    BAG_WEIGHTS,
+    LOSSES,
+    MODES,
+    bag_weights,
+    bags_and_labels,
+    phase_at,
+    phase_list,
+    within_documents,
+)
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------ knobs
 
 
 @dataclass
@@ -43,30 +51,41 @@ class Config:
 
     # Run
     out_dir: str = "out/run"  # metrics.jsonl, config.json and checkpoints go here
-    dataset: str = "python_source"  # a folder in data/, or the path of one, that holds train.bin, val.bin, meta.json
-    resume: bool = False  # go on from out_dir's last checkpoint, exactly
-    allow_changes: bool = False  # with --resume: let knobs that change the training differ from the checkpoint's
+    dataset: str = (
+        "python_source"  # a prepared corpus, a folder in data/ or its path; or several, A:0.5,B:0.5
+    )
+    resume: bool = False  # go on from out_dir's last checkpoint, exactly; give the same knobs again
+    allow_changes: bool = (
+        False  # with --resume: let knobs that change the training differ from the checkpoint's
+    )
     overwrite: bool = False  # start anew in an out_dir that holds a run
-    init_from: str = ""  # initial weights: a checkpoint of this repository, or hf:FOLDER, a Hugging Face model
-    seed: int = 1337
+    init_from: str = (
+        ""  # initial weights: a checkpoint of this repository, or hf:FOLDER, a Hugging Face model
+    )
+    seed: int = 1337  # of initial weights and of the order of the text
 
     # Token superposition: the first superposition_ratio of the steps train on bags of bag_size tokens
-    bag_size: int = 1  # s; 1 is ordinary training
+    bag_size: int | str = 1  # s; 1 is ordinary training, 8-4-2 steps down
     superposition_ratio: float = 0.3  # r
-    bag_weights: str = "uniform"  # loss weights within a bag: uniform, power, exponential, first, fitted
+    superposition: Literal[MODES] = "full"  # bags in the input and the target, or in one of them alone
+    loss: Literal[tuple(LOSSES)] = "mce"  # of bags; ordinary steps always use cross-entropy
+    bag_weights: Literal[BAG_WEIGHTS] = "uniform"  # of the tokens of a bag in the loss mce
+    document_bags: bool = (
+        False  # bags that mix no documents: of each, the tokens of its last token's document
+    )
     fitted_c0: float = 3.63  # the constant of the fitted weights c0 + 1.35 i^-1.25; 0 leaves the decay alone
 
     # Model
-    n_layer: int = 2
-    n_head: int = 1
+    n_layer: int = 2  # blocks
+    n_head: int = 1  # heads of attention
     n_kv_head: int = 0  # 0: n_head; fewer is grouped-query attention
-    n_embd: int = 64
+    n_embd: int = 64  # width
     head_dim: int = 0  # 0: n_embd / n_head
     ff_dim: int = 0  # width of the MLP, or of one expert; 0: 8/3 n_embd, rounded up to 64
-    qk_norm: bool = False
-    tie_embeddings: bool = False
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys, as in Qwen3
+    tie_embeddings: bool = False  # one matrix for embedding and head
+    rope_theta: float = 10000.0  # base of the rotary angles
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     checkpoint_activations: bool = False  # less memory for a third more FLOPs
 
     # Mixture of experts
@@ -80,361 +99,208 @@ class Config:
     # Batch and schedule
     block_size: int = 128  # L, positions in a row
     total_batch: int = 8192  # positions per optimizer step over all ranks; a bag is one position
-    batch_size: int = 0  # rows per micro-batch of a rank; accumulation follows from the two above; 0: all rows at once
-    max_steps: int = 2000
-    learning_rate: float = 8e-3
-    schedule: str = "wsd"  # warmup, constant, linear decay; or cosine
-    warmup_steps: int = 100
+    batch_size: int = 0  # rows per micro-batch of a rank, accumulation follows from it; 0: all rows at once
+    max_steps: int = 2000  # of the whole run; schedule and phases follow from it
+    optimizer: Literal[tuple(OPTIMIZERS)] = (
+        "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
+    )
+    learning_rate: float = 8e-3  # at its highest
+    matrix_learning_rate: float = 0.0  # of the matrices that Muon trains; 0: learning_rate
+    schedule: Literal[SCHEDULES] = "wsd"  # warmup, constant, linear decay; or cosine
+    warmup_steps: int = 100  # in which the rate rises from 0
     decay_ratio: float = 0.1  # wsd: the last part of the steps, in which the rate falls
     min_lr_ratio: float = 0.0  # the rate at the end, as a part of learning_rate
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: float = 0.9  # AdamW's decay of the mean gradient
+    beta2: float = 0.95  # AdamW's decay of the mean squared gradient; Muon's momentum
     weight_decay: float = 0.1  # of matrices, not of norms
-    grad_clip: float = 1.0  # 0: off
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: off
 
     # Evaluation and logs
-    eval_interval: int = 100  # steps
+    eval_interval: int = 100  # steps between validation losses
     eval_positions: int = 131072  # of the fixed validation batch
-    log_interval: int = 20  # steps
+    log_interval: int = 20  # steps between rows of metrics.jsonl
     save_interval: int = 500  # steps between checkpoints; 0: only at the end
     wandb_project: str = ""  # log to Weights & Biases, too
 
     # Machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # of matrix products: auto, bfloat16, float32; weights are float32
-    compile: str = "auto"  # auto, on, off; auto is on for cuda
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products; weights are float32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto is on for cuda
     threads: int = 0  # CPU threads of a rank; 0: PyTorch's choice, or a rank's share of the cores
 
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
+# knobs that may differ when a run is resumed: they do not change what is learned (what counts of the dataset
+# is what is in it, which is checked)
+FREE_ON_RESUME = {
+    "out_dir", "dataset", "resume", "allow_changes", "overwrite", "init_from", "batch_size", "eval_interval",
+    "log_interval", "save_interval", "wandb_project", "device", "compile", "threads",
+    "checkpoint_activations",
+}  # fmt: skip
 
-# knobs that may differ when a run is resumed: they do not change what is learned (batch_size does with experts, whose load
-# is balanced within a micro-batch)
-FREE_ON_RESUME = {"out_dir", "resume", "allow_changes", "overwrite", "init_from", "batch_size", "eval_interval",
-                  "log_interval", "save_interval", "wandb_project", "device", "compile", "threads",
-                  "checkpoint_activations"}
 
-
-def check(config, world_size):
-    """Stop with a one-line message for a combination that cannot work. Nothing has been built yet."""
-    c = config
-    for key in ("bag_size", "n_layer", "n_head", "n_embd", "block_size", "total_batch", "max_steps", "eval_interval",
-                "eval_positions", "log_interval"):
+def check(c, world_size):
+    """The phases of the run. Raises UserError for a combination of knobs that cannot work."""
+    validate(c)
+    for key in ("n_layer", "n_head", "n_embd", "block_size", "total_batch", "max_steps", "eval_interval",
+                "eval_positions", "log_interval"):  # fmt: skip
         if getattr(c, key) < 1:
-            fail(f"{key} must be at least 1, got {getattr(c, key)}")
+            raise UserError(f"{key} must be at least 1, got {getattr(c, key)}")
     for key in ("superposition_ratio", "decay_ratio", "min_lr_ratio"):
         if not 0 <= getattr(c, key) <= 1:
-            fail(f"{key} must lie in 0..1, got {getattr(c, key)}")
-    one_of(c, bag_weights=BAG_WEIGHTS, schedule=("wsd", "cosine"), dtype=("auto", "bfloat16", "float32"),
-           compile=("auto", "on", "off"))
-    for key in ("batch_size", "n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps", "weight_decay",
-                "grad_clip", "save_interval", "threads"):
+            raise UserError(f"{key} must lie in 0..1, got {getattr(c, key)}")
+    for key in ("seed", "batch_size", "n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps",
+                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate",
+                "fitted_c0"):  # fmt: skip
         if not getattr(c, key) >= 0:
-            fail(f"{key} must not be negative, got {getattr(c, key)}")
+            raise UserError(f"{key} must not be negative, got {getattr(c, key)}")
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(c, key) < 1:
-            fail(f"{key} must be at least 0 and below 1, got {getattr(c, key)}")
-    if not 0 <= c.seed < 2**63:
-        fail(f"seed must lie in 0..2^63 - 1, got {c.seed}")
-    if world_size > 1 and c.device.startswith("cuda:"):
-        fail("torchrun gives each rank a GPU of its own; use --device=cuda")
-    if not c.learning_rate > 0:
-        fail(f"learning_rate must be positive, got {c.learning_rate}")
+            raise UserError(f"{key} must be at least 0 and below 1, got {getattr(c, key)}")
+    for key in ("learning_rate", "norm_eps", "rope_theta"):
+        if not getattr(c, key) > 0:
+            raise UserError(f"{key} must be positive, got {getattr(c, key)}")
+    if not c.out_dir:
+        raise UserError("out_dir must name a folder")
+    if c.loss != "mce" and c.bag_weights != "uniform":
+        raise UserError(f"bag_weights={c.bag_weights} belongs to loss=mce, not to loss={c.loss}")
     if c.n_embd % c.n_head and not c.head_dim:
-        fail(f"n_embd {c.n_embd} must be a multiple of n_head {c.n_head} unless head_dim is given")
+        raise UserError(f"n_embd {c.n_embd} must be a multiple of n_head {c.n_head} unless head_dim is given")
     batch_size = c.batch_size or 1
     if c.total_batch % (batch_size * c.block_size * world_size):
-        fail(f"total_batch {c.total_batch} positions must be a multiple of batch_size {batch_size} x block_size "
-             f"{c.block_size} x {world_size} ranks = {batch_size * c.block_size * world_size}")
+        raise UserError(
+            f"total_batch {c.total_batch} positions must be a multiple of batch_size {batch_size} x "
+            f"block_size {c.block_size} x {world_size} ranks = {batch_size * c.block_size * world_size}"
+        )
+    try:
+        return phase_list(c.max_steps, bag_sizes(c.bag_size), c.superposition_ratio, c.superposition)
+    except ValueError as e:
+        raise UserError(f"bag_size={c.bag_size}, superposition_ratio={c.superposition_ratio}: {e}") from None
 
 
-def learning_rate_at(step, c):
-    """Learning rate of step number `step` (from 0) of c.max_steps, the same in both phases: warmup, then
-    constant with a linear end (wsd, as in the paper) or half a cosine."""
-    if step < c.warmup_steps:
-        return c.learning_rate * (step + 1) / c.warmup_steps
-    if c.schedule == "cosine":
-        left = 0.5 + 0.5 * math.cos(math.pi * (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps))
-    else:
-        left = min(1.0, (c.max_steps - step) / max(1, round(c.decay_ratio * c.max_steps)))
-    return c.learning_rate * (c.min_lr_ratio + (1 - c.min_lr_ratio) * left)
+def bag_sizes(bag_size):
+    """[8, 4, 2] for the knob 8-4-2, [4] for 4."""
+    try:
+        sizes = [int(s) for s in str(bag_size).split("-")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise UserError(f"bag_size must be at least 1, or several numbers such as 8-4-2, got {bag_size!r}")
+    return sizes
 
 
-def router_metrics(load, entropy):
-    """What the MoE routers did in a step. load (n_layer, E) positions by expert, entropy (n_layer,) nats.
-    Max violation is the busiest expert's load over the mean, minus 1."""
-    violation = load.amax(1) / load.mean(1) - 1  # (n_layer,)
-    dead = (load == 0).sum(1)  # (n_layer,)
-    return {"max_violation": violation.mean().item(), "max_violation_worst": violation.max().item(),
-            "router_entropy": entropy.mean().item(), "router_entropy_worst": entropy.min().item(),
-            "dead_experts": dead.float().mean().item(), "dead_experts_worst": dead.max().item()}
-
-
-def progress(row, c, seconds_per_step):
-    """A row of metrics.jsonl as one line for the eye."""
-    eta = int(row["seconds"] / row["step"] * (c.max_steps - row["step"]))
-    parts = [f"step {row['step']:>{len(str(c.max_steps))}}/{c.max_steps}", f"s {row['bag_size']}", f"loss {row['loss']:.4f}"]
-    if "val_loss" in row:
-        parts.append(f"val {row['val_loss']:.4f} ({row['val_bpb']:.4f} bits/byte)")
-    parts += [f"lr {row['lr']:.2e}", f"norm {row['grad_norm']:.2f}", f"{seconds_per_step * 1e3:.1f} ms",
-              f"{row['tokens_per_second'] / 1e3:.1f}k tok/s"]
-    if "mfu" in row:
-        parts.append(f"mfu {row['mfu']:.1%}")
-    if "max_violation" in row:
-        parts.append(f"max vio {row['max_violation']:.2f}, dead {row['dead_experts_worst']}")
-    return " | ".join([*parts, f"eta {eta // 60}m{eta % 60:02d}s"])
-
-
-def has_fast_bfloat16(device):
-    """Whether matrix products in bfloat16 beat float32 here."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return False
-
-
-def keep_freed_memory():
-    """Have glibc keep what is freed for the next step. By default large tensors go back to the system, and a step on a CPU
-    spends much of its time on faulting their pages in again."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never shrink it
-
-
-def main(config):
-    # ------------------------------------------------------------------------------------------------- machine
-    c = config
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, master = int(os.environ.get("LOCAL_RANK", 0)), rank == 0
-    distributed = "RANK" in os.environ  # started by torchrun
-    check(c, world_size)
-    c.batch_size = c.batch_size or c.total_batch // (c.block_size * world_size)
-    say = print if master else lambda *args, **kwargs: None
-
-    device = pick_device(c.device, local_rank)
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    device_type = device.split(":")[0]
-    if distributed:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    if c.threads or distributed and device_type == "cpu":  # torchrun's own choice is a single thread
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(c.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
-    if device_type == "cpu":
-        keep_freed_memory()
-    dtype = c.dtype if c.dtype != "auto" else "bfloat16" if has_fast_bfloat16(device) else "float32"
-    autocast = (torch.autocast(device_type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext())
-    torch.set_float32_matmul_precision("high")  # TF32 where float32 is left on CUDA
-
-    # ---------------------------------------------------------------------------------------------------- data
-    folder = c.dataset if os.path.isdir(c.dataset) else os.path.join(os.path.dirname(__file__) or ".", "data", c.dataset)
-    meta = load_meta(folder)
-    train_tokens, val_tokens = load_tokens(folder, "train"), load_tokens(folder, "val")
-    superposition_steps = round(c.superposition_ratio * c.max_steps) if c.bag_size > 1 else 0
+def main(c):
+    # -------------------------------------------------------------------------------- machine, corpus, phases
+    phases = check(c, int(os.environ.get("WORLD_SIZE", 1)))  # TST: the steps on bags, then ordinary ones
+    machine = Machine.start(c)
+    device, world_size, say = machine.device, machine.world_size, machine.say
+    corpus = open_mixture(c.dataset)
     n_rows = c.total_batch // c.block_size  # rows of a global batch
-    if len(val_tokens) <= c.block_size:
-        fail(f"block_size {c.block_size} is longer than the {len(val_tokens)} validation tokens")
-    rows = range(rank * n_rows // world_size, (rank + 1) * n_rows // world_size)
-    stream = TokenStream(train_tokens, c.block_size, c.bag_size, superposition_steps, n_rows, rows, c.seed, device)
-    # the fixed validation batch: never more than the corpus has, the same whatever the phase and the world size
-    val_rows = validation_rows(val_tokens, max(1, min(c.eval_positions, len(val_tokens)) // c.block_size), c.block_size)
+    rows = range(
+        machine.rank * n_rows // world_size, (machine.rank + 1) * n_rows // world_size
+    )  # of this rank
+    batch_size = c.batch_size or len(rows)  # rows of a micro-batch
+    micro_steps = len(rows) // batch_size
+    read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
+    sources = [(part.train, share) for _, part, share in corpus.parts]
+    stream = TokenStream(sources, c.block_size, phases, **read)
+    # the fixed validation rows of each corpus, the same whatever the phase and the world size: this rank's
+    val = [validation_rows(part.val, c.eval_positions, c.block_size) for _, part, _ in corpus.parts]
+    val_mine = [rows[machine.rank :: world_size] for rows in val]
 
-    # --------------------------------------------------------------------------------------------------- model
+    # ---------------------------------------------------------------------------------- model, new or resumed
     torch.manual_seed(c.seed)
     with torch.device(device):
-        model = GPT(model_config(dataclasses.asdict(c), meta))
+        model = GPT(model_config(dataclasses.asdict(c), corpus.meta))
     if c.init_from.startswith("hf:") and not c.resume:
-        from export import load_hf  # needs a package that training does not
+        from tools.export import load_hf  # needs a package that training does not
+
         load_hf(model, c.init_from[3:])
     elif c.init_from and not c.resume:
-        try:
-            model.load_state_dict(load_checkpoint(c.init_from)["model"])
-        except (RuntimeError, KeyError) as e:
-            fail(f"{c.init_from} does not fit this model: {' '.join(str(e).split())[:200]}")
-    weights = bag_weights(c.bag_weights, c.bag_size, c0=c.fitted_c0).to(device)  # (s,)
-
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}],
-                                  lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=device_type in ("cpu", "cuda"))
-
-    # ------------------------------------------------------------------------------------- state, new or resumed
-    step, cursor, seconds, best_val = 0, 0, 0.0, math.inf
-    log_path, last_path = os.path.join(c.out_dir, "metrics.jsonl"), os.path.join(c.out_dir, "last.pt")
+        load_initial(c.init_from, model, corpus)
+    optimizer = make_optimizer(model, c, machine.device_type)
+    folder = RunFolder(c.out_dir, machine)
+    folder.begin(c.resume, c.overwrite)
+    step, seconds, best_val = 0, 0.0, math.inf
+    # MoE: the share of positions that chose each expert in the step before, of all ranks and micro-steps, so
+    # that the balance loss is the same however a batch is cut; (n_layer, E), even before the first step
+    shares = torch.full((c.n_layer, c.n_expert), c.top_k / c.n_expert, device=device) if c.n_expert else None
     if c.resume:
-        saved = load_checkpoint(last_path, mmap=False)  # the file will be replaced, and must not be held until then
-        free = FREE_ON_RESUME - ({"batch_size"} if c.n_expert and c.balance_coef else set())
-        changed = [f"{key} {saved['config'][key]} -> {value}" for key, value in dataclasses.asdict(c).items()
-                   if key not in free and saved["config"].get(key, value) != value]
-        if changed and not c.allow_changes:
-            fail(f"{last_path} was trained with other settings: {', '.join(changed)}; "
-                 "give the same ones, or --allow_changes")
-        if saved["meta"] != meta:
-            fail(f"the corpus in {folder} is not the one {last_path} was trained on")
-        try:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, KeyError, ValueError) as e:
-            fail(f"{last_path} does not fit this model: {' '.join(str(e).split())[:200]}")
-        for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):  # as configured, should it differ
-            group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
-        step, cursor, seconds, best_val = saved["step"], saved["cursor"], saved["seconds"], saved["best_val"]
-        recut = any(saved["config"][key] != getattr(c, key) for key in ("block_size", "bag_size", "total_batch", "seed"))
-        if recut or step < superposition_steps or cursor < saved["switch"]:  # whole runs up to the switch, wherever it is now
-            unit = n_rows * stream.run
-            cursor = -(-cursor // unit) * unit
-            stream.switch = cursor + max(0, superposition_steps - step) * unit
-        else:
-            stream.switch = saved["switch"]
-        torch.set_rng_state(saved["rng"])
-        if master and os.path.exists(log_path):  # rows after the checkpoint will be written again
-            with open(log_path) as f:
-                lines = [line for line in f if line.endswith("\n")]  # a killed process may have left half a line
-            try:
-                kept = [line for line in lines if json.loads(line)["step"] <= step]
-            except (ValueError, KeyError, TypeError):
-                fail(f"{log_path} is damaged; move it away to resume without the rows before step {step}")
-            write_safely(log_path, lambda path: Path(path).write_text("".join(kept)))
-        del saved
-    elif os.path.exists(log_path) and not c.overwrite:
-        fail(f"{c.out_dir} already holds a run: go on with it (--resume), replace it (--overwrite) or choose another --out_dir")
-    elif master:
-        os.makedirs(c.out_dir, exist_ok=True)
-        for name in ("metrics.jsonl", "last.pt", "best.pt"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(c.out_dir, name))
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "device": torch.cuda.get_device_name()
-                if device_type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-                "dtype": dtype, "world_size": world_size}
-    if master:
-        described = {"config": dataclasses.asdict(c), "versions": versions, "command": sys.argv, "data": meta,
-                     "parameters": model.n_params(), "active_parameters": model.n_params(active=True)}
-        write_safely(os.path.join(c.out_dir, "config.json"), lambda path: Path(path).write_text(json.dumps(described, indent=1)))
+        saved = resume(folder.last, model, optimizer, c, corpus, FREE_ON_RESUME)
+        step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
+        shares = saved["shares"].to(device) if c.n_expert else None
+        stream = TokenStream(sources, c.block_size, phases, **read, state=saved["stream"], step=step)
+        folder.keep_rows(step)
+    phases = stream.phases
+    described = {
+        "config": dataclasses.asdict(c), "versions": machine.versions(), "command": sys.argv,
+        "data": corpus.meta, "parameters": model.n_params(), "active_parameters": model.n_params(active=True),
+    }  # fmt: skip
+    folder.describe(described, c.wandb_project)
 
-    # ------------------------------------------------------------------------------- compilation, warmed up
-    raw_model = model  # checkpoints hold its keys
-    micro_steps = len(rows) // c.batch_size
-    val_mine = val_rows[rank::world_size]
+    # ---------------------------------------------------------------------- compilation, warmed up, and ranks
+    kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases)  # each is a graph of its own
+    weights = {
+        n: bag_weights(c.bag_weights, n, c.fitted_c0).to(device) for _, n in kinds if n > 1
+    }  # (n_out,)
 
-    def forward(run, tokens, bag_size):
-        """Rows (B, (L+1)*s) -> what is minimised, the cross-entropy in it (nats), the routers' statistics."""
-        bags, labels = bags_and_labels(tokens, bag_size)  # TST: (B, L, s) each
-        with autocast:
-            loss, router = run(bags, labels, weights if bag_size > 1 else None)
+    def forward(run, tokens, n_in, n_out):
+        """Rows (B, L*n_in + n_out) -> what is minimised, the loss of tokens in it, the routers'
+        statistics."""
+        bags, labels = bags_and_labels(tokens, n_in, n_out)  # TST: (B, L, n_in), (B, L, n_out)
+        kind, bag_share = "mce", None
+        if n_in > 1 or n_out > 1:
+            kind = c.loss
+            if c.document_bags:
+                bag_share, labels = within_documents(tokens, n_in, n_out, corpus.meta["separator"])
+        with machine.autocast():
+            loss, router = run(bags, labels, weights.get(n_out), kind, shares, bag_share)
         if router is None:
             return loss, loss, None
-        return loss + c.balance_coef * router["balance_loss"].mean() + c.z_coef * router["z_loss"].mean(), loss, router
+        balance = c.balance_coef * router["balance_loss"].mean() + c.z_coef * router["z_loss"].mean()
+        return loss + balance, loss, router
 
-    def mean_over_ranks(x):
-        if distributed:
-            dist.all_reduce(x)
-        return x / world_size
-
+    @torch.no_grad()
     def evaluate(run, rows):
-        """Ordinary next-token loss, nats per token, whatever the phase, of this rank's rows (n, L+1) and the others'."""
+        """Ordinary next-token loss, nats per token, whatever the phase, of this rank's rows (n, L+1) and the
+        others'."""
         run.eval()
         total = torch.tensor([0.0, len(rows)], device=device)  # sum of the rows' losses, number of rows
-        with torch.no_grad():
-            for part in rows.split(c.batch_size):
-                tokens = F.pad(part, (0, 0, 0, c.batch_size - len(part))).to(device)  # one shape, so one graph
-                labels = tokens[:, 1:, None].long()  # (B, L, 1)
-                labels[len(part):] = -100
-                with autocast:
-                    total[0] += run(tokens[:, :-1, None], labels)[0] * len(part)
+        for part in rows.split(batch_size):
+            tokens = F.pad(part, (0, 0, 0, batch_size - len(part))).to(device)  # one shape, so one graph
+            labels = tokens[:, 1:, None].long()  # (B, L, 1)
+            labels[len(part) :] = -100
+            with machine.autocast():
+                total[0] += run(tokens[:, :-1, None], labels)[0] * len(part)
         run.train()
-        loss_sum, n = mean_over_ranks(total).tolist()
+        loss_sum, n = machine.mean(total).tolist()
         return loss_sum / n
 
     def warm_up(run):
-        """Run every graph once before the clock starts: one per phase, one for evaluation."""
-        for bag_size in dict.fromkeys((bag_size_at(step, c.bag_size, superposition_steps), 1)):
-            objective, *_ = forward(run, stream.read(0, bag_size)[:c.batch_size].to(device), bag_size)  # any text will do
-            objective.backward()
+        for n_in, n_out in kinds:
+            first = next(p.start for p in phases if (p.n_in, p.n_out) == (n_in, n_out))
+            tokens = stream.read(first)[:batch_size].to(device)  # any text will do
+            forward(run, tokens, n_in, n_out)[0].backward()
             optimizer.zero_grad()
-        evaluate(run, val_mine[:1])
+        evaluate(run, val_mine[0][:1])
 
-    compiled = c.compile == "on" or c.compile == "auto" and device_type == "cuda"
-    if compiled and c.n_expert and dtype == "float32":
-        say("experts compile in bfloat16 only (torch's grouped_mm); going on without torch.compile")
-        compiled = False
-    if compiled:
-        started = time.perf_counter()
-        for again in (True, False):
-            try:
-                model = torch.compile(raw_model, dynamic=False, fullgraph=True)
-                warm_up(model)
-                say(f"compiled in {time.perf_counter() - started:.0f} s")
-                break
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as e:  # a process that was killed while compiling may have left a broken cache behind
-                say(f"torch.compile failed ({type(e).__name__}: {' '.join(str(e).split())[:100]})"
-                    + ("; trying again without its cache" if again else ""))
-                torch.compiler.reset()
-                optimizer.zero_grad()
-                torch.compiler.config.force_disable_caches = True
-        else:
-            say("going on without torch.compile; a C++ compiler and Triton (for CUDA) are what it usually misses")
-            model, compiled = raw_model, False
-    if not compiled:
-        warm_up(model)
-    if distributed:
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its new name is not known to torch 2.11
-        ddp = DDP(model, device_ids=[local_rank] if device_type == "cuda" else None, broadcast_buffers=False,
-                  gradient_as_bucket_view=True)
-    else:
-        ddp = model
+    raw_model = model  # checkpoints hold its keys
+    model, compiled = machine.compile(raw_model, c.compile, warm_up)
+    shared = machine.share(model)
+    describe_run(c, machine, raw_model, stream, compiled, micro_steps, step)
 
-    # ----------------------------------------------------------------------------------------------- description
+    # --------------------------------------------------------------------------------------------------- loop
     flops_per_step = raw_model.flops_per_position() * c.total_batch
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in versions["device"]), None)
-    active = f" ({raw_model.n_params(active=True):,} active)" if c.n_expert else ""
-    say(f"{raw_model.n_params():,} parameters{active}, {dtype}, {'compiled' if compiled else 'eager'}, {versions['device']}"
-        f"{f', {world_size} ranks' if distributed else ''}")
-    if superposition_steps:
-        say(f"TST: {superposition_steps:,} of {c.max_steps:,} steps on bags of {c.bag_size}, then ordinary training; "
-            f"{1 + superposition_steps / c.max_steps * (c.bag_size - 1):.2f} x the text of a baseline at the same FLOPs")
-    run_tokens = c.total_batch * (superposition_steps * c.bag_size + c.max_steps - superposition_steps)
-    say(f"{c.max_steps:,} steps of {c.total_batch:,} positions, {micro_steps} micro-step{'s' * (micro_steps > 1)} a rank; "
-        f"{run_tokens:,} tokens, {run_tokens / stream.epoch_tokens:.2f} epochs of the corpus")
-    wandb_run = None
-    if master and c.wandb_project:
-        try:
-            import wandb
-            wandb_run = wandb.init(project=c.wandb_project, name=os.path.basename(c.out_dir), config=described)
-        except ImportError:
-            fail("--wandb_project needs: pip install wandb")
-
-    # ------------------------------------------------------------------------------------------------------ loop
-    stop_signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(number, lambda n, frame: stop_signals.append(signal.Signals(n).name))
-
-    def save(name):
-        state = {"model": raw_model.state_dict(), "step": step, "cursor": cursor, "switch": stream.switch,
-                 "seconds": seconds, "best_val": best_val, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c),
-                 "meta": meta, "data": folder, "versions": versions}
-        if name == "last.pt":  # best.pt is never resumed, and moments are twice the size of the weights
-            state["optimizer"] = optimizer.state_dict()
-        write_safely(os.path.join(c.out_dir, name), lambda path: torch.save(state, path))
-
-    stopping, clock, logged_at = False, time.perf_counter(), step
+    switches = {p.stop for p in phases} | {p.start + 1 for p in phases}  # the last and the first step of each
+    signals, stopping, clock, logged_at = StopSignals(machine), False, time.perf_counter(), step
     while step < c.max_steps:
-        bag_size = bag_size_at(step, c.bag_size, superposition_steps)  # TST: the phase
-        tokens = stream.batch(cursor, bag_size, bag_size_at(step + 1, c.bag_size, superposition_steps))
-        lr = learning_rate_at(step, c)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
+        phase = phase_at(phases, step)  # TST
+        set_rates(optimizer, rate_multiplier(step, c))
         loss_sum, load, entropy = 0.0, 0.0, 0.0
-        for i, part in enumerate(tokens.split(c.batch_size)):  # micro-steps, (B, (L+1)*s) each
-            if distributed:  # gradients travel once, with the last one
-                ddp.require_backward_grad_sync = i == micro_steps - 1
-            objective, loss, router = forward(ddp, part, bag_size)
+        micro_batches = stream.batch(step).split(batch_size)  # (B, L*n_in + n_out) each
+        for i, part in enumerate(micro_batches):
+            if machine.distributed:  # gradients travel once, with the last one
+                shared.require_backward_grad_sync = i == micro_steps - 1
+            objective, loss, router = forward(shared, part, phase.n_in, phase.n_out)
             (objective / micro_steps).backward()
             loss_sum += loss.detach()
             if router:
@@ -443,72 +309,103 @@ def main(config):
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), c.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        if c.n_expert and c.balance_bias:
-            load = mean_over_ranks(load)
-            raw_model.balance_experts(load, c.balance_rate)
+        if c.n_expert:
+            load = machine.mean(load)  # (n_layer, E), of a rank
+            shares = load / (len(rows) * c.block_size)
+            if c.balance_bias:
+                raw_model.balance_experts(load, c.balance_rate)
         step += 1
-        cursor += stream.step_tokens(bag_size)  # TST: s times as much text
 
-        # ------------------------------------------------------------------------------------------- log, save
-        finished = step == c.max_steps
-        evaluate_now = finished or step % c.eval_interval == 0
-        save_now = finished or c.save_interval > 0 and step % c.save_interval == 0
-        log_now = (evaluate_now or save_now or step % c.log_interval == 0 or step in (1, superposition_steps, superposition_steps + 1))
-        stopping = bool(stop_signals)
-        if distributed:  # together, at a row of the log, by what all of them know: a signal may come at any time
-            stopping = log_now and mean_over_ranks(torch.tensor(float(stopping), device=device)).item() > 0
-        if not (log_now or stopping):
+        # ------------------------------------------------------------------------------------------ log, save
+        stopping = signals.stop(step)
+        evaluate_now = step == c.max_steps or step % c.eval_interval == 0
+        save_now = stopping or step == c.max_steps or c.save_interval > 0 and step % c.save_interval == 0
+        if not (evaluate_now or save_now or step % c.log_interval == 0 or step in switches):
             continue
 
-        loss = mean_over_ranks(loss_sum / micro_steps).item()  # waits for the device
+        loss = machine.mean(loss_sum / micro_steps).item()  # waits for the device
         elapsed = time.perf_counter() - clock
         seconds += elapsed
         rate = (step - logged_at) * c.total_batch / elapsed  # positions per second since the last row
-        row = {"step": step, "phase": "superposition" if step <= superposition_steps else "recovery", "bag_size": bag_size,
-               "loss": loss, "lr": lr, "grad_norm": grad_norm.item(), "positions": step * c.total_batch,
-               "data_tokens": cursor, "epoch": cursor / stream.epoch_tokens, "flops": step * flops_per_step, "seconds": seconds,
-               "tokens_per_second": rate}
-        if peak and dtype == "bfloat16":
-            row["mfu"] = rate * raw_model.flops_per_position() / (peak * world_size)
+        row = {
+            "step": step, "phase": "superposition" if phase.bag_size > 1 else "recovery",
+            "bag_size": phase.bag_size, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm.item(), "positions": step * c.total_batch,
+            "data_tokens": stream.tokens_at(step), "epoch": stream.tokens_at(step) / stream.epoch_tokens,
+            "flops": step * flops_per_step, "seconds": seconds, "tokens_per_second": rate,
+        }  # fmt: skip
+        if machine.peak_flops:
+            row["mfu"] = rate * raw_model.flops_per_position() / (machine.peak_flops * world_size)
         if c.n_expert:
-            load = load if c.balance_bias else mean_over_ranks(load)
-            row |= router_metrics(load, mean_over_ranks(entropy / micro_steps))
-        if not (math.isfinite(loss) and math.isfinite(row["grad_norm"])):  # never saved
-            fail(f"the loss is {loss} and its gradient's norm {row['grad_norm']} at step {step}; lower learning_rate and "
-                 f"start anew, or --resume from the last checkpoint with --allow_changes")
+            row |= router_metrics(load, machine.mean(entropy / micro_steps))
         if evaluate_now:
-            row["val_loss"] = evaluate(model, val_mine)
-            row["val_bpb"] = row["val_loss"] / math.log(2) / meta["bytes_per_token"]
-        if master:
-            with open(log_path, "a") as f:
-                f.write(json.dumps(row) + "\n")
-            if wandb_run:
-                wandb_run.log(row, step=step)
-            say(progress(row, c, elapsed / (step - logged_at)), flush=True)
-            if evaluate_now and row["val_loss"] < best_val:
-                best_val = row["val_loss"]
-                save("best.pt")
-            if save_now or stopping:
-                save("last.pt")
+            losses = [evaluate(model, rows) for rows in val_mine]
+            row["val_loss"] = sum(loss * float(share) for loss, (*_, share) in zip(losses, corpus.parts))
+            row |= {f"val_loss_{name}": loss for loss, (name, *_) in zip(losses, corpus.parts) if name}
+            if corpus.bytes_per_token:
+                row["val_bpb"] = row["val_loss"] / math.log(2) / corpus.bytes_per_token
+        # the loss is that of the weights before this step; those after it are tried before they are saved
+        after = row.get("val_loss") or (evaluate(model, val_mine[0][:batch_size]) if save_now else 0.0)
+        if not all(map(math.isfinite, (loss, row["grad_norm"], after))):  # the same on all ranks; never saved
+            raise UserError(
+                f"the loss is not finite at step {step} (before it {loss}, its gradient {row['grad_norm']}, "
+                f"after it {after}); lower learning_rate and start anew, or --resume with --allow_changes"
+            )
+        folder.add(row, progress(row, c.max_steps, elapsed / (step - logged_at)))
+        state = {
+            "model": raw_model.state_dict(), "step": step, "stream": stream.state(), "seconds": seconds,
+            "shares": shares, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c),
+            "meta": corpus.meta, "data": corpus.folder, "versions": described["versions"],
+            "best_val": min(best_val, row.get("val_loss", best_val)),
+        }  # fmt: skip
+        if (
+            machine.master and state["best_val"] < best_val
+        ):  # never resumed, and moments are twice the weights' size
+            save_checkpoint(folder.best, state)
+        if machine.master and save_now:
+            save_checkpoint(folder.last, state | {"optimizer": optimizer.state_dict()})
+        best_val = state["best_val"]
         if stopping:
-            say(f"stopped by {stop_signals[0] if stop_signals else 'a signal to another rank'} after step {step}; go on with --resume")
+            say(f"stopped by {signals.reason} after step {step}; go on with --resume")
             break
         clock, logged_at = time.perf_counter(), step
 
-    if wandb_run:
-        wandb_run.finish()
-    if distributed:
-        dist.barrier()  # rank 0 may still be writing
-        del ddp  # with the last reference to the group, it would wait for a thread that waits for Python's lock
-        dist.destroy_process_group()
+    folder.finish()
+    del shared
+    machine.leave()
     if stopping:
         sys.exit(1)
 
 
+def describe_run(c, machine, model, stream, compiled, micro_steps, step):
+    """The opening lines: what is trained, on what, and on how much text."""
+    if c.resume:
+        finished = "; it is finished" if step >= c.max_steps else ""
+        machine.say(f"going on with {c.out_dir} after step {step:,} of {c.max_steps:,}{finished}")
+    active = f" ({model.n_params(active=True):,} active)" if c.n_expert else ""
+    ranks = f", {machine.world_size} ranks" if machine.distributed else ""
+    machine.say(
+        f"{model.n_params():,} parameters{active}, {machine.dtype}, {'compiled' if compiled else 'eager'}, "
+        f"{machine.name}{ranks}"
+    )
+    bagged = [p for p in stream.phases if p.bag_size > 1]
+    if bagged:
+        steps = sum(p.stop - p.start for p in bagged)
+        extra = stream.tokens_at(c.max_steps) / (c.max_steps * c.total_batch)
+        machine.say(
+            f"TST: {steps:,} of {c.max_steps:,} steps on bags of {'-'.join(str(p.bag_size) for p in bagged)},"
+            f" then ordinary training; {extra:.2f} x the text of a baseline at the same FLOPs"
+        )
+    tokens = stream.tokens_at(c.max_steps)
+    machine.say(
+        f"{c.max_steps:,} steps of {c.total_batch:,} positions, in {micro_steps} micro-steps a rank; "
+        f"{tokens:,} tokens, {tokens / stream.epoch_tokens:.2f} epochs of the corpus"
+    )
+
+
 if __name__ == "__main__":
     try:
-        main(parse(Config, sys.argv[1:]))
+        run(main, Config)
     except torch.OutOfMemoryError:
-        fail("out of GPU memory; give a smaller --batch_size (the total batch stays the same), or --checkpoint_activations")
-    except OSError as e:
-        fail(e)
+        sys.exit("error: out of GPU memory; give a smaller --batch_size (the total batch stays the same), or "
+                 "--checkpoint_activations")  # fmt: skip

@@ -2,115 +2,153 @@
 
 Efficient Pre-Training with Token Superposition, Peng, Gigant, Quesnelle, arXiv 2605.06546.
 
-    tokens   t0 t1 t2 | t3 t4 t5 | t6 t7 t8 | t9 ...        a row of (L+1)*s tokens, here s = 3
+    tokens   t0 t1 t2 | t3 t4 t5 | t6 t7 t8 | t9 ...        a row of L*s + s tokens, here s = 3
     input    mean of      mean of    mean of
              their embeddings  ...                          (B, L, s) -> (B, L, C)
     target   {t3 t4 t5}   {t6 t7 t8} {t9 ...}               the next bag, not the next token
 
 For the first r of the steps the transformer sees bags; after that s = 1, which is ordinary next-token
-training. There is no second code path: a bag of one token is a token, and the loss below is then cross-entropy.
+training. There is no second code path: a bag of one token is a token, and the loss below is then
+cross-entropy.
 
 Dimensions: B rows, L positions the transformer sees, s bag size, C width, V vocabulary, N = B*L.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+
+# -------------------------------------------------------------------------------------------- phases of a run
+
+MODES = ("full", "input", "output")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps start..stop-1 of a run. A position reads `n_in` tokens as one bag and predicts the `n_out` tokens
+    that follow them; the next position begins `n_in` tokens later."""
+
+    start: int
+    stop: int
+    n_in: int
+    n_out: int
+
+    @property
+    def bag_size(self):
+        """s, or 1 in ordinary training."""
+        return max(self.n_in, self.n_out)
+
+
+def phase_list(max_steps, bag_sizes, superposition_ratio, mode="full"):
+    """The phases of a run: a share `superposition_ratio` of the steps on bags, then ordinary training.
+
+    bag_sizes, such as [4] or, stepping down, [8, 4, 2], share the superposition steps evenly. mode "full" is
+    the paper's method, "input" bags the input alone and predicts one token, "output" reads single tokens and
+    predicts the next s of them (the paper's ablations). Raises ValueError for a list that cannot be run.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown superposition {mode!r}, choose one of {', '.join(MODES)}")
+    steps, n = round(superposition_ratio * max_steps), len(bag_sizes)
+    if not superposition_ratio or list(bag_sizes) == [1]:
+        return [Phase(0, max_steps, 1, 1)]
+    phases = [
+        Phase(steps * i // n, steps * (i + 1) // n, 1 if mode == "output" else s, 1 if mode == "input" else s)
+        for i, s in enumerate(bag_sizes)
+    ]
+    if steps < max_steps:
+        phases.append(Phase(steps, max_steps, 1, 1))
+    check_phases(phases)
+    return phases
+
+
+def check_phases(phases):
+    """Raise ValueError unless the phases follow each other and each can go on with the text the one before
+    leaves."""
+    for phase in phases:
+        if phase.start >= phase.stop:
+            raise ValueError(
+                f"the phase with bags of {phase.bag_size} has no steps; use a larger superposition_ratio"
+            )
+        if phase.n_in < 1 or phase.n_out < 1:
+            raise ValueError(f"bag sizes must be at least 1, got {min(phase.n_in, phase.n_out)}")
+    for before, after in zip(phases, phases[1:]):
+        if before.stop != after.start:
+            raise ValueError(f"a phase ends before step {before.stop}, the next begins at step {after.start}")
+        if before.n_in % after.n_in:
+            raise ValueError(f"bags of {before.n_in} tokens do not divide into bags of {after.n_in}")
+
+
+def phase_at(phases, step):
+    """The phase of step number `step` (the first is 0). A function of the step alone, so a run that is
+    stopped and resumed cannot be in the wrong phase. The last phase goes on for ever."""
+    return next((phase for phase in phases if step < phase.stop), phases[-1])
+
+
+# ------------------------------------------------------------------------------------------- input and target
+
+
+def bags_and_labels(tokens, n_in, n_out):
+    """Split rows of L*n_in + n_out tokens into input bags and their labels, the n_out tokens that follow each
+    bag (the paper's section 3): (B, L*n_in + n_out) -> two views, (B, L, n_in) and (B, L, n_out).
+
+    The shift is a whole bag: shifted by one token, an input bag would hold s-1 of the s labels it has to
+    predict. Raises ValueError if a row does not divide into whole bags.
+    """
+    length = tokens.size(-1) - n_out
+    if n_in < 1 or n_out < 1 or length < n_in or length % n_in:
+        raise ValueError(
+            f"rows of {tokens.size(-1)} tokens are not bags of {n_in} and the {n_out} tokens that follow"
+        )
+    bags = tokens[..., :length].unflatten(-1, (-1, n_in))  # (B, L, n_in)
+    return bags, tokens[..., n_in:].unfold(-1, n_out, n_in)  # (B, L, n_out)
+
+
+def within_documents(tokens, n_in, n_out, separator):
+    """Bags that mix no documents, at the same rows and shapes: an input bag is the mean of the tokens that
+    belong to the document of its last token, and of its labels those count that belong to it, too.
+
+    tokens (B, L*n_in + n_out), in which the token `separator` begins a document -> how much each token counts
+    in its bag, (B, L, n_in) float32, and the labels, others being -100, (B, L, n_out).
+    """
+    document = (tokens == separator).cumsum(-1)  # (B, L*n_in + n_out), its number in the row
+    bag_document, label_document = bags_and_labels(document, n_in, n_out)
+    own = bag_document[..., -1:]  # (B, L, 1)
+    count = (bag_document == own).float()  # (B, L, n_in)
+    labels = bags_and_labels(tokens, n_in, n_out)[1]
+    return count / count.sum(-1, keepdim=True), labels.where(label_document == own, -100)
+
+
+def embed_bags(bags, weight, share=None):
+    """Mean embedding of each bag: (B, L, s) token ids, (V, C) table -> (B, L, C).
+
+    The mean is taken in float32 and returned in the dtype of the table, or of autocast where that is on. A
+    bag of one token is exactly an embedding look-up. share (B, L, s), summing to 1 in each bag: a weighted
+    mean.
+    """
+    device = bags.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    x = F.embedding(bags, weight)  # (B, L, s, C)
+    if share is not None:
+        return (wide(x) * share[..., None]).sum(-2).to(dtype)
+    if bags.size(-1) == 1:
+        return x.squeeze(-2).to(dtype)
+    return x.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
+
+
+# --------------------------------------------------------------------------------------- weights within a bag
 
 BAG_WEIGHTS = ("uniform", "power", "exponential", "first", "fitted")
 
 
-def bag_size_at(step, bag_size, superposition_steps):
-    """Bag size of step number `step` (the first is 0): `bag_size` in superposition, then 1 (recovery).
-
-    A function of the step alone, so a run that is stopped and resumed cannot be in the wrong phase.
-    """
-    return bag_size if step < superposition_steps else 1
-
-
-def fold(tokens, bag_size):
-    """Fold each row into bags of contiguous tokens: (B, L*s) -> (B, L, s).
-
-    Raises ValueError if a row does not divide into whole bags.
-    """
-    if bag_size < 1 or tokens.size(-1) % bag_size:
-        raise ValueError(f"rows of {tokens.size(-1)} tokens do not fold into bags of {bag_size}")
-    return tokens.unflatten(-1, (-1, bag_size))
-
-
-def bags_and_labels(tokens, bag_size):
-    """Split rows of (L+1)*s tokens into input bags and their labels, the bags that follow (the paper's section 3).
-
-    (B, (L+1)*s) -> two views, (B, L, s) each. The shift is a whole bag: shifted by one token, an input bag
-    would hold s-1 of the s labels it has to predict.
-    """
-    bags = fold(tokens, bag_size)  # (B, L+1, s)
-    return bags[:, :-1], bags[:, 1:]
-
-
-def embed_bags(bags, weight):
-    """Mean embedding of each bag: (B, L, s) token ids, (V, C) table -> (B, L, C).
-
-    The mean is taken in float32 and returned in the dtype of the table, or of autocast where that is on.
-    A bag of one token is exactly an embedding look-up.
-    """
-    device = bags.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    small = device == "cpu" and weight.dtype == torch.float32 and weight.size(0) <= 1024
-    lookup = _EmbedBagsOfSmallVocabulary.apply if small else _embed_bags
-    return lookup(bags.flatten(0, -2), weight, dtype).view(*bags.shape[:-1], -1)  # (B, L, C)
-
-
-def _embed_bags(bags, weight, dtype):
-    if bags.size(-1) == 1:
-        return F.embedding(bags.squeeze(-1), weight).to(dtype)  # (N, s), (V, C) -> (N, C)
-    if bags.device.type == "cpu" and weight.dtype == torch.float32:
-        # Never holds (N, s, C), in eager mode either, where nothing would fuse the two lines below.
-        return F.embedding_bag(bags, weight, mode="mean").to(dtype)
-    x = F.embedding(bags, weight)  # (N, s, C); torch.compile fuses look-up, mean and cast into one kernel
-    return x.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
-
-
-class _EmbedBagsOfSmallVocabulary(torch.autograd.Function):
-    """_embed_bags with a backward pass that is one matrix product, with the (N, V) counts of tokens in bags. For few
-    words it is faster on a CPU than adding N*s rows one by one, and its time hardly grows with s."""
-
-    @staticmethod
-    def forward(ctx, bags, weight, dtype):
-        ctx.save_for_backward(bags)
-        ctx.vocab_size, ctx.dtype = weight.size(0), weight.dtype
-        return _embed_bags(bags, weight, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        bags, = ctx.saved_tensors
-        rows = torch.arange(bags.size(0), device=grad.device)[:, None]
-        one = torch.ones((), dtype=grad.dtype, device=grad.device)
-        counts = grad.new_zeros(bags.size(0), ctx.vocab_size).index_put_((rows, bags), one, accumulate=True)  # (N, V)
-        return None, tall_product(counts, grad).to(ctx.dtype) / bags.size(1), None  # (V, C)
-
-
-def tall_product(a, b):
-    """a.T @ b: (N, m), (N, n) -> (m, n), in the dtype of a. Where N is much larger than m and n, as in the gradients of small
-    matrices, a CPU is faster with a batch of products of N/16 rows, and the sum of those in float32 is more exact. It
-    is faster still if the narrower factor is the transposed one."""
-    if a.device.type == "cpu" and len(a) % 16 == 0 and 16 * a.size(1) * b.size(1) <= len(a) * (a.size(1) + b.size(1)):
-        if a.size(1) > b.size(1):
-            return tall_product(b, a).T
-        parts = a.unflatten(0, (16, -1)).transpose(1, 2) @ b.unflatten(0, (16, -1))  # (16, m, n)
-        return parts.sum(0, dtype=torch.promote_types(a.dtype, torch.float32)).to(a.dtype)
-    return a.T @ b
-
-
-def bag_weights(kind, bag_size, c0=3.63, a=1.35, k=-1.25):
+def bag_weights(kind, n_out, c0=3.63, a=1.35, k=-1.25):
     """Weight of the i-th token (i = 1..s) of the target bag in the loss, normalised to 1: (s,) float32.
 
     uniform 1, power 1/i, exponential exp(-i), first only i = 1, fitted c0 + a * i^k. The defaults of `fitted`
     are the paper's fit to the mutual information of tokens at distance i on DCLM, in which c0 dominates and
     makes the weights almost uniform; c0 = 0 keeps the decay alone. Raises ValueError for another kind.
     """
-    i = torch.arange(1, bag_size + 1, dtype=torch.float64)
+    i = torch.arange(1, n_out + 1, dtype=torch.float64)
     if kind == "uniform":
         w = torch.ones_like(i)
     elif kind == "power":
@@ -126,116 +164,90 @@ def bag_weights(kind, bag_size, c0=3.63, a=1.35, k=-1.25):
     return (w / w.sum()).float()
 
 
+# ----------------------------------------------------------------------------------------------------- losses
+# Each takes logits (..., V) and labels (..., s) and returns a scalar, for s = 1 as well. Labels that equal
+# ignore_index do not count. To add one: a function, and its name in LOSSES below.
+
+
 def multi_hot_cross_entropy(logits, labels, weights=None, ignore_index=-100):
-    """Multi-hot cross-entropy, MCE (the paper's section 3): the readable reference for the fused form below.
+    """Multi-hot cross-entropy, MCE, the loss of the paper (its section 3).
 
         MCE = sum_i w_i CE(z, y_i) = logsumexp(z) - sum_i w_i z[y_i]
 
-    logits (..., V), labels (..., s), weights (s,) summing to 1 (uniform if None) -> scalar in nats. A label
-    that occurs twice in a bag counts twice. For s = 1 this is F.cross_entropy.
+    weights (s,) summing to 1, uniform if None -> nats. A label that occurs twice in a bag counts twice. For s
+    = 1 this is F.cross_entropy.
 
     With ignored labels each offset i is averaged over the positions where it is valid, then the offsets are
-    averaged by weight, as in the paper's loop of s cross-entropies; an offset that is valid nowhere counts zero.
+    averaged by weight, as in the paper's loop of s cross-entropies; an offset that is valid nowhere counts
+    zero.
     """
-    log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    log_p = F.log_softmax(wide(logits), -1).flatten(0, -2)  # (N, V)
     labels = labels.flatten(0, -2).long()  # (N, s)
     if weights is None:  # made on the device: a copy from the host would be waited for in each step
-        weights = torch.full((labels.size(-1),), 1 / labels.size(-1), device=labels.device)
+        weights = log_p.new_full((labels.size(-1),), 1 / labels.size(-1))
     valid = labels != ignore_index  # (N, s)
     label_log_p = log_p.gather(-1, labels.where(valid, 0)).where(valid, 0)  # (N, s)
     return -(weights * label_log_p.sum(0) / valid.sum(0).clamp(min=1)).sum()
 
 
-def linear_multi_hot_cross_entropy(hidden, weight, labels, weights=None, ignore_index=-100, vocab_size=None,
-                                   chunk_rows=None):
-    """MCE of the logits `hidden @ weight.T`, without ever holding them all.
+def summed_probability(logits, labels, ignore_index=-100):
+    """The paper's MCEAlt: minus the log of the probability summed over the bag, nats. Cross-entropy for s =
+    1."""
+    valid = labels != ignore_index  # (..., s)
+    some = valid.any(-1, keepdim=True)  # (..., 1)
+    log_p = F.log_softmax(wide(logits), -1)  # (..., V)
+    label_log_p = log_p.gather(-1, labels.long().where(valid, 0))  # (..., s)
+    label_log_p = label_log_p.masked_fill(~valid & some, -torch.inf)
+    return mean_where(some, -label_log_p.logsumexp(-1, keepdim=True))
 
-    hidden (..., C), weight (V, C), labels (..., s), weights (s,) or None -> scalar in nats, float32.
 
-    Works through chunks of positions. Each chunk's logits are turned into the gradients of `hidden` and
-    `weight` at once, in the forward pass, so memory is that of one chunk, and one matrix product and one
-    log-sum-exp serve all s labels. Matrix products run in the dtype of `hidden` (or of autocast), softmax and
-    sums in float32, or float64 for float64 inputs.
+def binary_cross_entropy(logits, labels, ignore_index=-100):
+    """Binary cross-entropy against the multi-hot target, nats, a sum over the vocabulary. (torch's own form
+    divides by V, and gradients that small drown in the epsilon of AdamW.)"""
+    target, some = multi_hot(logits, labels, ignore_index)  # (..., V), (..., 1)
+    loss = F.binary_cross_entropy_with_logits(wide(logits), target, reduction="none")  # (..., V)
+    return mean_where(some, loss.sum(-1, keepdim=True))
 
-    vocab_size: rows of `weight` from here on are padding and get no probability. chunk_rows: positions a chunk.
-    The gradients are made before the incoming one is known: create_graph=True raises RuntimeError, and float16 with
-    a loss scaler would overflow.
+
+def multi_label_hinge(logits, labels, ignore_index=-100):
+    """Hinge with margin 1: each label of the bag should score 1 above each word that is not in it.
+
+    mean over the labels y of the bag of sum over words v outside the bag of max(0, 1 - z[y] + z[v])
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    labels = labels.flatten(0, -2).T.long().contiguous()  # (s, N): N is the side along which compiled loops are vectors
-    if weights is None:  # made on the device: a copy from the host would be waited for in each step
-        weights = torch.full((labels.size(0),), 1 / labels.size(0), device=labels.device)
-    valid = labels != ignore_index  # (s, N)
-    weights = weights.to(torch.promote_types(dtype, torch.float32))
-    coef = valid * (weights / valid.sum(1).clamp(min=1))[:, None]  # (s, N): how much each label counts in the loss
-    if chunk_rows is None:  # multiples of 64 rows multiply fastest on a CPU; a GPU wants to be filled
-        chunk_rows = max(64, (2**29 if device == "cuda" else 2**26) // weight.size(0) // 64 * 64)
-    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearMCE.apply(hidden.flatten(0, -2), weight, labels.where(valid, 0), coef, dtype,
-                            vocab_size or weight.size(0), chunk_rows, with_grad)
+    z = wide(logits)
+    outside, some = multi_hot(logits, labels, ignore_index)
+    outside = 1 - outside  # (..., V)
+    valid = labels != ignore_index  # (..., s)
+    label_z = z.gather(-1, labels.long().where(valid, 0))  # (..., s)
+    loss = 0.0
+    for one_z, one_valid in zip(
+        label_z.unbind(-1), valid.unbind(-1)
+    ):  # s passes over (..., V), not (..., s, V)
+        loss = loss + ((1 - one_z[..., None] + z).clamp(min=0) * outside).sum(-1) * one_valid
+    return mean_where(some, loss[..., None] / valid.sum(-1, keepdim=True).clamp(min=1))
 
 
-def softmax_(z, wide):
-    """Turn logits (n, V) into their softmax, in place but computed in dtype `wide`. Returns their log-sum-exp in `wide`: (n, 1)."""
-    if torch.compiler.is_compiling():  # fused, and without a wide (n, V)
-        lse = z.to(wide).logsumexp(-1, keepdim=True)
-        z.copy_((z.to(wide) - lse).exp())
-        return lse
-    lse = []  # each line below is a pass: on a CPU, through the cache instead of memory, by blocks of rows
-    for block in z.split(max(1, 2**20 // z.size(1)) if z.device.type == "cpu" else len(z)):
-        p = block.softmax(-1, dtype=wide)
-        lse.append(block.amax(-1, keepdim=True).to(wide) - p.amax(-1, keepdim=True).log())  # p.amax() is at least 1 / V
-        block.copy_(p)
-    return torch.cat(lse)
+LOSSES = {
+    "mce": multi_hot_cross_entropy,
+    "mce_alt": summed_probability,
+    "bce": binary_cross_entropy,
+    "hinge": multi_label_hinge,
+}
 
 
-class _LinearMCE(torch.autograd.Function):
+def wide(x):
+    """x in float32, or float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, coef, dtype, vocab_size, chunk_rows, with_grad):
-        w = weight.to(dtype)  # (V, C)
-        wide = coef.dtype  # float32, or float64
-        total = coef.sum(0)  # (N,), 1/N where every label is valid
-        share = coef / total.clamp(min=torch.finfo(wide).tiny)  # (s, N), a position's own label distribution
-        share = sum(own * (labels == label) for own, label in zip(share, labels))  # (s, N), equal labels taken together
-        total = total[:, None]  # (N, 1)
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_h, grad_w = [], None
-        for a in range(0, hidden.size(0), chunk_rows):
-            rows = slice(a, a + chunk_rows)
-            h = hidden[rows].to(dtype)  # (n, C)
-            z = h @ w.T  # (n, V)
-            if vocab_size < z.size(-1):
-                z[:, vocab_size:] = -torch.inf
-            y = labels[:, rows].T  # (n, s)
-            label_z = z.gather(1, y)  # (n, s)
-            lse = softmax_(z, wide)  # (n, 1), and z holds the softmax from here on
-            label_log_p = label_z.to(wide) - lse  # (n, s)
-            loss = loss - (coef[:, rows].T * label_log_p).sum()
-            if not with_grad:
-                continue
-            # d loss / d z = total * (softmax - label distribution). The factor `total` goes to the narrow side of each
-            # product, (n, C), and the labels' entries are written anew rather than added to: fewer passes over (n, V).
-            dz = z  # (n, V)
-            dz[torch.arange(len(dz), device=dz.device)[:, None], y] = (label_log_p.exp() - share[:, rows].T).to(dtype)
-            grad_h.append((dz @ w) * total[rows].to(dtype))  # (n, C)
-            scaled = h * total[rows].to(dtype)
-            if grad_w is None:
-                grad_w = tall_product(dz, scaled).to(wide)  # (V, C)
-            elif dtype == wide:
-                grad_w.addmm_(dz.T, scaled)
-            else:  # products in bfloat16, their sum over the chunks in float32
-                grad_w += dz.T @ scaled
-            del z, dz  # or the next chunk's would be made beside it
-        if with_grad:
-            ctx.save_for_backward(torch.cat(grad_h).to(hidden.dtype), grad_w.to(weight.dtype))
-        return loss
 
-    @staticmethod
-    def backward(ctx, grad_loss):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("linear_multi_hot_cross_entropy cannot be differentiated twice (create_graph=True): "
-                               "its gradients are computed in the forward pass; use multi_hot_cross_entropy")
-        grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad_loss.to(grad_h.dtype), grad_w * grad_loss.to(grad_w.dtype), *[None] * 6
+def multi_hot(logits, labels, ignore_index=-100):
+    """1 where a word is in the bag, 0 elsewhere, (..., V), and whether a position has any label, (..., 1)."""
+    valid = labels != ignore_index  # (..., s)
+    target = torch.zeros_like(wide(logits))  # (..., V)
+    target = target.scatter_reduce(-1, labels.long().where(valid, 0), valid.to(target.dtype), "amax")
+    return target, valid.any(-1, keepdim=True)
+
+
+def mean_where(mask, x):
+    """Mean of x where mask is true, 0 if that is nowhere."""
+    return x.where(mask, 0).sum() / mask.sum().clamp(min=1)

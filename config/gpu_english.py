@@ -3,6 +3,7 @@
 6,000 steps of 64k positions are 393M bytes, 1.9 epochs and 36 bytes per parameter for the baseline; with s = 4 and
 r = 0.3 TST reads 1.9 times as much. Learning rates and s are guesses until gpu_english.sh sweep has been run.
 """
+
 dataset = "english"
 n_layer = 6
 n_head = 6

@@ -1,9 +1,10 @@
-"""Knobs from config files and the command line, checked against a dataclass. Every script reads its knobs in this way.
+"""Knobs from config files and the command line, checked against a dataclass. Every script reads its knobs in
+this way.
 
     python train.py config/curves.py --bag_size=4 --compile=off
 
-Later ones win. A config file is Python made of plain assignments. It is read, not run: only numbers, strings, and
-arithmetic on numbers are taken. Every key must be a field of the dataclass and every value of its type:
+Later ones win. A config file is Python made of plain assignments. It is read, not run: only numbers, strings,
+and arithmetic on numbers are taken. Every key must be a field of the dataclass and every value of its type:
 
     steps: int = 100  # the comment on a field's line is its text in --help
     runs: list[str]  # a field without a default is given by its place, a list takes all that remain
@@ -35,7 +36,8 @@ LARGEST_FILE = 2**20  # bytes of a config file
 
 
 def run(main, cls, argv=None):
-    """An entry point: main(the knobs of the command line), with what a user can act on printed as one line, exit 1."""
+    """An entry point: main(the knobs of the command line), with what a user can act on printed as one line,
+    exit 1."""
     for stream in (sys.stdout, sys.stderr):  # whatever the terminal's encoding, a text never ends the program
         stream.reconfigure(errors="replace")
     try:
@@ -54,10 +56,11 @@ def run(main, cls, argv=None):
 
 
 def parse(cls, argv):
-    """A `cls` with the values of the arguments: --key=value, places, and, for a class without places, config files.
+    """A `cls` with the values of the arguments: --key=value, places, and, for a class without places, config
+    files.
 
-    --flag alone sets a bool to True, -h or --help prints a page and exits. Raises UserError for what it does not
-    understand.
+    --flag alone sets a bool to True, -h or --help prints a page and exits. Raises UserError for what it does
+    not understand.
     """
     if "-h" in argv or "--help" in argv:
         print(help_text(cls))
@@ -91,6 +94,13 @@ def parse(cls, argv):
     if positional:
         raise UserError(f"do not know what to do with {positional[0]!r}, see --help")
     return cls(**values)
+
+
+def validate(config):
+    """Raise UserError unless each value of a config made in Python is what the command line would take."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for key, field in fields.items():
+        typed(field, key, getattr(config, key), "config", fields)
 
 
 def is_place(field):
@@ -146,7 +156,8 @@ def typed(field, key, value, where, fields):
 
 
 def read_file(path):
-    """{key: value} of the assignments in a config file. Raises UserError for a file that holds anything else."""
+    """{key: value} of the assignments in a config file. Raises UserError for a file that holds anything
+    else."""
     try:
         with open(path, "rb") as f:
             source = f.read(LARGEST_FILE + 1)
@@ -175,7 +186,8 @@ def read_file(path):
 
 
 def evaluate(node):
-    """Value of a literal, or of arithmetic on numbers. Raises ValueError for anything else, and for huge powers."""
+    """Value of a literal, or of arithmetic on numbers. Raises ValueError for anything else, and for huge
+    powers."""
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
         left, right = evaluate(node.left), evaluate(node.right)
         if not all(type(x) in (int, float) for x in (left, right)):
@@ -187,13 +199,13 @@ def evaluate(node):
 
 
 def help_text(cls):
-    """The dataclass as a --help page: its docstring, the comment lines between the fields as headings, the comment
-    on a field's line as its description."""
-    lines = [inspect.getdoc(cls)]
+    """The dataclass as a --help page: its docstring, the comment lines between the fields as headings, the
+    comment on a field's line as its description."""
+    lines, kinds = [inspect.getdoc(cls)], {field.name: field.type for field in dataclasses.fields(cls)}
     for line in inspect.getsource(cls).splitlines():
         if m := re.match(r"    (\w+): (.+?)(?: = (.*?))?(?:  # (.*))?$", line):
             name = f"--{m[1]}={m[3].strip(chr(34))}" if m[3] else m[1].upper()
-            choices = re.findall(r'"([^"]*)"', m[2]) if m[2].startswith("Literal") else []
+            choices = get_args(kinds[m[1]]) if get_origin(kinds[m[1]]) is Literal else ()
             text = (m[4] or "") + (f" [{', '.join(choices)}]" if choices else "")
             lines.append(f"  {name}".ljust(36) + text)
         elif m := re.match(r"    # (.*)", line):

@@ -1,120 +1,252 @@
-"""The token stream: one corpus, in one shuffled order, without replacement, by one cursor.
+"""The token stream: one corpus, in one shuffled order, without replacement, whatever the phases of the run.
 
-Superposition reads the corpus in runs of L*s tokens, s the bag size, a run for each row of the batch, in an order
-drawn from the seed, anew for each epoch. At the switch the runs not yet read in that epoch are cut into rows of L
-tokens, which are shuffled in their turn, so that rows of recovery are as unlike their neighbours as a baseline's:
+The first phase reads the corpus in runs of L*n_in tokens, a run for each row of the batch, shuffled anew for
+each epoch. At a switch the runs not yet read in that epoch are cut into the shorter rows of the next phase,
+which are shuffled in their turn, so that rows of recovery are as unlike their neighbours as a baseline's:
 
     corpus          | run 0 | run 1 | run 2 | run 3 | run 4 | run 5 | ...
     superposition     4, 0, 5 ...               R runs a step, R = rows of the global batch
     recovery          1b, 3a, 2c, 1a ...        R rows of L tokens a step
 
-What is read next is a function of the cursor alone, the tokens consumed so far: no text is read twice within an
-epoch, none is skipped or repeated at the switch, a resumed run goes on where it was, and the rows of a batch can be
-dealt out to any number of ranks and micro-batches without changing what is trained on.
+Where a row stands is computed, not stored: a pure function of seed, epoch, phase and the row's number. So
+memory and start-up time do not grow with the corpus; no text is read twice within an epoch, none is skipped
+or repeated at a switch, a resumed run goes on where it was, and the rows of a batch can be dealt out to any
+number of ranks and micro-batches without changing what is trained on.
 """
 
-import json
-import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import astuple, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-from configurator import fail
+from nanotst import UserError
+from nanotst.mixture import Pattern
+from tst import Phase, check_phases, phase_at
+
+ROUNDS = 6  # of the Feistel network
 
 
-def load_meta(folder):
-    """The meta.json of a prepared corpus. Stops with a one-line message where there is none."""
-    try:
-        with open(os.path.join(folder, "meta.json")) as f:
-            meta = json.load(f)
-        for key in ("vocab_size", "dtype", "train_tokens", "val_tokens", "bytes_per_token"):
-            meta[key]  # what training relies on
-        return meta
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        script = os.path.join(folder, "prepare.py")
-        todo = f"run python {script} first" if os.path.exists(script) else "prepare it with data/text/prepare.py"
-        fail(f"no prepared corpus in {folder} ({type(e).__name__}); {todo}")
+@lru_cache(64)
+def round_keys(key):
+    return np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
 
 
-def load_tokens(folder, split):
-    """The tokens of a split, "train" or "val", as a read-only memory map (N,)."""
-    meta = load_meta(folder)
-    path = os.path.join(folder, f"{split}.bin")
-    try:
-        tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
-    except (OSError, ValueError) as e:
-        fail(f"cannot read {path}: {e}")
-    if len(tokens) != meta[f"{split}_tokens"]:
-        fail(f"{path} holds {len(tokens)} tokens, its meta.json says {meta[f'{split}_tokens']}; prepare the corpus again")
-    return tokens
+def permute(i, n, key):
+    """Places of the numbers i (m,) in a shuffle of 0..n-1, which `key`, a tuple of integers, decides: (m,)
+    int64.
+
+    A Feistel network permutes the numbers below a power of 4, at most 4n of them (64, for few). One that
+    leaves 0..n-1 is sent through again until it is back, which leaves a permutation of 0..n-1. Nothing is
+    stored.
+    """
+    half = np.uint64(max(3, (int(n - 1).bit_length() + 1) // 2))  # bits of each half
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    x, away = np.array(i, dtype=np.uint64), slice(None)
+    while True:
+        left, right = x[away] >> half, x[away] & mask
+        for key_of_round in round_keys(key):
+            h = (right + key_of_round) * np.uint64(
+                0x9E3779B97F4A7C15
+            )  # multiply, fold, multiply: mixes all bits
+            h = (h ^ (h >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+            left, right = right, left ^ ((h ^ (h >> np.uint64(32))) & mask)
+        x[away] = left << half | right
+        away = np.flatnonzero(x >= n)
+        if not len(away):
+            return x.astype(np.int64)
+
+
+class Order:
+    """Where each row of a corpus starts. n_tokens of the corpus; L positions of a row; spans, the phases as
+    it sees them: (n_in, rows read in it), the last one's rows being without end; tail, tokens that follow the
+    last row; key, integers that decide the shuffles."""
+
+    def __init__(self, n_tokens, block_size, spans, tail, key):
+        self.row_tokens = [block_size * n_in for n_in, _ in spans]  # by phase
+        self.n_runs = max(0, n_tokens - tail) // self.row_tokens[0]
+        self.epoch_tokens = self.n_runs * self.row_tokens[0]
+        self.begins = [0]  # tokens read before each phase
+        for length, (_, n_rows) in zip(self.row_tokens, spans[:-1]):
+            self.begins.append(self.begins[-1] + length * n_rows)
+        self.key = key
+
+    def starts(self, phase, i):
+        """Where the rows number i (m,) of a phase (its index) start: (m,) tokens."""
+        read = self.begins[phase] + i * self.row_tokens[phase]  # (m,) tokens read before each of them
+        epochs = read // self.epoch_tokens
+        out = np.empty(len(i), np.int64)
+        for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
+            here = epochs == epoch
+            first = max(
+                self.begins[phase], epoch * self.epoch_tokens
+            )  # where this phase begins in this epoch
+            out[here] = self._in_epoch(epoch, phase, (read[here] - first) // self.row_tokens[phase])
+        return out
+
+    def _in_epoch(self, epoch, phase, i):
+        """The same for rows number i of those that a phase reads in one epoch."""
+        bounds = np.clip(self.begins, epoch * self.epoch_tokens, (epoch + 1) * self.epoch_tokens)
+        used = [
+            int(b - a) // length for a, b, length in zip(bounds, bounds[1:], self.row_tokens)
+        ]  # rows, by phase
+        pieces = [a // b for a, b in zip(self.row_tokens, self.row_tokens[1:])]  # of a row, in the next phase
+        there = [self.n_runs]  # rows that each phase finds
+        for n_used, k in zip(used, pieces):
+            there.append((there[-1] - n_used) * k)
+        offset = 0
+        for p in range(phase, 0, -1):  # back to the row of the phase before, of which this is a piece
+            i, piece = np.divmod(permute(i, there[p], (*self.key, epoch, p)), pieces[p - 1])
+            offset = offset + piece * self.row_tokens[p]
+            i = i + used[p - 1]
+        return permute(i, self.n_runs, (*self.key, epoch, 0)) * self.row_tokens[0] + offset
+
+
+def is_state(x):
+    """Whether x is what TokenStream.state() gives."""
+
+    def counts(values, n):
+        return (
+            isinstance(values, (list, tuple))
+            and len(values) == n
+            and all(type(v) is int and v >= 0 for v in values)
+        )
+
+    if not isinstance(x, dict) or not isinstance(x.get("phases"), list) or not x["phases"]:
+        return False
+    numbers, cut = [x.get("first_step"), x.get("tokens_before")], x.get("cut")
+    return (
+        isinstance(cut, list)
+        and counts(cut, len(cut))
+        and counts(numbers, 2)
+        and all(counts(p, 4) for p in x["phases"])
+    )
 
 
 class TokenStream:
     """Batches of the training corpus.
 
-    tokens (N,); block_size L; bag_size s of superposition and its number of steps; n_rows R rows of the global batch,
-    of which this process serves `rows` (a range). Stops with a one-line message if the corpus is too short.
+    sources: [(tokens, share)], tokens being (N,) or anything with a length and slices, and the shares,
+    Fractions that sum to 1, the part of all rows that each gives; block_size L; phases as tst.phase_list
+    makes them; n_rows R rows of the global batch, of which this process serves `rows` (a range). state: what
+    state() gave when this run was stopped before step `step`. Raises UserError if a corpus is too short.
     """
 
-    def __init__(self, tokens, block_size, bag_size, superposition_steps, n_rows, rows, seed=0, device="cpu"):
-        self.tokens, self.block_size, self.n_rows, self.rows, self.seed, self.device = (
-            tokens, block_size, n_rows, rows, seed, device)
-        self.run = block_size * bag_size  # tokens
-        self.n_runs = (len(tokens) - bag_size) // self.run  # the last one is followed by its target
-        self.epoch_tokens = self.n_runs // n_rows * n_rows * self.run  # whole steps of superposition
-        if not self.epoch_tokens:
-            fail(f"the corpus has {len(tokens):,} tokens, too few for {n_rows} rows of {block_size} x bag_size {bag_size}; "
-                 "use smaller ones or more text")
-        self.switch = superposition_steps * n_rows * self.run  # the cursor at which recovery begins
-        self.known = None, None  # (epoch, recovery?), and its order
+    def __init__(self, sources, block_size, phases, n_rows, rows, seed=0, device="cpu", state=None, step=0):
+        self.tokens, shares = zip(*sources)
+        self.block_size, self.n_rows, self.rows, self.device = block_size, n_rows, rows, device
+        self.cut = [block_size, n_rows, seed, *(n for share in shares for n in share.as_integer_ratio())]
+        # the order below is read from step first_step on, after tokens_before tokens read in another one
+        self.phases, self.first_step, self.tokens_before = phases, 0, 0
+        if state:
+            self._go_on(state, step)
+        check_phases(self.phases)
+        self.pattern = Pattern(shares)
+        self.rows_before = [
+            0
+        ]  # each phase: rows are numbered through the run, so that shares hold across switches
+        for p in self.phases:
+            self.rows_before.append(self.rows_before[-1] + (p.stop - p.start) * n_rows)
+        self.orders = [self._order(i, seed) for i in range(len(sources))]
+        self.epoch_tokens = min(int(order.epoch_tokens / share) for order, share in zip(self.orders, shares))
         self.worker = ThreadPoolExecutor(1)
-        self.ahead = None, None  # (cursor, bag size), and what the thread reads there
+        self.ahead = None, None  # a step, and what the thread reads for it
 
-    def step_tokens(self, bag_size):
-        """Tokens that one step consumes, over all rows."""
-        return self.n_rows * self.block_size * bag_size
+    def _order(self, corpus, seed):
+        """The order of a corpus, by number, which gives its part of the rows of each phase."""
+        bounds = [int(self.pattern.rows_before(row, corpus)) for row in self.rows_before]
+        spans = [(p.n_in, b - a) for p, a, b in zip(self.phases, bounds, bounds[1:])]
+        tail, n_tokens = max(p.n_out for p in self.phases), len(self.tokens[corpus])
+        order = Order(n_tokens, self.block_size, spans, tail, (seed + corpus, self.first_step))
+        if order.n_runs < self.n_rows:
+            raise UserError(
+                f"the corpus has {n_tokens:,} tokens, too few for {self.n_rows} rows of {self.block_size} x "
+                f"bag_size {self.phases[0].n_in}; use smaller ones or more text"
+            )
+        return order
 
-    def order(self, epoch, recovery):
-        """Where each row of an epoch, or of the rest of it that superposition left to recovery, starts: (n,) tokens."""
-        key, starts = self.known
-        if key != (epoch, recovery):
-            runs = np.random.default_rng([self.seed, epoch]).permutation(self.n_runs)[:self.epoch_tokens // self.run]
-            starts = runs * self.run
-            if recovery:
-                if epoch == self.switch // self.epoch_tokens:
-                    starts = starts[self.switch % self.epoch_tokens // self.run:]
-                starts = (starts[:, None] + np.arange(0, self.run, self.block_size)).ravel()
-                starts = np.random.default_rng([self.seed, epoch, 1]).permutation(starts)
-            self.known = (epoch, recovery), starts
-        return starts
+    def state(self):
+        """What a checkpoint needs to read on: plain values."""
+        return {
+            "cut": self.cut,
+            "phases": [astuple(p) for p in self.phases],
+            "first_step": self.first_step,
+            "tokens_before": self.tokens_before,
+        }
 
-    def read(self, cursor, bag_size):
-        """The rows of this process at `cursor`, tokens consumed by all rows so far: (rows, (L+1)*s) int32.
+    def _go_on(self, state, step):
+        """Take up the order of `state`: with the phases it had up to `step`, and those of now from there on.
+        Where these cannot follow those, or rows are cut anew, the rest of the epoch is given up and another
+        one begins."""
+        past, wanted = [Phase(*p) for p in state["phases"]], self.phases
+        self.phases, self.first_step, self.tokens_before = past, state["first_step"], state["tokens_before"]
+        if state["cut"] == self.cut and past == wanted:
+            return
+        read = self.tokens_at(step)
+        future = [replace(p, start=max(p.start, step)) for p in wanted if p.stop > step]
+        future = future or [replace(wanted[-1], start=step, stop=step + 1)]  # a finished run
+        joined = [replace(p, stop=min(p.stop, step)) for p in past if p.start < step]
+        for p in future:
+            if joined and (joined[-1].n_in, joined[-1].n_out) == (p.n_in, p.n_out):
+                joined[-1] = replace(joined[-1], stop=p.stop)
+            else:
+                joined.append(p)
+        with suppress(ValueError):
+            check_phases(joined)
+            if state["cut"] == self.cut:
+                self.phases = joined
+                return
+        self.phases, self.first_step, self.tokens_before = future, step, read
 
-        The last bag of a row is only a target; some other row has it as input.
-        """
-        epoch, place = divmod(cursor, self.epoch_tokens)
-        recovery = cursor >= self.switch
-        if recovery and epoch == self.switch // self.epoch_tokens:
-            place -= self.switch % self.epoch_tokens
-        first, n = place // (self.block_size * bag_size), (self.block_size + 1) * bag_size
-        starts = self.order(epoch, recovery)[first:first + self.n_rows]  # (R,)
-        out = torch.empty(len(self.rows), n, dtype=torch.int32, pin_memory=self.device.startswith("cuda"))
-        for row, i in zip(out.numpy(), self.rows):
-            row[:] = self.tokens[starts[i]:starts[i] + n]
+    def tokens_at(self, step):
+        """Tokens of text read before step number `step`, over all ranks."""
+        last = self.phases[-1]
+        read = sum(max(0, min(step, p.stop) - p.start) * p.n_in for p in self.phases)
+        return (
+            self.tokens_before + (read + max(0, step - last.stop) * last.n_in) * self.n_rows * self.block_size
+        )
+
+    def read(self, step):
+        """The rows of this process in step number `step`: (rows, L*n_in + n_out) int32. The last n_out tokens
+        of a row are only a target; some other row has them as input."""
+        phase = phase_at(self.phases, step)
+        n = self.block_size * phase.n_in + phase.n_out
+        p = self.phases.index(phase)
+        rows = (
+            np.asarray(self.rows, np.int64) + self.rows_before[p] + (step - phase.start) * self.n_rows
+        )  # (m,)
+        corpora = self.pattern.corpus_of(rows)  # (m,)
+        first = self.pattern.rows_before(
+            self.rows_before[p], corpora
+        )  # (m,) rows of that corpus before the phase
+        numbers = (
+            self.pattern.rows_before(rows, corpora) - first
+        )  # (m,) of the rows of that corpus in the phase
+        out = torch.empty(len(rows), n, dtype=torch.int32, pin_memory=self.device.startswith("cuda"))
+        lines = out.numpy()
+        for i, (tokens, order) in enumerate(zip(self.tokens, self.orders)):
+            here = np.flatnonzero(corpora == i)
+            starts = order.starts(p, numbers[here]).tolist() if len(here) else []
+            for row, start in zip(here.tolist(), starts):
+                lines[row] = tokens[start : start + n]
         return out
 
-    def batch(self, cursor, bag_size, next_bag_size):
-        """The rows at `cursor` on the device, (rows, (L+1)*s), while a thread reads those after it."""
+    def batch(self, step):
+        """The rows of `step` on the device, (rows, L*n_in + n_out), while a thread reads those of the next
+        step."""
         key, ahead = self.ahead
-        rows = ahead.result() if key == (cursor, bag_size) else self.read(cursor, bag_size)
-        following = cursor + self.step_tokens(bag_size), next_bag_size
-        self.ahead = following, self.worker.submit(self.read, *following)
+        rows = ahead.result() if key == step else self.read(step)
+        self.ahead = step + 1, self.worker.submit(self.read, step + 1)
         return rows.to(self.device, non_blocking=True)
 
 
-def validation_rows(tokens, n_rows, block_size):
-    """Fixed rows of L+1 tokens, evenly spaced over the validation split: (n_rows, L+1) int32."""
+def validation_rows(tokens, positions, block_size):
+    """Fixed rows of L+1 tokens, evenly spaced over the validation split, of at most so many positions in all,
+    and never more than it has: (n, L+1) int32. Raises UserError if it is shorter than a row."""
+    if len(tokens) <= block_size:
+        raise UserError(f"block_size {block_size} is longer than the {len(tokens)} validation tokens")
+    n_rows = max(1, min(positions, len(tokens)) // block_size)
     starts = np.linspace(0, len(tokens) - block_size - 1, n_rows).astype(np.int64)
-    return torch.from_numpy(np.stack([tokens[i:i + block_size + 1] for i in starts]).astype(np.int32))
+    return torch.from_numpy(np.stack([tokens[i : i + block_size + 1] for i in starts]).astype(np.int32))

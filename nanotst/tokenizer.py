@@ -9,12 +9,15 @@ get_tokenizer(name) takes
 The name is stored as "encoding" in a dataset's meta.json. A dataset made with a rank file keeps a
 copy of it, so get_tokenizer(meta["encoding"], folder=DATASET_FOLDER) opens the right one.
 """
+
 import base64
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+from nanotst import UserError
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -27,11 +30,11 @@ LLAMA3_RANKS = 128000
 class Tokenizer:
     name: str
     vocab_size: int
-    separator: int                          # written after every document; also a start token
-    encode: Callable[[str], np.ndarray]     # str -> (T,) int64; "<|endoftext|>" is ordinary text
-    decode_bytes: Callable[..., bytes]      # ids (list, array, CPU tensor) -> bytes. For streaming:
+    separator: int  # written after every document; also a start token
+    encode: Callable[[str], np.ndarray]  # str -> (T,) int64; "<|endoftext|>" is ordinary text
+    decode_bytes: Callable[..., bytes]  # ids (list, array, CPU tensor) -> bytes. For streaming:
     #                                         one token may be a part of a character
-    rank_file: str = ""                     # path, when the vocabulary came from a local file
+    rank_file: str = ""  # path, when the vocabulary came from a local file
 
     def decode(self, ids) -> str:
         """ids: (T,) -> text; bytes that are not UTF-8 become U+FFFD."""
@@ -40,23 +43,27 @@ class Tokenizer:
 
 def get_tokenizer(name: str, folder: str = "") -> Tokenizer:
     """folder: where a relative rank file name is looked for first.
-    SystemExit with a one-line message if there is no such vocabulary."""
+    UserError with a one-line message if there is no such vocabulary."""
     if name == "bytes":
         return _byte_tokenizer()
     for path in (os.path.join(folder, name), name):
         if os.path.isfile(path):
             return _rank_file_tokenizer(path)
     if name.endswith((".model", ".tiktoken")) or os.path.dirname(name):
-        raise SystemExit(f"error: no such rank file: {os.path.join(folder, name)}")
+        raise UserError(f"no such rank file: {os.path.join(folder, name)}")
     tiktoken = _import_tiktoken(name)
     if name not in tiktoken.list_encoding_names():
-        raise SystemExit(f"error: unknown encoding '{name}'; known: bytes, a path of a rank file, "
-                         + ", ".join(tiktoken.list_encoding_names()))
+        raise UserError(
+            f"unknown encoding '{name}'; known: bytes, a path of a rank file, "
+            + ", ".join(tiktoken.list_encoding_names())
+        )
     try:
         return _bpe_tokenizer(name, tiktoken.get_encoding(name))
     except Exception as e:  # requests, urllib3, hash and file errors: one remedy for all of them
-        raise SystemExit(f"error: the vocabulary of '{name}' could not be fetched ({type(e).__name__}); set "
-                         "TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes") from None
+        raise UserError(
+            f"the vocabulary of '{name}' could not be fetched ({type(e).__name__}); set "
+            "TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes"
+        ) from None
 
 
 def _ids(ids) -> list[int]:
@@ -75,6 +82,7 @@ def _byte_tokenizer() -> Tokenizer:
 
 def _bpe_tokenizer(name: str, bpe, separator: int | None = None, rank_file: str = "") -> Tokenizer:
     """bpe: a tiktoken.Encoding."""
+
     def encode(text: str) -> np.ndarray:
         text = text.encode("utf-8", errors="replace").decode("utf-8")
         return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
@@ -92,8 +100,9 @@ def _bpe_tokenizer(name: str, bpe, separator: int | None = None, rank_file: str 
         except KeyError:  # ids without a token: gaps of some vocabularies, or a model's padded rows
             return b"".join(one(i) for i in ids)
 
-    return Tokenizer(name, bpe.n_vocab, bpe.eot_token if separator is None else separator,
-                     encode, decode_bytes, rank_file)
+    return Tokenizer(
+        name, bpe.n_vocab, bpe.eot_token if separator is None else separator, encode, decode_bytes, rank_file
+    )
 
 
 def _rank_file_tokenizer(path: str) -> Tokenizer:
@@ -105,22 +114,33 @@ def _rank_file_tokenizer(path: str) -> Tokenizer:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else "lines are not 'base64 rank'"
-        raise SystemExit(f"error: {path} is not a tiktoken rank file ({reason})") from None
+        raise UserError(f"{path} is not a tiktoken rank file ({reason})") from None
     # tiktoken aborts on text whose bytes it lacks, so such a file is refused here
     n = len(ranks)
     if sorted(ranks.values()) != list(range(n)) or not all(bytes([b]) in ranks for b in range(256)):
-        raise SystemExit(f"error: {path} is not a tiktoken rank file (needs ranks 0..N-1 and all 256 bytes)")
+        raise UserError(f"{path} is not a tiktoken rank file (needs ranks 0..N-1 and all 256 bytes)")
     if n == LLAMA3_RANKS:
         names = [f"<|reserved_special_token_{i}|>" for i in range(251)]
         # the order of the Llama 3 release: ids 128000 to 128255
-        names = ["<|begin_of_text|>", "<|end_of_text|>", *names[:4], "<|start_header_id|>",
-                 "<|end_header_id|>", names[4], "<|eot_id|>", *names[5:]]
+        names = [
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            *names[:4],
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            names[4],
+            "<|eot_id|>",
+            *names[5:],
+        ]
         separator = n + 1
     else:
         names, separator = ["<|endoftext|>"], n
     bpe = _import_tiktoken(path).Encoding(
-        os.path.basename(path), pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
-        special_tokens={token: n + i for i, token in enumerate(names)})
+        os.path.basename(path),
+        pat_str=LLAMA3_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={token: n + i for i, token in enumerate(names)},
+    )
     return _bpe_tokenizer(path, bpe, separator, rank_file=path)
 
 
@@ -128,5 +148,5 @@ def _import_tiktoken(name: str):
     try:
         import tiktoken  # only here: bytes must work without it
     except ImportError:
-        raise SystemExit(f"error: '{name}' needs: pip install tiktoken (or use --encoding=bytes)") from None
+        raise UserError(f"'{name}' needs: pip install tiktoken (or use --encoding=bytes)") from None
     return tiktoken

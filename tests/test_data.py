@@ -1,4 +1,5 @@
 """Tokenizers, the dataset writer and the two prepare scripts. Everything is made in a temporary folder."""
+
 import base64
 import errno
 import gzip
@@ -48,7 +49,11 @@ def dataset(folder):
     splits = {}
     for split in ("train", "val"):
         ids = np.fromfile(Path(folder) / f"{split}.bin", dtype=meta["dtype"])
-        assert len(ids) == meta[f"{split}_tokens"] and ids[-1] == meta["separator"] and ids.max() < meta["vocab_size"]
+        assert (
+            len(ids) == meta[f"{split}_tokens"]
+            and ids[-1] == meta["separator"]
+            and ids.max() < meta["vocab_size"]
+        )
         ends = np.flatnonzero(ids == meta["separator"])
         splits[split] = [d[:-1].tolist() for d in np.split(ids, ends + 1)[:-1]]
     return meta, splits
@@ -101,28 +106,35 @@ def test_llama3_special_tokens(tmp_path):
     t = get_tokenizer(write_ranks(tmp_path / "tokenizer.model", n_filler=128000 - 264))
     assert (t.vocab_size, t.separator) == (128256, 128001)
     assert t.decode([128000, 128001, 128006, 128007, 128009]) == (
-        "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|>")
+        "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|>"
+    )
     assert t.decode([128010, 128255]) == "<|reserved_special_token_5|><|reserved_special_token_250|>"
 
 
 def test_tokenizer_errors(tmp_path, monkeypatch):
     import tiktoken
+
     (tmp_path / "bad.model").write_bytes(b"\n\x0e\x0a\x05<unk>\x15 0 0\n")
     (tmp_path / "short.model").write_text("YQ== 0\n")
 
     def offline(name):
         raise ConnectionError("no route")
+
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    for name, message in [(str(tmp_path / "bad.model"), "not a tiktoken rank file"),
-                          (str(tmp_path / "short.model"), "all 256 bytes"),
-                          (str(tmp_path / "none.model"), "no such rank file"),
-                          ("gpt3", "unknown encoding 'gpt3'"), ("gpt2", "TIKTOKEN_CACHE_DIR")]:
+    for name, message in [
+        (str(tmp_path / "bad.model"), "not a tiktoken rank file"),
+        (str(tmp_path / "short.model"), "all 256 bytes"),
+        (str(tmp_path / "none.model"), "no such rank file"),
+        ("gpt3", "unknown encoding 'gpt3'"),
+        ("gpt2", "TIKTOKEN_CACHE_DIR"),
+    ]:
         with pytest.raises(SystemExit, match=message) as e:
             get_tokenizer(name)
         assert "\n" not in str(e.value)
 
 
 # -------------------------------------------------------------------------------------- token_files.py
+
 
 def test_dtype_by_vocabulary():
     sizes = [256, 257, 65536, 65537, 128256]
@@ -153,6 +165,7 @@ def test_failure_leaves_no_half_dataset(tmp_path, before):
 def test_disk_full(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit, match="the disk is full"):
         fill(tmp_path / "out", 1)
@@ -167,6 +180,7 @@ def test_killed_between_renames_is_no_dataset(tmp_path, monkeypatch):
         if target.endswith("val.bin"):
             raise KeyboardInterrupt  # train.bin is new, val.bin is old
         replace(source, target)
+
     monkeypatch.setattr(os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
         fill(tmp_path, 2)
@@ -175,17 +189,37 @@ def test_killed_between_renames_is_no_dataset(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------- text/prepare.py
 
+
 def test_documents_separators_and_meta(tmp_path):
-    (tmp_path / "a.txt").write_bytes("\ufeffone\nline <|endoftext|>\n<|endoftext|>\r\n\n<|endoftext|>\n"
-                                     "tw\0o\r\n\n<|endoftext|>\nthree\n".encode())
+    (tmp_path / "a.txt").write_bytes(
+        "\ufeffone\nline <|endoftext|>\n<|endoftext|>\r\n\n<|endoftext|>\n"
+        "tw\0o\r\n\n<|endoftext|>\nthree\n".encode()
+    )
     (tmp_path / "v.txt").write_text("h\u00e9ld")
     text.main([str(tmp_path), f"--val={tmp_path / 'v.txt'}", f"--out_dir={tmp_path / 'out'}"])
     assert byte_documents(tmp_path / "out") == {
-        "train": ["one\nline <|endoftext|>", "two\r\n", "three"], "val": ["h\u00e9ld"]}
+        "train": ["one\nline <|endoftext|>", "two\r\n", "three"],
+        "val": ["h\u00e9ld"],
+    }
     meta, _ = dataset(tmp_path / "out")
-    assert set(meta) == {"vocab_size", "dtype", "train_tokens", "val_tokens", "train_bytes", "val_bytes",
-                         "bytes_per_token", "encoding", "separator", "source"}
-    assert (meta["val_bytes"], meta["val_tokens"], meta["bytes_per_token"], meta["encoding"]) == (6, 6, 1.0, "bytes")
+    assert set(meta) == {
+        "vocab_size",
+        "dtype",
+        "train_tokens",
+        "val_tokens",
+        "train_bytes",
+        "val_bytes",
+        "bytes_per_token",
+        "encoding",
+        "separator",
+        "source",
+    }
+    assert (meta["val_bytes"], meta["val_tokens"], meta["bytes_per_token"], meta["encoding"]) == (
+        6,
+        6,
+        1.0,
+        "bytes",
+    )
     assert meta["train_bytes"] == meta["train_tokens"]  # the NUL is not counted either
     assert leftovers(tmp_path / "out") == ["meta.json", "train.bin", "val.bin"]
 
@@ -217,8 +251,15 @@ def test_output_does_not_depend_on_workers(tmp_path, ranks, monkeypatch):
     bins = []
     for workers in (1, 3):
         out = tmp_path / f"out{workers}"
-        text.main([str(source), f"--encoding={ranks}", "--val_fraction=0.1", f"--workers={workers}",
-                   f"--out_dir={out}"])
+        text.main(
+            [
+                str(source),
+                f"--encoding={ranks}",
+                "--val_fraction=0.1",
+                f"--workers={workers}",
+                f"--out_dir={out}",
+            ]
+        )
         bins.append((out / "train.bin").read_bytes())
     assert bins[0] == bins[1]
     meta, splits = dataset(out)
@@ -240,8 +281,14 @@ def test_long_documents_are_cut_without_changing_tokens(tmp_path, ranks, monkeyp
     (tmp_path / f"a{suffix}").write_text(texts[suffix == ".jsonl"])
     (tmp_path / "v.txt").write_text("val")
     monkeypatch.setattr(text, "PIECE", 1000)
-    text.main([str(tmp_path / f"a{suffix}"), f"--val={tmp_path / 'v.txt'}", f"--encoding={ranks}",
-               f"--out_dir={tmp_path / 'out'}"])
+    text.main(
+        [
+            str(tmp_path / f"a{suffix}"),
+            f"--val={tmp_path / 'v.txt'}",
+            f"--encoding={ranks}",
+            f"--out_dir={tmp_path / 'out'}",
+        ]
+    )
     assert dataset(tmp_path / "out")[1]["train"] == [get_tokenizer(ranks).encode(d).tolist() for d in long]
     # no place between two words: cut between characters, every byte kept
     (tmp_path / "b.txt").write_text("\u4e2d" * 2000 + "\U0001f600" * 700 + "<|endoftext|>" * 300)
@@ -268,19 +315,22 @@ def test_copies_of_val_documents_are_left_out_of_training(tmp_path):
     assert byte_documents(tmp_path / "out") == {"train": ["x y", "z"], "val": ["held", "other"]}
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("none.txt", None, "no such file or folder"),
-    ("empty/.hidden.txt", b"x", "no text files in"),
-    ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3 is not valid JSON"),
-    ("a.jsonl", b'{"text": "x"}\n["text"]\n', r"a\.jsonl:2 has no text in field 'text'"),
-    ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1 has no text in field 'text'"),
-    ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1 is not valid JSON"),
-    ("a.txt", b"12345\n<|endoftext|>\n12\xff", r"a\.txt is not UTF-8 text \(byte 22\)"),
-    ("a.txt.gz", gzip.compress(os.urandom(500))[:100], r"cannot read .*a\.txt\.gz"),
-    ("a.txt.xz", b"not xz", r"cannot read .*a\.txt\.xz"),
-    ("a.txt", b"all one document", "1 documents for training and 0 held out"),
-    ("a.txt", b"\n\n", "0 documents for training and 0 held out"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("none.txt", None, "no such file or folder"),
+        ("empty/.hidden.txt", b"x", "no text files in"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3 is not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n["text"]\n', r"a\.jsonl:2 has no text in field 'text'"),
+        ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1 has no text in field 'text'"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1 is not valid JSON"),
+        ("a.txt", b"12345\n<|endoftext|>\n12\xff", r"a\.txt is not UTF-8 text \(byte 22\)"),
+        ("a.txt.gz", gzip.compress(os.urandom(500))[:100], r"cannot read .*a\.txt\.gz"),
+        ("a.txt.xz", b"not xz", r"cannot read .*a\.txt\.xz"),
+        ("a.txt", b"all one document", "1 documents for training and 0 held out"),
+        ("a.txt", b"\n\n", "0 documents for training and 0 held out"),
+    ],
+)
 def test_errors_are_one_line_and_leave_nothing(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
@@ -294,6 +344,7 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, name, content, message)
 
 
 # ---------------------------------------------------------------------------- python_source/prepare.py
+
 
 def make_tree(root, n=400):
     """n distinct modules, exact copies of ten, and files that must be left out."""
@@ -334,7 +385,7 @@ def test_python_source(tmp_path, capsys):
     # a limit takes the first files of the same order
     python_source.main([f"--out_dir={tmp_path / 'c'}", "--max_mb=0.06"], roots)
     fewer = byte_documents(tmp_path / "c")["train"]
-    assert 0 < len(fewer) < 390 and fewer == again["train"][:len(fewer)]
+    assert 0 < len(fewer) < 390 and fewer == again["train"][: len(fewer)]
     assert sum(os.path.getsize(tmp_path / "c" / f"{s}.bin") for s in ("train", "val")) <= 60_000
 
 

@@ -1,0 +1,160 @@
+"""What a run writes beside its checkpoints: config.json, metrics.jsonl, the line for the eye; and who may
+write there."""
+
+import contextlib
+import json
+import os
+import platform
+from pathlib import Path
+
+from nanotst import UserError
+from nanotst.checkpoint import write_safely
+
+with contextlib.suppress(ImportError):  # not on Windows, where a folder has no lock
+    import fcntl
+
+
+class RunFolder:
+    """The folder of a run. Only the master writes; the other ranks call the same methods to no effect.
+
+    metrics.jsonl holds a row per log interval; last.pt and best.pt are checkpoints; `lock` is held by the
+    process that trains, and released by the system when it ends, however it ends.
+    """
+
+    def __init__(self, out_dir, machine):
+        self.out_dir, self.machine = out_dir, machine
+        self.metrics, self.last, self.best = (
+            os.path.join(out_dir, n) for n in ("metrics.jsonl", "last.pt", "best.pt")
+        )
+        self.wandb = None
+
+    def begin(self, resume, overwrite):
+        """Lock the folder, and make room for a new run. Raises UserError if it holds a run that would be
+        lost."""
+        if not self.machine.master:
+            return
+        held = [path for path in (self.last, self.best, self.metrics) if os.path.exists(path)]
+        if resume and self.last not in held:
+            what = "the log of a run that ended before its first save" if held else "no run"
+            start = "start without --resume" + (", but with --overwrite" if held else "")
+            raise UserError(f"there is no checkpoint {self.last}: the folder holds {what}; {start}")
+        if held and not resume and not overwrite:
+            go_on = "go on with it (--resume), " if self.last in held else ""
+            what = "a run" if go_on else f"{os.path.basename(held[0])} of a run, but no last.pt to go on from"
+            todo = f"{go_on}replace it (--overwrite) or choose another --out_dir"
+            raise UserError(f"{self.out_dir} already holds {what}: {todo}")
+        os.makedirs(self.out_dir, exist_ok=True)
+        self._lock()
+        if not resume:
+            for path in held:
+                os.remove(path)
+
+    def _lock(self):
+        if "fcntl" not in globals():
+            return
+        path = os.path.join(self.out_dir, "lock")
+        self.lock = open(path, "a+")  # noqa: SIM115 kept open, since closing it releases the lock
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.lock.seek(0)
+            who = self.lock.read().strip() or "another process"
+            raise UserError(f"{self.out_dir} is in use by {who}; wait for it or choose another") from None
+        except OSError:  # a file system without locks
+            return
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        self.lock.flush()
+
+    def keep_rows(self, step):
+        """On resuming, drop the rows after `step`, which will be written again, and half a line of a killed
+        process."""
+        if not self.machine.master or not os.path.exists(self.metrics):
+            return
+        try:
+            with open(self.metrics, encoding="utf-8") as f:
+                lines = [line for line in f if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            todo = f"move it away, and --resume goes on without the rows up to step {step}"
+            raise UserError(f"{self.metrics} is damaged; {todo}") from None
+        write_safely(self.metrics, lambda path: Path(path).write_text("".join(kept), encoding="utf-8"))
+
+    def describe(self, described, wandb_project=""):
+        """Write config.json, plain values that say what this run is, and tell Weights & Biases if it is asked
+        for."""
+        if not self.machine.master:
+            return
+        text = json.dumps(described, indent=1, allow_nan=False)
+        write_safely(
+            os.path.join(self.out_dir, "config.json"),
+            lambda path: Path(path).write_text(text, encoding="utf-8"),
+        )
+        if wandb_project:
+            try:
+                import wandb
+
+                name = os.path.basename(os.path.abspath(self.out_dir))
+                self.wandb = wandb.init(project=wandb_project, name=name, config=described)
+            except ImportError:
+                raise UserError("--wandb_project needs: pip install wandb") from None
+            except Exception as e:  # wandb.errors.Error, and what the network throws
+                raise UserError(
+                    f"wandb: {' '.join(str(e).split())[:150]}; use `wandb login`, or WANDB_MODE=offline"
+                ) from None
+
+    def add(self, row, line):
+        """Append a row, a dict, to metrics.jsonl, and show it as `line`."""
+        if not self.machine.master:
+            return
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {self.metrics}: {e.strerror}; {self.last} is untouched") from None
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+        self.machine.say(line)
+
+    def finish(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+def progress(row, max_steps, seconds_per_step):
+    """A row of metrics.jsonl as one line for the eye."""
+    eta = int(row["seconds"] / row["step"] * (max_steps - row["step"]))
+    parts = [
+        f"step {row['step']:>{len(str(max_steps))}}/{max_steps}",
+        f"s {row['bag_size']}",
+        f"loss {row['loss']:.4f}",
+    ]
+    if "val_loss" in row:
+        bits = f" ({row['val_bpb']:.4f} bits/byte)" if "val_bpb" in row else ""
+        parts.append(f"val {row['val_loss']:.4f}{bits}")
+    parts += [
+        f"lr {row['lr']:.2e}",
+        f"norm {row['grad_norm']:.2f}",
+        f"{seconds_per_step * 1e3:.1f} ms",
+        f"{row['tokens_per_second'] / 1e3:.1f}k tok/s",
+    ]
+    if "mfu" in row:
+        parts.append(f"mfu {row['mfu']:.1%}")
+    if "max_violation" in row:
+        parts.append(f"max vio {row['max_violation']:.2f}, dead {row['dead_experts_worst']}")
+    return " | ".join([*parts, f"eta {eta // 60}m{eta % 60:02d}s"])
+
+
+def router_metrics(load, entropy):
+    """What the MoE routers did in a step. load (n_layer, E) positions by expert, entropy (n_layer,) nats.
+    Max violation is the busiest expert's load over the mean, minus 1."""
+    violation = load.amax(1) / load.mean(1) - 1  # (n_layer,)
+    dead = (load == 0).sum(1)  # (n_layer,)
+    return {
+        "max_violation": violation.mean().item(),
+        "max_violation_worst": violation.max().item(),
+        "router_entropy": entropy.mean().item(),
+        "router_entropy_worst": entropy.min().item(),
+        "dead_experts": dead.float().mean().item(),
+        "dead_experts_worst": dead.max().item(),
+    }

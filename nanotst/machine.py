@@ -1,0 +1,228 @@
+"""The machine a run is on: device, dtype, threads, ranks, compilation, and the signals that end it."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import signal
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from nanotst import UserError
+
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "B200": 2250e12,
+}
+
+
+def pick_device(name, local_rank=0):
+    """The device that a knob names, as torch knows it: auto (a GPU if there is one), cpu, mps, cuda (the
+    rank's own GPU) or cuda:N. Raises UserError if it is not there."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps, but PyTorch sees no Apple GPU")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.startswith("cuda"):
+        return name
+    name = name if ":" in name else f"cuda:{local_rank}"
+    if not torch.cuda.is_available() or int(name[5:]) >= torch.cuda.device_count():
+        raise UserError(f"device={name}, but PyTorch sees {torch.cuda.device_count()} CUDA GPUs")
+    return name
+
+
+def has_fast_bfloat16(device):
+    """Whether matrix products in bfloat16 beat float32 here."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+def keep_freed_memory():
+    """Have glibc keep what is freed for the next step. By default large tensors go back to the system, and a
+    step on a CPU spends much of its time on faulting their pages in again."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never shrink it
+
+
+@dataclass
+class Machine:
+    """One process of a run. Under torchrun there are world_size of them, rank 0 being the master: it alone
+    prints and writes files."""
+
+    device: str  # as torch knows it
+    dtype: str  # of matrix products: bfloat16, float32
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    distributed: bool = False  # started by torchrun
+
+    @classmethod
+    def start(cls, c):
+        """Find out where we are, join the other ranks, set threads. c: the knobs device, dtype, threads."""
+        env = {key: int(os.environ.get(key, default)) for key, default in
+               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))}  # fmt: skip
+        distributed = "RANK" in os.environ
+        if distributed and c.device.startswith("cuda:"):
+            raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
+        device = pick_device(c.device, env["LOCAL_RANK"])
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        if distributed:
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if c.threads or distributed and device == "cpu":  # torchrun's own choice is a single thread
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(c.threads or max(1, cores // env["LOCAL_WORLD_SIZE"]))
+        if device == "cpu":
+            keep_freed_memory()
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 is left on CUDA
+        dtype = c.dtype if c.dtype != "auto" else "bfloat16" if has_fast_bfloat16(device) else "float32"
+        return cls(device, dtype, env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"], distributed)
+
+    @property
+    def master(self):
+        return self.rank == 0
+
+    @property
+    def device_type(self):
+        return self.device.split(":")[0]
+
+    @property
+    def name(self):
+        """The device in words."""
+        if self.device_type == "cuda":
+            return torch.cuda.get_device_name()
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+    @property
+    def peak_flops(self):
+        """Of one device in bfloat16, None if it is not in the table or the run is not in bfloat16."""
+        known = (flops for name, flops in PEAK_FLOPS.items() if name in self.name)
+        return next(known, None) if self.dtype == "bfloat16" else None
+
+    def versions(self):
+        """What a run's results may depend on, as plain values."""
+        return {"python": platform.python_version(), "torch": str(torch.__version__), "device": self.name,
+                "dtype": self.dtype, "world_size": self.world_size}  # fmt: skip
+
+    def autocast(self):
+        return torch.autocast(self.device_type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def say(self, *words):
+        if self.master:
+            print(*words, flush=True)
+
+    def mean(self, x):
+        """Mean of a tensor over the ranks, in place."""
+        if self.distributed:
+            dist.all_reduce(x)
+        return x / self.world_size
+
+    def from_master(self, value):
+        """A plain value as rank 0 has it, for all ranks."""
+        box = [value]
+        if self.distributed:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def compile(self, model, wanted, warm_up):
+        """The model compiled, or as it is: (model, compiled?). wanted: auto (on CUDA), on, off.
+        warm_up(model) runs each graph once, so that nothing is compiled later. If compiling fails, the run
+        goes on without it."""
+        wanted = wanted == "on" or wanted == "auto" and self.device_type == "cuda"
+        if wanted and model.config.n_expert and self.dtype == "float32":
+            self.say("experts compile in bfloat16 only (torch's grouped_mm); going on without torch.compile")
+            wanted = False
+        if not wanted:
+            warm_up(model)
+            return model, False
+        self.say("compiling, which takes a minute or more; --compile=off starts at once")
+        started = time.perf_counter()
+        for again in (True, False):
+            try:
+                compiled = torch.compile(model, dynamic=False, fullgraph=True)
+                warm_up(compiled)
+                self.say(f"compiled in {time.perf_counter() - started:.0f} s")
+                return compiled, True
+            except (torch.OutOfMemoryError, UserError):
+                raise
+            except (
+                Exception
+            ) as e:  # a process that was killed while compiling may have left a broken cache behind
+                self.say(
+                    f"torch.compile failed ({type(e).__name__}: {' '.join(str(e).split())[:100]})"
+                    + ("; trying again without its cache" if again else "")
+                )
+                torch.compiler.reset()
+                model.zero_grad()
+                torch.compiler.config.force_disable_caches = True
+        self.say(
+            "going on without torch.compile; a C++ compiler and Triton (for CUDA) are what it usually misses"
+        )
+        warm_up(model)
+        return model, False
+
+    def share(self, model):
+        """The model as it is trained by all ranks together. Its gradients travel in backward passes for which
+        require_backward_grad_sync was set before their forward pass."""
+        if not self.distributed:
+            return model
+        warnings.filterwarnings(
+            "ignore", message=".*broadcast_buffers.*"
+        )  # its new name is not known to torch 2.11
+        device_ids = [self.local_rank] if self.device_type == "cuda" else None
+        return DDP(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def leave(self):
+        """Wait for the others (rank 0 may still be writing) and part from them. Drop what share() gave
+        before: with the last reference to the group, DDP would wait for a thread that waits for Python's
+        lock."""
+        if self.distributed:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+class StopSignals:
+    """Whether the run was asked to end, by Ctrl-C or SIGTERM. Ranks have to stop together, so they ask each
+    other, about every `seconds` seconds, at a step that all of them know from the time before."""
+
+    def __init__(self, machine, seconds=2.0):
+        self.machine, self.seconds, self.received = machine, seconds, []
+        self.next_step, self.last_step, self.asked_at = 0, 0, time.perf_counter()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(number, lambda n, frame: self.received.append(signal.Signals(n).name))
+
+    def stop(self, step):
+        """After step number `step`: whether to end here. The same answer on all ranks."""
+        if not self.machine.distributed:
+            return bool(self.received)
+        if step < self.next_step:
+            return False
+        pace = (time.perf_counter() - self.asked_at) / max(1, step - self.last_step)  # seconds a step
+        until = max(1, int(self.seconds / max(pace, 1e-6))) if self.machine.master else 0
+        answer = torch.tensor([float(bool(self.received)), float(until)], device=self.machine.device)
+        dist.all_reduce(answer)
+        stopping, until = answer.tolist()
+        self.next_step, self.last_step, self.asked_at = step + int(until), step, time.perf_counter()
+        return stopping > 0
+
+    @property
+    def reason(self):
+        return self.received[0] if self.received else "a signal to another rank"
