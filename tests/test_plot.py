@@ -112,6 +112,7 @@ def test_superposition_ratio_of_a_bag_size_that_steps_down():
         data += 10 * s * POSITIONS
         row |= dict(bag_size=s, data_tokens=data)
     assert plot.superposition_ratio(rows) == pytest.approx(0.4)
+    assert "|    8-4-2 | 0.4 |" in plot.table([run_of(rows)])
 
 
 # ---------------------------------------------------------------------------------- speed-up at equal loss
