@@ -181,12 +181,8 @@ def table_line(name, rows, run, baselines, y, spread=""):
     relation, factor = ("unknown", None) if run["baseline"] else speedup(rows, baselines, y)
     gain = {"unknown": "-", "=": ""}.get(relation, relation) + (f" {factor:.2f}x" if factor else "")
     show = lambda key, text, scale=1: text.format(end[key] / scale) if key in end else "-"
-    cells = [
-        name,
-        str(bag_size_of(run["rows"])),
-        f"{superposition_ratio(run['rows']):.3g}",
-        f"{end['step']:,}",
-    ]
+    bags = dict.fromkeys(str(row["bag_size"]) for row in run["rows"] if row.get("bag_size", 1) > 1)
+    cells = [name, "-".join(bags) or "1", f"{superposition_ratio(run['rows']):.3g}", f"{end['step']:,}"]
     cells += [show("val_loss", "{:.4f}") + spread, show("val_bpb", "{:.4f}")]
     cells += [
         show("data_tokens", "{:,.2f}M", 1e6),
