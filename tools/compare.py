@@ -223,7 +223,7 @@ def sentences(tst, baselines, equal_data, higher, gain, same_rate):
     def within(result, show):
         if not spread:
             return " (one seed, no interval)"
-        return f" (95 % {show(result.low)} to {show(result.high)})" * (result.low < result.high)
+        return f" (95 % {show(result.low)} to {show(result.high)})" * (result.low != result.high)
 
     def ends(result):
         words = "lower" if result.value >= 0 else "higher"
