@@ -201,6 +201,7 @@ def draw(result, path):
     ax.set_xticks(ticks, map(str, ticks))
     ax.minorticks_off()
     ax.grid(color="0.92")
+    ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
     ax.set_title(f"{result['dataset']}: {result['tokens']:,} tokens of {result['vocab_size']:,}", fontsize=11)

@@ -341,6 +341,7 @@ def draw_curves(ax, table):
         ax.annotate(f"{above} means lie above", (0.99, 1.01), **look)
     ax.set(xlabel=table.columns or "all runs", ylabel="validation loss (nats per token)")
     ax.grid(color="0.92")
+    ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     if table.rows or table.baselines:
         ax.legend(fontsize=9, edgecolor="none", framealpha=0.8)
