@@ -415,5 +415,5 @@ def test_an_outlier_does_not_press_the_picture_together():
     usual = {(r, s): group(3 + r / 10 + s / 100) for r in range(5) for s in range(1, 5)}
     table = lambda cells, *baselines: sweep.Table("", "r", "s", cells, [group(b) for b in baselines])
     assert table(usual).limits == pytest.approx((3.01, 3.44))
-    assert table(usual | {(9, 9): group(9.0)}).limits[1] < 4.0
+    assert table(usual | {(9, 9): group(9.0)}).limits[1] < 4.1
     assert table(usual | {(9, 9): group(9.0)}, 5.0).limits[1] == 5.0  # ordinary training is always shown
