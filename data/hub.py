@@ -50,7 +50,9 @@ def prepare_from_hub(repo, suffix, config):
     tokenizer = get_tokenizer(config.encoding)
     files = list_files(repo, suffix, config)
     size = sum(f.size for f in files)
-    print(f"{repo}/{config.folder}: {len(files):,} files, {size / 1e9:,.1f} GB; {files[0].name} is validated on")
+    print(
+        f"{repo}/{config.folder}: {len(files):,} files, {size / 1e9:,.1f} GB; {files[0].name} is validated on"
+    )
     if not config.keep:
         print("each file is removed when its tokens are written (--keep leaves it in the hub's cache)")
     groups = [Group("val", files[:1], val_tokens), Group("train", files[1:], tokens)]

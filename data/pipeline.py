@@ -26,7 +26,9 @@ from nanotst import UserError
 
 BATCH = 1024 * 1024  # bytes of text handed to a worker at a time
 FEW_DOCUMENTS, FEW_TOKENS = 20, 1_000_000  # a validation split with less of both is warned about
-BYTES_PER_TOKEN = 6  # more than any vocabulary reaches on text, so that a disk is never called too small wrongly
+BYTES_PER_TOKEN = (
+    6  # more than any vocabulary reaches on text, so that a disk is never called too small wrongly
+)
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Piece(NamedTuple):
     key: bytes  # hash of the first piece of its document
     text: str
     last: bool  # of its document
+    n_nul: int  # NUL bytes that were left out: they are no text, and the separator of the byte vocabulary
 
 
 def prepare(groups, tokenizer, out_dir, options, *, val_fraction=0.0, workers=0, shard_tokens=0, seed=None):
@@ -101,7 +104,9 @@ def write_group(out, groups, index, held_out, tokenizer, options, val_fraction, 
     released = file
     pieces = read_pieces(group, file, done, held_out if group.split == "train" else (), options, val_fraction)
     progress = Progress(group, file, out)
-    for batch in map_in_order(lambda b: encode_batch(tokenizer, b, options.separator), in_batches(pieces), workers):
+    for batch in map_in_order(
+        lambda b: encode_batch(tokenizer, b, options.separator), in_batches(pieces), workers
+    ):
         for piece, ids, n_bytes, inline in batch:
             if piece.file != file:
                 file, done = piece.file, 0
@@ -110,6 +115,8 @@ def write_group(out, groups, index, held_out, tokenizer, options, val_fraction, 
             name = group.files[file].name
             if inline and kind(name) == "text":
                 count(state, f"inline {name}", inline)
+            if piece.n_nul:
+                count(state, "nul", piece.n_nul)
             if not piece.last:
                 continue
             done += 1
@@ -130,7 +137,10 @@ def write_group(out, groups, index, held_out, tokenizer, options, val_fraction, 
     progress.close()
     if group.limit and out.n_tokens[group.split] < group.limit:
         got = out.n_tokens[group.split]
-        print(f"warning: {group.split} has {got:,} of {group.limit:,} tokens: there are no more", file=sys.stderr)
+        print(
+            f"warning: {group.split} has {got:,} of {group.limit:,} tokens: there are no more",
+            file=sys.stderr,
+        )
 
 
 def count(state, name, n=1):
@@ -154,6 +164,8 @@ def read_pieces(group, file, skip, left_out, options, val_fraction):
             if skip:
                 skip -= last
                 continue
+            n_nul = text.count("\0")
+            text = text.replace("\0", "")
             if first:
                 key = hashlib.blake2b(text.encode(), digest_size=8).digest()
                 split = group.split
@@ -162,7 +174,7 @@ def read_pieces(group, file, skip, left_out, options, val_fraction):
                 elif key in left_out:
                     split = ""
             first = last
-            yield Piece(index, position, split, key, text if split else "", last)
+            yield Piece(index, position, split, key, text if split else "", last, n_nul)
         skip = 0
 
 
@@ -203,7 +215,9 @@ def encode_batch(tokenizer, batch, separator):
         ids = tokenizer.encode(piece.text)
         n_bytes = len(piece.text.encode()) + piece.last
         inline = piece.text.count(separator) if separator else 0
-        out.append((piece._replace(text=""), np.concatenate([ids, end]) if piece.last else ids, n_bytes, inline))
+        out.append(
+            (piece._replace(text=""), np.concatenate([ids, end]) if piece.last else ids, n_bytes, inline)
+        )
     return out
 
 
@@ -260,11 +274,15 @@ def check_disk(groups, tokenizer, out):
     is the least that is needed."""
     per_byte = 1 if tokenizer.name == "bytes" else 1 / BYTES_PER_TOKEN
     n_tokens = sum(g.limit or per_byte * sum(f.size for f in g.files) for g in groups) - out.n_tokens.total()
-    fetched = sorted(f.size for g in groups for f in g.files if f.must_be_fetched)[-2:]  # one is read, one comes
+    fetched = sorted(f.size for g in groups for f in g.files if f.must_be_fetched)[
+        -2:
+    ]  # one is read, one comes
     need = max(n_tokens, 0) * out.dtype.itemsize + sum(fetched)
     free = shutil.disk_usage(out.folder).free
     if free < need:
-        raise UserError(f"{out.out_dir} needs {need / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free there")
+        raise UserError(
+            f"{out.out_dir} needs {need / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free there"
+        )
 
 
 def n_cores():
@@ -293,6 +311,8 @@ def report(out, counts, options):
             f"warning: only {counts['val']} documents ({out.n_tokens['val']:,} tokens) are held out: validation loss "
             "will be noisy. A larger --val_fraction or --val=FILE gives more"
         )
+    if counts["nul"]:
+        print(f"{counts['nul']:,} NUL bytes were left out of the text")
     inline = {name.removeprefix("inline "): n for name, n in counts.items() if name.startswith("inline ")}
     for name, n in list(inline.items())[:5]:
         print(
@@ -305,7 +325,7 @@ def report(out, counts, options):
 
 
 def token_count(text, knob):
-    """"10B" -> 10_000_000_000."""
+    """ "10B" -> 10_000_000_000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbBtT]?)", text.strip().replace("_", ""))
     if not match:
         raise UserError(f"--{knob} takes a number of tokens such as 10B or 500M, got {text!r}")
