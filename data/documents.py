@@ -31,15 +31,17 @@ class Options:
 
     separator: str = "<|endoftext|>"  # the line between documents of a text file
     field: str = "text"  # of JSON objects, or the column of a parquet file
-    cut: int = 0  # bytes: end documents of text files at the first empty line after these
+    cut: int = 0  # bytes after which a document of a text file is ended by itself ...
+    cut_at: str = ""  # ... at "empty lines", "line ends" or "words"
     seed: int | None = None  # read the row groups of a parquet file in an order of this seed
 
 
-def needs(package, why):
-    """A package that only some corpora need."""
+def needs(module, why):
+    """A module of a package that only some corpora need."""
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ImportError:
+        package = module.split(".")[0]
         raise UserError(f"{why} needs the package {package}: pip install {package}") from None
 
 
@@ -111,8 +113,8 @@ def without_mark(line, path):
     return line.removeprefix(b"\xef\xbb\xbf")
 
 
-def cut_point(data):
-    """data: the next PIECE + 2 bytes of a long document -> where to cut it, at most PIECE.
+def cut_point(data, limit):
+    """data: the next limit + 2 bytes of a long document -> where to cut it, at most limit.
 
     Before a single space between two words, because the split patterns of GPT-2, its successors and Llama 3 all
     start a new piece of text there, so the tokens are those of the uncut document. Text without such a place
@@ -121,16 +123,29 @@ def cut_point(data):
     """
     if match := re.match(rb"(?s).*[A-Za-z](?= [A-Za-z])", data):
         return match.end()
-    cut = data.rfind(b"\n", 0, PIECE) + 1 or PIECE
+    cut = data.rfind(b"\n", 0, limit) + 1 or limit
     while cut > 1 and data[cut] & 0xC0 == 0x80:  # inside of a UTF-8 character
         cut -= 1
     return cut
 
 
+def blocks(file, path):
+    """Yield (block, offset, line_start): a text file in blocks of whole lines, but for lines longer than PIECE."""
+    offset, line_start = 0, True
+    while block := file.read(PIECE) + file.readline(PIECE):
+        n_stored, block = len(block), block if offset else without_mark(block, path)
+        yield block, offset + n_stored - len(block), line_start
+        offset, line_start = offset + n_stored, block.endswith(b"\n")
+
+
 def text_documents(file, path, options):
     """Yield (text, last). The line end before a separator and at the end of the file is not part of a document."""
-    separator, buffer = options.separator.encode(), bytearray()
-    offset, size, line_start, started = 0, 0, True, False  # size: of the document so far
+    separator = options.separator.encode()
+    end = re.escape(separator) + rb"\r*(?:\n|\Z)" if separator else rb"\r*\n"
+    cut_here = {"empty lines": rb"|[ \t\r]*\n", "line ends": rb"|"}.get(options.cut_at, b"")
+    ends = re.compile(rb"(?m)^(?:(?P<separator>" + end + b")" + cut_here + b")")
+    at_words = options.cut if options.cut_at == "words" else 0
+    buffer, offset, started = bytearray(), 0, False  # offset: in the file, of the buffer; started: a document
 
     def decode(data):
         try:
@@ -138,37 +153,40 @@ def text_documents(file, path, options):
         except UnicodeDecodeError as e:
             raise UserError(f"{path} is not UTF-8 text (byte {offset + e.start:,})") from None
 
-    first = True
-    while True:
-        line = file.readline(PIECE)  # bounded: a file may be one line
-        if first:
-            n_stored, line, first = len(line), without_mark(line, path), False
-            offset = n_stored - len(line)
-        at_separator = line_start and line.rstrip(b"\r\n") == separator
-        at_empty_line = line_start and 0 < options.cut <= size and not line.strip()
-        at_line_end = line_start and 0 < 4 * options.cut <= size  # there was no empty line
-        if not line or at_separator or at_empty_line or at_line_end:
-            text = decode(bytes(buffer)).removesuffix("\n").removesuffix("\r")
-            if started or text.strip():
-                yield text, True
-            offset, size, started = offset + len(buffer), 0, False
-            buffer.clear()
-        if at_separator or at_empty_line:
-            offset += len(line)
-        else:
-            buffer += line
-            size += len(line)
-        while len(buffer) > PIECE + 2:
-            cut = cut_point(buffer[: PIECE + 2])
-            started = not 0 < 4 * options.cut <= size  # there was no line end either
-            yield decode(bytes(buffer[:cut])), not started
-            offset += cut
+    def long_pieces():
+        nonlocal offset, started
+        limit = at_words or PIECE
+        while len(buffer) > limit + 2:
+            cut = cut_point(buffer[: limit + 2], limit)
+            yield decode(bytes(buffer[:cut])), bool(at_words)
+            offset, started = offset + cut, not at_words
             del buffer[:cut]
-            if not started:
-                size = len(buffer)
-        if not line:
-            return
-        line_start = line.endswith(b"\n")
+
+    def last_piece():
+        nonlocal started
+        yield from long_pieces()
+        text = decode(bytes(buffer)).removesuffix("\n").removesuffix("\r")
+        if started or text.strip():
+            yield text, True
+        buffer.clear()
+        started = False
+
+    size = 0  # of the document so far
+    for block, start, line_start in blocks(file, path):
+        taken = 0
+        offset = offset if buffer else start
+        for match in ends.finditer(block):
+            too_early = not match["separator"] and size + match.start() - taken < options.cut
+            if too_early or match.start() == 0 and not line_start:
+                continue
+            buffer += block[taken : match.start()]
+            yield from last_piece()
+            taken = match.end()
+            offset, size = start + taken, 0
+        buffer += block[taken:]
+        size += len(block) - taken
+        yield from long_pieces()
+    yield from last_piece()
 
 
 def json_documents(file, path, options):
@@ -219,7 +237,7 @@ def in_pieces(text):
     data = text.encode("utf-8", errors="replace")  # JSON can hold half a surrogate pair: becomes "?"
     start = 0
     while len(data) - start > PIECE + 2:
-        cut = start + cut_point(data[start : start + PIECE + 2])
+        cut = start + cut_point(data[start : start + PIECE + 2], PIECE)
         yield data[start:cut].decode(), False
         start = cut
     if start or text.strip():

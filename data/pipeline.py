@@ -65,6 +65,7 @@ class Piece(NamedTuple):
     key: bytes  # hash of the first piece of its document
     text: str
     last: bool  # of its document
+    n_nul: int  # NUL bytes that were left out: they are no text, and the separator of the byte vocabulary
 
 
 def prepare(groups, tokenizer, out_dir, options, *, val_fraction=0.0, workers=0, shard_tokens=0, seed=None):
@@ -114,6 +115,8 @@ def write_group(out, groups, index, held_out, tokenizer, options, val_fraction, 
             name = group.files[file].name
             if inline and kind(name) == "text":
                 count(state, f"inline {name}", inline)
+            if piece.n_nul:
+                count(state, "nul", piece.n_nul)
             if not piece.last:
                 continue
             done += 1
@@ -161,6 +164,8 @@ def read_pieces(group, file, skip, left_out, options, val_fraction):
             if skip:
                 skip -= last
                 continue
+            n_nul = text.count("\0")
+            text = text.replace("\0", "")
             if first:
                 key = hashlib.blake2b(text.encode(), digest_size=8).digest()
                 split = group.split
@@ -169,7 +174,7 @@ def read_pieces(group, file, skip, left_out, options, val_fraction):
                 elif key in left_out:
                     split = ""
             first = last
-            yield Piece(index, position, split, key, text if split else "", last)
+            yield Piece(index, position, split, key, text if split else "", last, n_nul)
         skip = 0
 
 
@@ -306,6 +311,8 @@ def report(out, counts, options):
             f"warning: only {counts['val']} documents ({out.n_tokens['val']:,} tokens) are held out: validation loss "
             "will be noisy. A larger --val_fraction or --val=FILE gives more"
         )
+    if counts["nul"]:
+        print(f"{counts['nul']:,} NUL bytes were left out of the text")
     inline = {name.removeprefix("inline "): n for name, n in counts.items() if name.startswith("inline ")}
     for name, n in list(inline.items())[:5]:
         print(

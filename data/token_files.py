@@ -3,10 +3,11 @@
     train.bin, val.bin   token ids, flat and little-endian: uint8, uint16 or uint32 by vocabulary size. Every
                          document is followed by one separator token. A large corpus has train_00000.bin,
                          train_00001.bin ... instead, and val_00000.bin ... if there are several of those
-    meta.json            vocab_size, dtype, train_tokens, val_tokens, train_bytes, val_bytes (UTF-8 bytes of text,
-                         a separator counted as one), bytes_per_token (of val), encoding, separator, source (lines
-                         for people: what was taken), sha256 (of every token file, by name)
+    meta.json            vocab_size, dtype, train_tokens, val_tokens, train_bytes, val_bytes (UTF-8 bytes of
+                         text, a separator counted as one), bytes_per_token (of val), encoding, separator,
+                         source (lines for people: what was taken), sha256 (of every other file, by name), seal
     tokenizer.model      only with encoding "tokenizer.model": a copy of the rank file
+    train.crc, val.crc   only of a large corpus: checksums of the parts of each token file (nanotst/corpus.py)
 
 Until a corpus is complete its files lie in unfinished.tmp, with a note of how far it got after every shard.
 """
@@ -15,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from array import array
@@ -24,6 +26,8 @@ from contextlib import contextmanager, suppress
 import numpy as np
 
 from nanotst import UserError
+from nanotst.corpus import LARGE, sums_name, write_sums
+from nanotst.formats import sealed, sha256_of
 
 try:
     import fcntl
@@ -32,6 +36,7 @@ except ImportError:  # Windows: nothing keeps two preparations apart there
 
 UNFINISHED = "unfinished.tmp"
 SPLITS = ("train", "val")
+OURS = re.compile(r"(train|val)(_\d{5,})?\.(bin|crc)|tokenizer\.model")
 
 
 def token_dtype(vocab_size):
@@ -43,14 +48,14 @@ def token_dtype(vocab_size):
 
 
 class TokenFiles:
-    """with TokenFiles(out_dir, tokenizer) as files: files.add("train", ids, n_bytes) ...; files.end_document()
+    """with TokenFiles(out_dir, tokenizer) as files: files.add(split, ids, n_bytes); files.end_document(split) ...
 
-    Leaving the block without an error moves the files into place, meta.json last, and a folder without meta.json is
-    no corpus: a preparation that fails, is killed or fills the disk leaves either the corpus before it or none.
+    Leaving the block without an error moves the files into place, meta.json last, and a folder without meta.json
+    is no corpus: a preparation that fails, is killed or fills the disk leaves either the corpus before it or none.
 
-    With `shard_tokens`, end_document() closes the shard once its training part has that many tokens. What is in
-    `state` is kept with it, and the next TokenFiles with the same `job` goes on from there. With a `seed`, the
-    documents of a shard are shuffled. Does not catch or change errors of the caller.
+    With `shard_tokens`, end_document() closes the shard once it has that many tokens. What is in `state` is kept
+    with it, and the next TokenFiles with the same `job` goes on from there. With a `seed`, the documents of a shard
+    are shuffled.
     """
 
     def __init__(self, out_dir, tokenizer, shard_tokens=0, seed=None, job=None):
@@ -102,19 +107,23 @@ class TokenFiles:
                 path = os.path.join(self.folder, f"{split}_{number:05d}.bin")
                 seed = None if self.seed is None else (self.seed, number, SPLITS.index(split))
                 sha256 = shard.close(path, self.dtype, seed)
+                sums = sha256_of(write_sums(path))
                 self.state["shards"].append(
-                    dict(split=split, tokens=shard.n_tokens, bytes=shard.n_bytes, sha256=sha256)
+                    dict(split=split, tokens=shard.n_tokens, bytes=shard.n_bytes, sha256=sha256, sums=sums)
                 )
             self.open = {}
             self._write_whole("progress.json", json.dumps(self.state))
 
     def sha256(self):
-        """{name of a token file: sha256} of the closed shards."""
-        hashes = {}
+        """{name of a token file: sha256} of the closed shards, and of the checksums that a large corpus gets."""
+        hashes, large = {}, self.n_tokens.total() * self.dtype.itemsize > LARGE
         for split in SPLITS:
             shards = [s for s in self.state["shards"] if s["split"] == split]
             for i, shard in enumerate(shards):
-                hashes[f"{split}_{i:05d}.bin" if len(shards) > 1 else f"{split}.bin"] = shard["sha256"]
+                name = f"{split}_{i:05d}.bin" if len(shards) > 1 else f"{split}.bin"
+                hashes[name] = shard["sha256"]
+                if large:
+                    hashes[sums_name(name)] = shard["sums"]
         return hashes
 
     def __exit__(self, error_type, error, traceback):
@@ -140,11 +149,14 @@ class TokenFiles:
                 raise UserError(f"no text for {split}.bin; nothing written")
         if self.open:
             self.close_shard()
-        encoding = self.tokenizer.name
+        encoding, sha256 = self.tokenizer.name, self.sha256()
         if self.tokenizer.rank_file:
             encoding = "tokenizer.model"
-            with open(self.tokenizer.rank_file, "rb") as f, self._writing():
-                self._write_whole(encoding, f.read())
+            with open(self.tokenizer.rank_file, "rb") as f:
+                ranks = f.read()
+            sha256[encoding] = hashlib.sha256(ranks).hexdigest()
+            with self._writing():
+                self._write_whole(encoding, ranks)
         self.state["meta"] = dict(
             vocab_size=self.tokenizer.vocab_size,
             dtype=self.dtype.name,
@@ -156,24 +168,24 @@ class TokenFiles:
             encoding=encoding,
             separator=self.tokenizer.separator,
             source=self.source,
-            sha256=self.sha256(),
+            sha256=sha256,
         )
+        self.state["meta"] = sealed(self.state["meta"])
         with self._writing():
             self._write_whole("progress.json", json.dumps(self.state))
 
     def _publish(self):
         """Move the files into place. A process killed in here does the rest when it is started again."""
         meta = self.state["meta"]
-        names = [*meta["sha256"], *(["tokenizer.model"] if meta["encoding"] == "tokenizer.model" else [])]
+        names = list(meta["sha256"])
         with self._writing():
-            stale = [n for n in os.listdir(self.out_dir) if is_token_file(n) or n == "tokenizer.model"]
+            stale = [n for n in os.listdir(self.out_dir) if OURS.fullmatch(n)]
             # the old meta.json goes first: it must never describe new tokens
             for name in ["meta.json", *(n for n in stale if n not in names)]:
                 with suppress(FileNotFoundError):
                     os.remove(os.path.join(self.out_dir, name))
             for name in names:
-                split = name.removesuffix(".bin")
-                source = name if os.path.exists(os.path.join(self.folder, name)) else f"{split}_00000.bin"
+                source = re.sub(r"^(train|val)\.", r"\1_00000.", name)  # a single shard needs no number
                 with suppress(FileNotFoundError):  # moved before the process was killed
                     os.replace(os.path.join(self.folder, source), os.path.join(self.out_dir, name))
             sync_folder(self.out_dir)
@@ -275,7 +287,7 @@ class Shard:
         self.n_bytes += n_bytes
 
     def close(self, path, dtype, seed):
-        """Give the file its name, on the disk and with its documents shuffled if there is a seed. -> its sha256."""
+        """The file as `path`, on the disk, its documents shuffled if there is a seed. -> its sha256."""
         self.file.flush()
         if seed is not None:
             unshuffled = np.memmap(self.path, dtype, mode="r")
@@ -301,11 +313,6 @@ class Shard:
         for path in (self.path, f"{self.path}.shuffled"):
             with suppress(OSError):
                 os.remove(path)
-
-
-def is_token_file(name):
-    stem = name.removesuffix(".bin")
-    return stem != name and stem.split("_")[0] in SPLITS and (stem in SPLITS or stem[-5:].isdigit())
 
 
 def sync_folder(folder):

@@ -87,25 +87,33 @@ def some(paths):
 
 
 def own_documents(paths, options):
-    """(bytes, share to hold out) of the documents that text with (nearly) no separators is to be cut into, or
-    (0, 0.0) if there are documents enough."""
-    n_documents = n_bytes = 0
+    """Set options.cut if the text has (nearly) no separators. -> the share to hold out then, or 0."""
+    n_documents = n_bytes = n_lines = n_empty = 0
     if len(paths) >= FEW_DOCUMENTS or any(kind(p) != "text" for p in paths):
-        return 0, 0.0
+        return 0.0
     for path in paths:
         for text, last, _ in read_documents(path, options):
             n_documents += last
             n_bytes += len(text.encode())
+            n_lines += text.count("\n")
+            n_empty += text.count("\n\n") + text.count("\n\r\n")
             if n_documents >= FEW_DOCUMENTS:
-                return 0, 0.0
+                return 0.0
+    if n_bytes < 2 * CUT[0]:
+        return 0.0
     size = min(max(n_bytes // 1000, CUT[0]), CUT[1])
+    many = n_bytes // (2 * size)
+    options.cut, options.cut_at = (
+        size,
+        ("empty lines" if n_empty > many else "line ends" if n_lines > many else "words"),
+    )
     share = min(0.1, FEW_DOCUMENTS * size / max(n_bytes, 1))
     print(
         f"{n_documents} documents in {n_bytes / 1e6:,.1f} MB are too few to hold some of them out: the text is cut at "
-        f"empty lines into documents of {size / 1000:.0f} kB or more, and {share:.1%} of them are held out. "
+        f"{options.cut_at} into documents of {size / 1000:.0f} kB or more, and {share:.1%} of them are held out. "
         "Give --val=FILE, or a --separator, for another way"
     )
-    return size, share
+    return share
 
 
 def main(config):
@@ -128,8 +136,7 @@ def main(config):
     tokenizer = get_tokenizer(config.encoding)
     options, val_fraction = Options(config.separator, config.field), config.val_fraction
     if not val_paths:
-        options.cut, share = own_documents(paths, options)
-        val_fraction = max(val_fraction, share)
+        val_fraction = max(val_fraction, own_documents(paths, options))
     files, val_files = (
         [File(os.path.abspath(p), os.path.getsize(p), str(os.stat(p).st_mtime_ns)) for p in some_paths]
         for some_paths in (paths, val_paths)
