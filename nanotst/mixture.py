@@ -64,10 +64,8 @@ def open_mixture(spec):
     for name, corpus, _ in parts:
         for key in ("vocabulary", "vocab_size", "separator"):
             if corpus.meta[key] != first[key]:
-                raise UserError(
-                    f"dataset={spec}: {name} has {key} {corpus.meta[key]}, {parts[0][0]} {first[key]}; prepare "
-                    "both with the same --encoding"
-                )
+                different = f"{name} has {key} {corpus.meta[key]}, {parts[0][0]} {first[key]}"
+                raise UserError(f"dataset={spec}: {different}; prepare both with the same --encoding")
     parts = [(name, corpus, share) for name, (_, corpus, share) in zip(names, parts)]
     whole = "".join(f"{corpus.fingerprint} {share} " for _, corpus, share in parts)
     known = all(corpus.bytes_per_token for _, corpus, _ in parts)

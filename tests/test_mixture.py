@@ -81,7 +81,8 @@ def corpora(tmp_path):
 @pytest.mark.parametrize(
     "spec, words",
     [
-        ("{a}:0.5,{b}:0.4", "sum to 1, not 0.9"), ("{a}:1.5,{b}:-0.5", "positive"), ("{a}:0.5,{b}", "NAME:SHARE"),
+        ("{a}:0.5,{b}:0.4", "sum to 1, not 0.9"), ("{a}:1.5,{b}:-0.5", "positive"),
+        ("{a}:0.5,{b}", "NAME:SHARE"),
         ("{a}:0.5,{c}:0.5", "vocab_size 60.*same --encoding"), ("{a}:0.5,no/such:0.5", "no prepared corpus"),
         ("{a}:0.1,{b}:0.2,{b}:0.6", "sum to 1, not 0.9"), ("{a}:nan,{b}:0.5", "NAME:SHARE|no prepared"),
     ],

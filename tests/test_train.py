@@ -28,7 +28,6 @@ import train
 import tst
 from model import GPT, GPTConfig
 from nanotst import UserError, checkpoint, machine, optim
-from nanotst.configurator import parse
 from nanotst.stream import permute
 
 MOE = dict(n_expert=4, top_k=2, balance_bias=True, balance_rate=0.01, qk_norm=True)
@@ -607,7 +606,8 @@ def test_balance_and_z_loss_are_trained_on_but_not_reported(run, tiny, coefs):
         at, order, probs, logits = order[:8], order[8:], [], []
         x = torch.stack([torch.tensor(data[i : i + 17]) for i in at])
         hooks = [
-            b.mlp.register_forward_pre_hook(lambda m, a: logits.append(m.router(a[0]))) for b in model.blocks
+            b.mlp.register_forward_pre_hook(lambda m, a, out=logits: out.append(m.router(a[0])))
+            for b in model.blocks
         ]
         loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
         for hook in hooks:
@@ -983,9 +983,10 @@ def test_a_checkpoint_cannot_run_code(run, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"step": "5"}, {"step": None}, {"stream": []}, {"seconds": 3}, {"best_val": None}, {"rng": torch.zeros(3)},
-        {"rng": 4}, {"optimizer": {}}, {"optimizer": [{}]}, {"optimizer": []}, {"model": {}}, {"model": {"x": 1}},
-        {"config": []}, {"meta": None}, {"stream": {}}, {"stream": {"cut": 1, "phases": [1], "first_step": 0}},
+        {"step": "5"}, {"step": None}, {"stream": []}, {"seconds": 3}, {"best_val": None},
+        {"rng": torch.zeros(3)}, {"rng": 4}, {"optimizer": {}}, {"optimizer": [{}]}, {"optimizer": []},
+        {"model": {}}, {"model": {"x": 1}}, {"config": []}, {"meta": None}, {"stream": {}},
+        {"stream": {"cut": 1, "phases": [1], "first_step": 0}},
     ],
     ids=str,
 )  # fmt: skip
