@@ -97,7 +97,7 @@ def parse(cls, argv):
 
 
 def validate(config):
-    """Raise UserError unless every value of a config made in Python is what the command line would take, too."""
+    """Raise UserError unless each value of a config made in Python is what the command line would take."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     for key, field in fields.items():
         typed(field, key, getattr(config, key), "config", fields)

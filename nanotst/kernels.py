@@ -24,7 +24,7 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-# ---------------------------------------------------------------------------------------------------- matrix products
+# -------------------------------------------------------------------------------------------- matrix products
 
 
 def tall_product(a, b):
@@ -45,7 +45,10 @@ def tall_product(a, b):
 def linear(x, weight):
     """Equals F.linear(x, weight): (..., m), (n, m) -> (..., n). On a CPU the gradient of the weight is a
     tall_product."""
-    return LinearOnCPU.apply(x, weight.to(x.dtype)) if x.device.type == "cpu" else F.linear(x, weight)
+    if x.device.type != "cpu":
+        return F.linear(x, weight)
+    x = x.to(compute_dtype(x))  # what autocast does with the operands of F.linear
+    return LinearOnCPU.apply(x, weight.to(x.dtype))
 
 
 class LinearOnCPU(torch.autograd.Function):
@@ -61,26 +64,32 @@ class LinearOnCPU(torch.autograd.Function):
         return dy @ weight, tall_product(dy.flatten(0, -2), x.flatten(0, -2))
 
 
-# ------------------------------------------------------------------------------------------------------ bag embedding
+# ---------------------------------------------------------------------------------------------- bag embedding
 
 
-def embed_bags(bags, weight):
+def embed_bags(bags, weight, share=None):
     """Equals tst.embed_bags: F.embedding(bags, weight).mean(-2), the mean in float32.
 
-    bags (B, L, s), weight (V, C) -> (B, L, C) in the dtype of weight, or of autocast where that is on."""
+    bags (B, L, s), weight (V, C) -> (B, L, C) in the dtype of weight, or of autocast where that is on. share
+    (B, L, s): a weighted mean, (F.embedding(bags, weight) * share[..., None]).sum(-2)."""
     small = bags.device.type == "cpu" and weight.dtype == torch.float32 and weight.size(0) <= 1024
     lookup = EmbedBagsOfSmallVocabulary.apply if small else _embed_bags
-    return lookup(bags.flatten(0, -2), weight, compute_dtype(weight)).view(*bags.shape[:-1], -1)  # (B, L, C)
+    share = None if share is None else share.flatten(0, -2)  # (N, s)
+    return lookup(bags.flatten(0, -2), weight, share, compute_dtype(weight)).view(
+        *bags.shape[:-1], -1
+    )  # (B, L, C)
 
 
-def _embed_bags(bags, weight, dtype):
+def _embed_bags(bags, weight, share, dtype):
     if bags.size(-1) == 1:
         return F.embedding(bags.squeeze(-1), weight).to(dtype)  # (N, s), (V, C) -> (N, C)
     if bags.device.type == "cpu" and weight.dtype == torch.float32:
-        # Never holds (N, s, C), in eager mode either, where nothing would fuse the two lines below.
-        return F.embedding_bag(bags, weight, mode="mean").to(dtype)
+        # Never holds (N, s, C), in eager mode either, where nothing would fuse the lines below.
+        mode = "mean" if share is None else "sum"
+        return F.embedding_bag(bags, weight, mode=mode, per_sample_weights=share).to(dtype)
     x = F.embedding(bags, weight)  # (N, s, C); torch.compile fuses look-up, mean and cast into one kernel
-    return x.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.mean(-2, dtype=wide) if share is None else (x.to(wide) * share[..., None]).sum(-2)).to(dtype)
 
 
 class EmbedBagsOfSmallVocabulary(torch.autograd.Function):
@@ -88,24 +97,26 @@ class EmbedBagsOfSmallVocabulary(torch.autograd.Function):
     For few words it is faster on a CPU than adding N*s rows one by one, and its time hardly grows with s."""
 
     @staticmethod
-    def forward(ctx, bags, weight, dtype):
-        ctx.save_for_backward(bags)
+    def forward(ctx, bags, weight, share, dtype):
+        ctx.save_for_backward(bags, share)
         ctx.vocab_size, ctx.dtype = weight.size(0), weight.dtype
-        return _embed_bags(bags, weight, dtype)
+        return _embed_bags(bags, weight, share, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (bags,) = ctx.saved_tensors
+        bags, share = ctx.saved_tensors
         rows = torch.arange(bags.size(0), device=grad.device)[:, None]
         one = torch.ones((), dtype=grad.dtype, device=grad.device)
+        one = one if share is None else share.to(grad.dtype)
         counts = grad.new_zeros(bags.size(0), ctx.vocab_size).index_put_(
             (rows, bags), one, accumulate=True
         )  # (N, V)
-        return None, tall_product(counts, grad).to(ctx.dtype) / bags.size(1), None  # (V, C)
+        grad_weight = tall_product(counts, grad).to(ctx.dtype)  # (V, C)
+        return None, grad_weight / bags.size(1) if share is None else grad_weight, None, None
 
 
-# ---------------------------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------------------------- attention
 
 
 def causal_attention(q, k, v):
@@ -149,7 +160,7 @@ class ShortAttention(torch.autograd.Function):
         return dz @ k * q.size(-1) ** -0.5, dz.transpose(-2, -1) @ q, p.transpose(-2, -1) @ dy
 
 
-# ------------------------------------------------------------------------------------- rows of a mixture of experts
+# ------------------------------------------------------------------------------- rows of a mixture of experts
 
 
 class Placement(NamedTuple):
@@ -225,7 +236,7 @@ def grouped_product(x, weight, offsets):
     return _grouped_mm(x, weight.to(x.dtype), offs=offsets)
 
 
-# ------------------------------------------------------------------------------------ losses from hidden states
+# ---------------------------------------------------------------------------------- losses from hidden states
 
 
 def linear_loss(loss, hidden, weight, labels, vocab_size=None, chunk_rows=None, ignore_index=-100):
@@ -237,18 +248,19 @@ def linear_loss(loss, hidden, weight, labels, vocab_size=None, chunk_rows=None, 
     """
     dtype = compute_dtype(hidden)
     hidden, labels = hidden.flatten(0, -2).to(dtype), labels.flatten(0, -2)  # (N, C), (N, s)
-    weight = weight[:vocab_size].to(dtype)  # (V, C)
+    weight = weight[:vocab_size]  # (V, C)
     has_label = (labels != ignore_index).any(-1)  # (N,)
+    total = has_label.sum().clamp(min=1)
 
-    def of_chunk(h, w, y, share):
-        return loss(h @ w.T, y) * share
+    def of_chunk(h, w, y, n_labelled):
+        # w is cast here, so that the sum of its gradients over the chunks is in its own dtype, float32
+        return loss(h @ w.to(dtype).T, y, ignore_index=ignore_index) * n_labelled / total
 
-    total = 0.0
+    mean = 0.0
     n = chunk_rows or rows_of_chunk(weight)
     for h, y, some in zip(hidden.split(n), labels.split(n), has_label.split(n)):
-        share = some.sum() / has_label.sum().clamp(min=1)
-        total = total + checkpoint(of_chunk, h, weight, y, share, use_reentrant=False)
-    return total
+        mean = mean + checkpoint(of_chunk, h, weight, y, some.sum(), use_reentrant=False)
+    return mean
 
 
 def rows_of_chunk(weight):
@@ -277,10 +289,11 @@ def linear_multi_hot_cross_entropy(
     labels = (
         labels.flatten(0, -2).T.long().contiguous()
     )  # (s, N): N is the side along which compiled loops are vectors
+    wide = torch.promote_types(dtype, torch.float32)
     if weights is None:  # made on the device: a copy from the host would be waited for in each step
-        weights = torch.full((labels.size(0),), 1 / labels.size(0), device=labels.device)
+        weights = torch.full((labels.size(0),), 1 / labels.size(0), dtype=wide, device=labels.device)
+    weights = weights.to(wide)
     valid = labels != ignore_index  # (s, N)
-    weights = weights.to(torch.promote_types(dtype, torch.float32))
     coef = (
         valid * (weights / valid.sum(1).clamp(min=1))[:, None]
     )  # (s, N): how much each label counts in the loss

@@ -1,4 +1,5 @@
-"""train.py, run whole in this process on a tiny model: the promises about steps, data, resuming and failing."""
+"""train.py, run whole in this process on a tiny model: the promises about steps, data, resuming and
+failing."""
 
 import errno
 import functools
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import weakref
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import ROOT, TINY, read_rows, write_corpus
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
-from conftest import ROOT, TINY, read_rows, write_corpus
+import tst
 from model import GPT, GPTConfig
-from nanotst import UserError, checkpoint, machine
-from nanotst.configurator import parse
+from nanotst import UserError, checkpoint, machine, optim
 from nanotst.stream import permute
 
 MOE = dict(n_expert=4, top_k=2, balance_bias=True, balance_rate=0.01, qk_norm=True)
@@ -53,40 +55,69 @@ def tiny_model(config):
 # ---- the method as a whole
 
 
-def plain_training(config):
-    """Token superposition training of the tiny model with nothing but PyTorch's own functions and Python loops.
-    -> a training loss per step, and the validation loss at the end."""
+def plain_training(config, phases=((0, 4, 3, 3), (4, 10, 1, 1)), weights=None, make_optimizers=None):
+    """Training of the tiny model with nothing but PyTorch's own functions and Python loops. phases: start,
+    stop, tokens read, tokens predicted; weights of the labels of a bag, the same if None. -> a dict per step,
+    and the validation loss."""
     data = np.fromfile(config.dataset + "/train.bin", dtype=np.uint16).astype(np.int64)
     torch.manual_seed(config.seed)
     model = tiny_model(config)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0},
-        ],
-        betas=(0.9, 0.95),
-    )
-    runs = [48 * run for run in shuffled(124, (config.seed, 0, 0, 0))]  # of 6,000 tokens; 8 a step
-    rest = [run + offset for run in runs[8 * SWITCH :] for offset in (0, 16, 32)]  # what superposition leaves
-    rest = [rest[i] for i in shuffled(len(rest), (config.seed, 0, 0, 1))]
-    losses = []
-    for step in range(10):
-        s = 3 if step < SWITCH else 1
-        at = runs[8 * step :][:8] if step < SWITCH else rest[8 * (step - SWITCH) :][:8]  # 8 x 16 positions
-        inputs = torch.stack([torch.tensor(data[i : i + 16 * s]).view(16, s) for i in at])
-        labels = torch.stack([torch.tensor(data[i + s : i + s + 16 * s]).view(16, s) for i in at])
-        logits = model(inputs).flatten(0, 1)
-        loss = sum(F.cross_entropy(logits, labels[:, :, i].flatten()) for i in range(s)) / s
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for (
-            group
-        ) in optimizer.param_groups:  # 2 steps of warmup, the last one of 10 decays, but from its full rate
-            group["lr"] = 0.01 * [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1][step]
-        optimizer.step()
-        losses.append(loss.item())
-    return losses, plain_validation(model, config)
+    optimizers = (make_optimizers or plain_adamw)(model, config)
+    n_in, tail = phases[0][2], max(n_out for *_, n_out in phases)
+    run = 16 * n_in
+    order = [run * i for i in shuffled((6000 - tail) // run, (config.seed, 0, 0, 0))]  # rows of 16 positions
+    log = []
+    for p, (start, stop, read, predicted) in enumerate(phases):
+        if p:  # what the phase before leaves, cut into rows of this one
+            order = [row + 16 * read * i for row in order for i in range(n_in // read)]
+            order = [order[i] for i in shuffled(len(order), (config.seed, 0, 0, p))]
+            n_in = read
+        for step in range(start, stop):
+            at, order = order[:8], order[8:]
+            inputs = torch.stack([torch.tensor(data[i : i + 16 * read]).view(16, read) for i in at])
+            labels = [[data[i + (j + 1) * read :][:predicted] for j in range(16)] for i in at]
+            labels = torch.tensor(np.array(labels)).flatten(0, 1)  # (8 * 16, predicted)
+            logits = model(inputs).flatten(0, 1)
+            share = weights if weights and predicted > 1 else [1 / predicted] * predicted
+            loss = sum(w * F.cross_entropy(logits, labels[:, i]) for i, w in enumerate(share))
+            model.zero_grad()
+            loss.backward()
+            norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+            for p_ in model.parameters():
+                if config.grad_clip:
+                    p_.grad *= min(1.0, config.grad_clip / norm)
+            for (
+                optimizer
+            ) in optimizers:  # 2 steps of warmup; the last one of 10 decays, but from its full rate
+                for group in optimizer.param_groups:
+                    group["lr"] = (
+                        group.setdefault("full", group["lr"]) * [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1][step]
+                    )
+                optimizer.step()
+            log.append({"loss": loss.item(), "grad_norm": norm})
+    return log, plain_validation(model, config)
+
+
+def plain_adamw(model, config):
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0},
+    ]
+    return [torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))]
+
+
+def plain_muon(model, config):
+    """The four matrices of the only block by Muon, the rest by AdamW."""
+    block = model.blocks[0]
+    matrices = [block.attn.qkv, block.attn.out, block.mlp.gate_up, block.mlp.down]
+    matrices = [layer.weight for layer in matrices]
+    norms = [block.attn_norm.weight, block.mlp_norm.weight, model.norm.weight]
+    groups = [
+        {"params": [model.embed.weight, model.head.weight], "weight_decay": config.weight_decay},
+        {"params": norms, "weight_decay": 0},
+    ]
+    muon = dict(lr=0.02, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return [torch.optim.Muon(matrices, **muon), torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))]
 
 
 def plain_validation(model, config):
@@ -102,13 +133,93 @@ def plain_validation(model, config):
         )
 
 
-def test_training_equals_a_plain_loop(run, tiny):
-    """weights, optimizer moments, learning-rate schedule and place in the text go on through the switch; a
-    change of any of them at step 4 would show in the losses after it."""
-    losses, val_loss = plain_training(tiny())
-    rows = run()
-    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+def assert_plain(rows, plain):
+    log, val_loss = plain
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in log], rel=1e-5)
+    assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in log], rel=1e-4)
     assert rows[-1]["val_loss"] == pytest.approx(val_loss, rel=1e-5)
+
+
+def test_training_equals_a_plain_loop(run, tiny):
+    """Weights, optimizer moments, learning-rate schedule and place in the text go on through the switch; a
+    change of any of them at step 4 would show in the losses after it."""
+    assert_plain(run(), plain_training(tiny()))
+
+
+@pytest.mark.parametrize(
+    "knobs, phases",
+    [
+        (dict(bag_size=1), [(0, 10, 1, 1)]),
+        (dict(superposition="input"), [(0, 4, 3, 1), (4, 10, 1, 1)]),
+        (dict(superposition="output"), [(0, 4, 1, 3), (4, 10, 1, 1)]),
+        (dict(superposition_ratio=1.0), [(0, 10, 3, 3)]),
+        (dict(superposition_ratio=0.38), [(0, 4, 3, 3), (4, 10, 1, 1)]),  # to the nearest step
+        (dict(superposition_ratio=0.34), [(0, 3, 3, 3), (3, 10, 1, 1)]),
+    ],
+)
+def test_every_mode_equals_a_plain_loop(run, tiny, knobs, phases):
+    assert_plain(run(**knobs), plain_training(tiny(), phases))
+
+
+def test_stepping_down_equals_a_plain_loop(run, tiny):
+    phases = [(0, 2, 4, 4), (2, 4, 2, 2), (4, 10, 1, 1)]
+    rows = run(bag_size="4-2")
+    assert_plain(rows, plain_training(tiny(), phases))
+    assert [row["bag_size"] for row in rows] == [4, 4, 2, 2, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 0.1, 1e9])
+def test_gradients_are_clipped_to_their_norm_and_the_norm_before_is_logged(run, tiny, grad_clip):
+    plain = plain_training(tiny(grad_clip=grad_clip))
+    assert min(row["grad_norm"] for row in plain[0]) > 0.1  # so that 0.1 acts in every step
+    assert_plain(run(grad_clip=grad_clip, weight_decay=0.1), plain)
+
+
+@pytest.mark.parametrize(
+    "knobs, weigh",
+    [
+        (dict(bag_weights="power"), lambda i: 1 / i),
+        (dict(bag_weights="fitted"), lambda i: 3.63 + 1.35 * i**-1.25),
+        (dict(bag_weights="fitted", fitted_c0=0.0), lambda i: i**-1.25),
+    ],
+)
+def test_weights_of_a_bag_reach_the_loss(run, tiny, knobs, weigh):
+    weights = [weigh(i) for i in (1, 2, 3)]
+    assert_plain(run(**knobs), plain_training(tiny(), weights=[w / sum(weights) for w in weights]))
+
+
+def test_muon_equals_a_plain_loop(run, tiny):
+    rows = run(optimizer="muon", matrix_learning_rate=0.02)
+    log, val_loss = plain_training(tiny(), make_optimizers=plain_muon)
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in log], rel=1e-3)
+    assert rows[-1]["val_loss"] == pytest.approx(val_loss, rel=1e-3)
+
+
+def test_muon_takes_the_matrices_of_blocks_and_no_stacked_experts_or_routers(tiny):
+    config = GPTConfig(50, 16, 2, 2, 16, ff_dim=32, n_expert=4, top_k=2, qk_norm=True)
+    model = GPT(config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon, adamw = optim.make_optimizer(model, tiny(optimizer="muon"), "cpu")
+    of_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert of_muon == {f"blocks.{i}.attn.{n}.weight" for i in (0, 1) for n in ("qkv", "out")}
+    of_adamw = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert of_muon | of_adamw == set(names.values()) and not of_muon & of_adamw
+
+
+@pytest.mark.parametrize("loss", ["mce_alt", "bce", "hinge"])
+def test_other_losses_are_for_bags_alone(run, tiny, tmp_path, loss):
+    """The first loss of a run is that of its initial weights: any loss of tst.LOSSES on the first batch."""
+    rows, mce = run(loss=loss, out_dir=str(tmp_path / loss)), run(out_dir=str(tmp_path / "mce"))
+    torch.manual_seed(tiny().seed)
+    model = tiny_model(tiny())
+    data = np.fromfile(tiny().dataset + "/train.bin", dtype=np.uint16).astype(np.int64)
+    at = [48 * i for i in shuffled((6000 - 3) // 48, (tiny().seed, 0, 0, 0))][:8]
+    tokens = torch.stack([torch.tensor(data[i : i + 51]) for i in at])
+    bags, labels = tst.bags_and_labels(tokens, 3, 3)
+    assert rows[0]["loss"] == pytest.approx(tst.LOSSES[loss](model(bags), labels).item(), rel=1e-5)
+    assert rows[0]["loss"] != pytest.approx(mce[0]["loss"], rel=0.01)
+    ordinary = run(loss=loss, superposition_ratio=0.0, out_dir=str(tmp_path / "ordinary"))
+    assert column(ordinary, "loss") == column(run(bag_size=1, out_dir=str(tmp_path / "1")), "loss")
 
 
 def test_input_of_recovery_begins_at_the_token_after_superposition(run, tmp_path, monkeypatch):
@@ -204,14 +315,6 @@ def test_validation_does_not_know_the_phase(run, tiny, tmp_path):
         losses = [row["val_loss"] for row in rows if "val_loss" in row]
         assert len(losses) == 5 and len(set(losses)) == 1
         assert losses[0] == pytest.approx(wanted, rel=1e-6)
-
-
-def test_weights_of_a_bag_reach_the_loss(run, tmp_path):
-    losses = {
-        run(bag_weights=kind, max_steps=4, superposition_ratio=1.0, out_dir=str(tmp_path / kind))[-1]["loss"]
-        for kind in ("uniform", "power", "first")
-    }
-    assert len(losses) == 3
 
 
 # ---- stop and resume
@@ -349,19 +452,18 @@ def assert_same_training(rows, reference):
             assert row[key] == pytest.approx(wanted[key], rel=1e-4 if key == "grad_norm" else 1e-5), key
 
 
-# the load-balancing loss is a product of two means, and each micro-batch and rank takes its own: it is left out
 @dense_and_moe
 def test_eight_micro_steps_equal_one(run, tmp_path, kind):
-    once = run(batch_size=8, balance_coef=0.0, out_dir=str(tmp_path / "1x8"), **kind)
-    assert_same_training(run(batch_size=1, balance_coef=0.0, out_dir=str(tmp_path / "8x1"), **kind), once)
-    assert_same_training(run(batch_size=0, balance_coef=0.0, out_dir=str(tmp_path / "all"), **kind), once)
+    once = run(batch_size=8, balance_coef=0.1, out_dir=str(tmp_path / "1x8"), **kind)
+    assert_same_training(run(batch_size=1, balance_coef=0.1, out_dir=str(tmp_path / "8x1"), **kind), once)
+    assert_same_training(run(batch_size=0, balance_coef=0.1, out_dir=str(tmp_path / "all"), **kind), once)
 
 
-TWO_RANKS = dict(
-    balance_coef=0.0, batch_size=2, eval_positions=176
-)  # 2 micro-steps; 11 validation rows do not halve
+TWO_RANKS = dict(balance_coef=0.1, batch_size=2, eval_positions=176)  # 2 micro-steps; 11 rows do not halve
 A_RANK = """
 import json, os, sys, train
+from nanotst.machine import Machine
+Machine.peak_flops = 1e9
 for port, knobs in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = port
     train.main(train.Config(**knobs))
@@ -376,7 +478,8 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def two_ranks(corpus, tmp_path_factory):
-    """{kind: rows} of runs in two processes, started as torchrun starts them; both kinds in the same two, to save time."""
+    """{kind: rows} of runs in two processes, started as torchrun starts them; both kinds in the same two, to
+    save time."""
     folder = tmp_path_factory.mktemp("two")
     configs = {
         name: {**TINY, **TWO_RANKS, **kind, "dataset": corpus, "out_dir": str(folder / name)}
@@ -411,12 +514,19 @@ def two_ranks(corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_two_ranks_equal_one(run, two_ranks, name):
-    assert_same_training(two_ranks[name], run(**TWO_RANKS, **KINDS[name]))
+def test_two_ranks_equal_one(run, two_ranks, name, monkeypatch):
+    monkeypatch.setattr(machine.Machine, "peak_flops", 1e9)
+    one = run(**TWO_RANKS, **KINDS[name])
+    assert_same_training(two_ranks[name], one)
+    for rows, ranks in ((two_ranks[name], 2), (one, 1)):  # MFU is that of all devices
+        flops = rows[0]["flops"] / rows[0]["positions"]
+        for row in rows:
+            assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / (ranks * 1e9))
 
 
 def test_ddp_is_gone_before_its_process_group(run, monkeypatch):
-    """Its reducer would drop the group while it holds Python's lock, for which a thread of the group may be waiting."""
+    """Its reducer would drop the group while it holds Python's lock, for which a thread of the group may be
+    waiting."""
     for key, value in dict(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()
     ).items():
@@ -481,20 +591,37 @@ def test_router_metrics_by_hand():
     }
 
 
-def test_balance_and_z_loss_are_trained_on_but_not_reported(run, tmp_path):
-    """The loss column stays the cross-entropy, comparable with a dense run's."""
-    plain, other = (
-        run(
-            out_dir=str(tmp_path / str(coef)),
-            max_steps=2,
-            balance_coef=coef,
-            z_coef=coef,
-            n_expert=4,
-            top_k=2,
-        )
-        for coef in (0.0, 1.0)
-    )
-    assert plain[0]["loss"] == other[0]["loss"] and plain[0]["grad_norm"] != other[0]["grad_norm"]
+@pytest.mark.parametrize("coefs", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.3, 0.7)])
+def test_balance_and_z_loss_are_trained_on_but_not_reported(run, tiny, coefs):
+    """The loss column stays the cross-entropy, comparable with a dense run's. Both are means over the layers;
+    in the second step the shares of experts are those of the first."""
+    knobs = dict(n_layer=2, n_expert=4, top_k=2, max_steps=2, bag_size=1, warmup_steps=0)
+    rows = run(balance_coef=coefs[0], z_coef=coefs[1], learning_rate=1e-30, **knobs)
+    torch.manual_seed(tiny().seed)
+    model = GPT(GPTConfig(50, 16, 2, 2, 16, ff_dim=32, n_expert=4, top_k=2))
+    data = np.fromfile(tiny().dataset + "/train.bin", dtype=np.uint16).astype(np.int64)
+    order = [16 * i for i in shuffled(5999 // 16, (tiny().seed, 0, 0, 0))]
+    shares = [[0.5] * 4] * 2
+    for row in rows:
+        at, order, probs, logits = order[:8], order[8:], [], []
+        x = torch.stack([torch.tensor(data[i : i + 17]) for i in at])
+        hooks = [
+            b.mlp.register_forward_pre_hook(lambda m, a, out=logits: out.append(m.router(a[0])))
+            for b in model.blocks
+        ]
+        loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+        for hook in hooks:
+            hook.remove()
+        probs = [z.flatten(0, 1).softmax(-1) for z in logits]
+        balance = [4 * sum(f * p for f, p in zip(share, prob.mean(0))) for share, prob in zip(shares, probs)]
+        z_loss = [z.logsumexp(-1).square().mean() for z in logits]
+        model.zero_grad()
+        (loss + coefs[0] * sum(balance) / 2 + coefs[1] * sum(z_loss) / 2).backward()
+        norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        chosen = [prob.topk(2).indices.flatten().bincount(minlength=4) for prob in probs]
+        shares = [(count / 128).tolist() for count in chosen]
 
 
 # ---- the command line and its knobs
@@ -659,11 +786,20 @@ def test_checkpoint_of_another_shape_is_one_line(run, tmp_path):
         run(n_embd=32, out_dir=str(tmp_path / "small"), resume=True, allow_changes=True)
 
 
-def test_a_mixture_of_experts_keeps_its_micro_batch_on_resume(run):
-    """Its load is balanced within a micro-batch, so another size would be another objective."""
-    run(n_expert=4, top_k=2)
-    with pytest.raises(UserError, match="batch_size 8 -> 4"):
-        run(n_expert=4, top_k=2, resume=True, batch_size=4)
+def test_a_mixture_of_experts_goes_on_with_other_micro_batches(run, tmp_path, monkeypatch):
+    """Its balance loss is that of the whole batch, and the shares of the step before are in the
+    checkpoint."""
+    knobs = dict(n_expert=4, top_k=2, balance_coef=1.0)
+    unbroken = run(out_dir=str(tmp_path / "whole"), **knobs)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        ask_to_stop(patch, 5)
+        run(**knobs)
+    assert column(run(resume=True, **knobs), *LEARNED) == column(unbroken, *LEARNED)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        ask_to_stop(patch, 5)
+        run(overwrite=True, **knobs)
+    resumed = run(resume=True, batch_size=2, **knobs)
+    assert [r["loss"] for r in resumed] == pytest.approx([r["loss"] for r in unbroken], rel=1e-5)
 
 
 def test_another_corpus_on_resume_is_one_line(run, corpus, tmp_path):
@@ -686,7 +822,250 @@ def test_a_run_is_not_overwritten_unless_asked_for(run, tiny):
     assert len(run(max_steps=4, overwrite=True)) == 4
 
 
+# ---- what a row says
+
+
+def test_the_clock_counts_what_was_trained_since_the_last_row(run, monkeypatch):
+    """A clock that moves by a second in each step."""
+    clock, multiplier = [0.0], train.rate_multiplier
+
+    def tick(step, c):
+        clock[0] += 1.0
+        return multiplier(step, c)
+
+    monkeypatch.setattr(train, "rate_multiplier", tick)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    rows = run(log_interval=4, eval_interval=100)
+    assert column(rows, "step", "seconds") == [[1, 1.0], [4, 4.0], [5, 5.0], [8, 8.0], [10, 10.0]]
+    assert {row["tokens_per_second"] for row in rows} == {128.0}
+
+
+def test_epochs_are_of_what_an_epoch_reads(run):
+    """Of 6,000 tokens 124 runs of 48 are read; the rest is shorter than a run and its labels."""
+    assert all(row["epoch"] == row["data_tokens"] / (124 * 48) for row in run())
+
+
+def test_products_are_in_the_dtype_asked_for(run, tmp_path, monkeypatch):
+    seen, forward = set(), GPT.forward
+
+    def watch(self, *args):
+        seen.add(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return forward(self, *args)
+
+    monkeypatch.setattr(GPT, "forward", watch)
+    for dtype, wanted in (("bfloat16", torch.bfloat16), ("float32", False)):
+        run(dtype=dtype, max_steps=2, superposition_ratio=0.5, out_dir=str(tmp_path / dtype))
+        assert seen == {wanted}
+        seen.clear()
+
+
+def test_the_seed_is_that_of_the_initial_weights(run, tiny, tmp_path):
+    for seed in (1, 2):
+        run(
+            seed=seed,
+            max_steps=2,
+            superposition_ratio=0.5,
+            learning_rate=1e-30,
+            out_dir=str(tmp_path / f"{seed}"),
+        )
+        torch.manual_seed(seed)
+        wanted = tiny_model(tiny()).state_dict()
+        got = load(tmp_path / f"{seed}")["model"]
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_what_a_checkpoint_holds_is_taken_up(run, tiny, tmp_path):
+    """The state of torch's generator, the best loss and the seconds so far; initial weights are not read
+    again."""
+    run(max_steps=6, superposition_ratio=0.5)
+    saved = load(tiny().out_dir)
+    saved |= {"rng": torch.Generator().manual_seed(99).get_state(), "best_val": 0.0, "seconds": 1000.0}
+    torch.save(saved, tiny().out_dir + "/last.pt")
+    os.remove(tiny().out_dir + "/best.pt")
+    knobs = dict(resume=True, allow_changes=True, max_steps=12, init_from="no/such/file")
+    rows = run(superposition_ratio=0.5, **knobs)
+    assert torch.equal(torch.get_rng_state(), saved["rng"])
+    assert not os.path.exists(tiny().out_dir + "/best.pt") and load(tiny().out_dir)["best_val"] == 0.0
+    assert rows[-1]["seconds"] > 1000
+
+
 # ---- what goes wrong on the way
+
+
+def test_a_folder_with_a_checkpoint_holds_a_run(run, tiny):
+    """Not metrics.jsonl alone: a damaged log that was moved away must not cost the checkpoint."""
+    run()
+    os.remove(tiny().out_dir + "/metrics.jsonl")
+    before = load(tiny().out_dir)["step"]
+    with pytest.raises(UserError, match="already holds a run.*--resume"):
+        run()
+    assert load(tiny().out_dir)["step"] == before
+    assert run(resume=True, allow_changes=True, max_steps=12)[-1]["step"] == 12
+
+
+def test_a_run_killed_before_its_first_save_is_not_told_to_resume(run, tiny):
+    os.makedirs(tiny().out_dir)
+    Path(tiny().out_dir, "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="no last.pt to go on from: replace it .--overwrite") as e:
+        run()
+    assert "--resume" not in str(e.value)
+    with pytest.raises(
+        UserError, match="ended before its first save; start without --resume, but with --overwrite"
+    ):
+        run(resume=True)
+    assert len(run(overwrite=True)) == 10
+
+
+@pytest.mark.parametrize("learning_rate", [1e3, 1e15, 1e30])
+def test_spoiled_weights_never_replace_good_ones(run, tiny, learning_rate):
+    """The loss of a step is that of the weights before it; what is saved was tried first."""
+    run(max_steps=5, superposition_ratio=0.4, save_interval=1)
+    good = load(tiny().out_dir)
+    knobs = dict(resume=True, allow_changes=True, max_steps=8, save_interval=1, superposition_ratio=0.4)
+    try:
+        run(learning_rate=learning_rate, warmup_steps=0, **knobs)
+    except UserError as e:
+        assert "not finite" in str(e) and "learning_rate" in str(e)
+    saved = load(tiny().out_dir)
+    assert saved["step"] >= good["step"]
+    model = tiny_model(tiny())
+    model.load_state_dict(saved["model"])
+    assert math.isfinite(plain_validation(model, tiny()))
+    for row in read_rows(tiny().out_dir):
+        assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
+
+
+@pytest.mark.parametrize("use", ["init_from", "resume"])
+def test_weights_that_are_not_finite_are_not_trained_on(run, tiny, tmp_path, use):
+    run()
+    saved = load(tiny().out_dir)
+    saved["model"]["norm.weight"][3] = math.nan
+    torch.save(saved, tiny().out_dir + "/last.pt")
+    knobs = (
+        {"resume": True}
+        if use == "resume"
+        else {"init_from": tiny().out_dir + "/last.pt", "out_dir": str(tmp_path / "b")}
+    )
+    with pytest.raises(UserError, match="last.pt are not finite"):
+        run(**knobs)
+
+
+@pytest.mark.parametrize("use", ["init_from", "resume"])
+def test_every_flipped_bit_in_a_checkpoint_is_found(run, tiny, tmp_path, use):
+    run()
+    path = Path(tiny().out_dir, "last.pt")
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    knobs = {"resume": True} if use == "resume" else {"init_from": str(path), "out_dir": str(tmp_path / "b")}
+    with zipfile.ZipFile(path) as file:  # in what a tensor is made of, which nothing else would notice
+        info = max(file.infolist(), key=lambda info: info.file_size)
+    for at in info.header_offset + 256 + rng.integers(0, info.file_size - 256, 10):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="last.pt is.* damaged"):
+            run(**knobs)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="last.pt is .*damaged"):
+        run(**knobs)
+
+
+def test_a_checkpoint_cannot_run_code(run, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was run"),)
+
+    torch.save({"model": {"x": Code()}, "config": {}, "meta": {}}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        run(init_from=str(tmp_path / "bad.pt"))
+    assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "5"}, {"step": None}, {"stream": []}, {"seconds": 3}, {"best_val": None},
+        {"rng": torch.zeros(3)}, {"rng": 4}, {"optimizer": {}}, {"optimizer": [{}]}, {"optimizer": []},
+        {"model": {}}, {"model": {"x": 1}}, {"config": []}, {"meta": None}, {"stream": {}},
+        {"stream": {"cut": 1, "phases": [1], "first_step": 0}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_with_other_things_in_it_is_one_line(run, tiny, change):
+    run()
+    torch.save(load(tiny().out_dir) | change, tiny().out_dir + "/last.pt")
+    with pytest.raises(UserError, match="last.pt") as e:
+        run(resume=True)
+    assert "\n" not in str(e.value)
+
+
+def test_moments_of_another_shape_are_refused(run, tiny):
+    run()
+    saved = load(tiny().out_dir)
+    for kept in saved["optimizer"][0]["state"].values():
+        kept["exp_avg"] = kept["exp_avg"].flatten()[:1]
+    torch.save(saved, tiny().out_dir + "/last.pt")
+    with pytest.raises(UserError, match="a moment has another shape"):
+        run(resume=True)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [dict(rope_theta=5e5), dict(norm_eps=1e-3), dict(n_head=1), dict(n_head=4, n_kv_head=4)],
+)
+def test_initial_weights_of_a_model_that_computes_something_else_are_refused(run, tmp_path, knobs):
+    run(out_dir=str(tmp_path / "first"))
+    with pytest.raises(UserError, match="does not fit this model.*" + list(knobs)[0]):
+        run(init_from=str(tmp_path / "first" / "last.pt"), **knobs)
+
+
+def test_two_runs_never_share_a_folder(run, tiny):
+    """The lock is the system's: a process that is killed leaves none behind."""
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[2]); from nanotst.log import RunFolder;"
+        "import types; f = RunFolder(sys.argv[1], types.SimpleNamespace(master=True)); f.begin(False, True);"
+        "print('locked', flush=True); time.sleep(100)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, tiny().out_dir, str(ROOT)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=f"in use by process {other.pid} "):
+            run(overwrite=True)
+    finally:
+        other.kill()
+        other.wait()
+    assert len(run(overwrite=True)) == 10
+
+
+def test_a_finished_run_says_so_and_a_resumed_one_where_it_goes_on(run, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        ask_to_stop(patch, 4)
+        run()
+    run(resume=True)
+    assert "after step 4 of 10" in capsys.readouterr().out
+    run(resume=True)
+    assert "after step 10 of 10; it is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [b'{"step": 1\n', b"\xff\xfe\n", b"[1]\n", b"[" * 100_000 + b"\n"])
+def test_a_damaged_log_is_one_line_that_helps(run, tiny, line):
+    run()
+    path = Path(tiny().out_dir, "metrics.jsonl")
+    path.write_bytes(line + path.read_bytes())
+    with pytest.raises(UserError, match="metrics.jsonl is damaged; move it away"):
+        run(resume=True)
+    path.rename(tiny().out_dir + "/old.jsonl")
+    assert run(resume=True, allow_changes=True, max_steps=12)[-1]["step"] == 12
+
+
+def test_a_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(("sync", os.fstat(fd).st_ino)) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(("name", os.stat(a).st_ino)) or replace(a, b))
+    checkpoint.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("text"))
+    inode, folder = os.stat(tmp_path / "x").st_ino, os.stat(tmp_path).st_ino
+    assert done == [("sync", inode), ("name", inode), ("sync", folder)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, tiny):
@@ -696,7 +1075,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tiny):
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, tiny, monkeypatch):
-    """The loss of a step is that of the weights before it: a broken gradient shows in it one step too late."""
+    """The loss of a step is that of the weights before it: a broken gradient shows in it one step too
+    late."""
     clip, steps = torch.nn.utils.clip_grad_norm_, []
 
     def broken_in_step_6(parameters, *args):

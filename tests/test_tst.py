@@ -1,60 +1,225 @@
-"""tst.py against plain loops: what Token Superposition Training promises, function by function."""
+"""tst.py, the method, against plain loops and the losses of PyTorch, function by function."""
+
+import ast
+import dataclasses
+import importlib.util
 import math
-from collections import Counter
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tst import (BAG_WEIGHTS, bag_size_at, bag_weights, bags_and_labels, embed_bags, fold,
-                 linear_multi_hot_cross_entropy, multi_hot_cross_entropy, tall_product)
+import tst
+from tst import (
+    BAG_WEIGHTS,
+    LOSSES,
+    MODES,
+    Phase,
+    bag_weights,
+    bags_and_labels,
+    binary_cross_entropy,
+    check_phases,
+    embed_bags,
+    multi_hot_cross_entropy,
+    multi_label_hinge,
+    phase_at,
+    phase_list,
+    summed_probability,
+)
 
 N, C, V = 20, 12, 37  # positions, width, vocabulary: not multiples of anything
 BAG_SIZES = [1, 2, 3, 4, 5, 8, 12, 16]
 
 
-# ---- phase, folding, input, target
-
-def test_phase_is_a_function_of_the_step():
-    assert [bag_size_at(step, 4, 3) for step in range(6)] == [4, 4, 4, 1, 1, 1]
-    assert bag_size_at(0, 4, 0) == 1  # no superposition at all
+# ---- the file
 
 
-def test_fold_keeps_the_order_of_tokens():
-    assert fold(torch.arange(12).view(2, 6), 3).tolist() == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]
-    for bag_size in (4, 0, -1):
-        with pytest.raises(ValueError, match="do not fold"):
-            fold(torch.zeros(2, 6), bag_size)
+def test_the_file_imports_torch_and_the_standard_library_alone():
+    tree = ast.parse(Path(tst.__file__).read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
+
+
+def test_a_copy_in_another_folder_trains_alone(tmp_path, monkeypatch):
+    copy = shutil.copy(tst.__file__, tmp_path / "superposition.py")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" in p or "python3" in p])
+    spec = importlib.util.spec_from_file_location("superposition", copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    table, head = (torch.randn(V, C, requires_grad=True) for _ in range(2))
+    for phase in module.phase_list(10, [3], 0.3):
+        bags, labels = module.bags_and_labels(torch.randint(V, (2, 12)), phase.n_in, phase.n_out)
+        module.LOSSES["mce"](module.embed_bags(bags, table) @ head.T, labels).backward()
+    assert table.grad.any() and head.grad.any()
+
+
+# ---- phases
+
+
+def test_superposition_comes_first_and_ordinary_training_after_it():
+    assert phase_list(10, [4], 0.3) == [Phase(0, 3, 4, 4), Phase(3, 10, 1, 1)]
+
+
+def test_input_only_bags_the_input_and_output_only_the_labels():
+    assert phase_list(10, [4], 0.5, "input") == [Phase(0, 5, 4, 1), Phase(5, 10, 1, 1)]
+    assert phase_list(10, [4], 0.5, "output") == [Phase(0, 5, 1, 4), Phase(5, 10, 1, 1)]
+
+
+def test_bag_sizes_that_step_down_share_the_steps_evenly():
+    assert phase_list(100, [8, 4, 2], 0.3) == [
+        Phase(0, 10, 8, 8),
+        Phase(10, 20, 4, 4),
+        Phase(20, 30, 2, 2),
+        Phase(30, 100, 1, 1),
+    ]
+    shares = [p.stop - p.start for p in phase_list(100, [8, 4, 2], 0.4)[:3]]
+    assert sum(shares) == 40 and max(shares) - min(shares) <= 1  # 40 steps do not divide by 3
+
+
+@pytest.mark.parametrize("max_steps, ratio, steps", [(10, 0.38, 4), (10, 0.32, 3), (1000, 0.2999, 300)])
+def test_the_superposition_steps_are_rounded_to_the_nearest(max_steps, ratio, steps):
+    assert phase_list(max_steps, [2], ratio)[0].stop == steps
+
+
+@pytest.mark.parametrize("bag_sizes, ratio", [([4], 0), ([1], 0.3), ([1], 0)])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_superposition_is_one_phase_of_ordinary_training(bag_sizes, ratio, mode):
+    assert phase_list(10, bag_sizes, ratio, mode) == [Phase(0, 10, 1, 1)]
+
+
+def test_superposition_to_the_end_has_no_second_phase():
+    assert phase_list(10, [4], 1.0) == [Phase(0, 10, 4, 4)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bag_sizes", [[2], [16], [8, 4, 2], [6, 3], [4, 4, 1]])
+@pytest.mark.parametrize("ratio", [0.3, 0.55, 1.0])
+def test_phases_cover_every_step_once(mode, bag_sizes, ratio):
+    phases = phase_list(40, bag_sizes, ratio, mode)
+    check_phases(phases)
+    assert [step for p in phases for step in range(p.start, p.stop)] == list(range(40))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((10, [4], 0.3, "both"), "unknown superposition 'both', choose one of full, input, output"),
+        ((10, [4], 0.04), "bags of 4 has no steps; use a larger superposition_ratio"),  # rounds to none
+        ((10, [8, 4, 2], 0.2), "bags of 8 has no steps"),  # two steps for three sizes
+        ((10, [8, 3], 0.5), "bags of 8 tokens do not divide into bags of 3"),
+        ((10, [2, 4], 0.5), "bags of 2 tokens do not divide into bags of 4"),  # stepping up
+        ((10, [0], 0.5), "at least 1, got 0"),
+        ((10, [-2], 0.5, "output"), "at least 1, got -2"),
+    ],
+)
+def test_an_impossible_list_of_phases_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        phase_list(*arguments)
+
+
+@pytest.mark.parametrize(
+    "phases, message",
+    [
+        ([Phase(0, 3, 2, 2), Phase(4, 9, 1, 1)], "before step 3, the next begins at step 4"),
+        ([Phase(0, 3, 2, 2), Phase(2, 9, 1, 1)], "before step 3, the next begins at step 2"),
+        ([Phase(0, 3, 2, 2), Phase(3, 3, 1, 1)], "no steps"),
+        ([Phase(0, 3, 6, 2), Phase(3, 4, 3, 7), Phase(4, 5, 2, 2)], "3 tokens do not divide into bags of 2"),
+    ],
+)
+def test_phases_that_do_not_follow_each_other_are_refused(phases, message):
+    with pytest.raises(ValueError, match=message):
+        check_phases(phases)
+
+
+def test_labels_need_not_divide_since_only_input_is_consumed():
+    check_phases([Phase(0, 3, 4, 3), Phase(3, 5, 4, 5), Phase(5, 6, 1, 2)])
+
+
+def test_the_phase_is_a_function_of_the_step():
+    phases = phase_list(12, [4, 2], 0.5)
+    assert [phase_at(phases, step).n_in for step in range(12)] == [4, 4, 4, 2, 2, 2, 1, 1, 1, 1, 1, 1]
+    assert phase_at(phases, 12) == phase_at(phases, 10**9) == phases[-1]  # a run that is made longer
+    assert phase_at(phase_list(6, [4], 0), 0).bag_size == 1  # no superposition at all
+
+
+def test_the_bag_size_of_a_phase_is_the_larger_one_and_a_phase_cannot_be_changed():
+    assert [Phase(0, 1, *sizes).bag_size for sizes in ((4, 4), (4, 1), (1, 4), (1, 1))] == [4, 4, 4, 1]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Phase(0, 1, 1, 1).n_in = 2
+
+
+# ---- input and target
+
+
+@pytest.mark.parametrize("n_out", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("n_in", [1, 2, 3, 4, 7])
+def test_labels_are_the_tokens_that_follow_the_bag_and_share_none_with_it(n_in, n_out):
+    """Tokens are their own positions in the stream, so equality of tokens is equality of positions."""
+    bags, labels = bags_and_labels(torch.arange(5 * n_in + n_out)[None], n_in, n_out)
+    assert bags.shape == (1, 5, n_in) and labels.shape == (1, 5, n_out)
+    for j in range(5):
+        assert bags[0, j].tolist() == list(range(j * n_in, (j + 1) * n_in))
+        assert labels[0, j].tolist() == list(range((j + 1) * n_in, (j + 1) * n_in + n_out))
 
 
 @pytest.mark.parametrize("s", BAG_SIZES)
-def test_target_is_the_next_bag_and_shares_no_token_with_the_input(s):
-    """Trap 1. Tokens are their own positions in the stream, so equality of tokens is equality of positions."""
-    bags, labels = bags_and_labels(torch.arange(5 * s)[None], s)
-    assert bags.shape == labels.shape == (1, 4, s)
-    for j in range(4):
-        assert bags[0, j].tolist() == list(range(j * s, (j + 1) * s))
-        assert labels[0, j].tolist() == list(range((j + 1) * s, (j + 2) * s))
+def test_in_superposition_the_target_is_the_next_bag(s):
+    bags, labels = bags_and_labels(torch.randint(V, (2, 5 * s)), s, s)
+    assert bags.shape == labels.shape == (2, 4, s)
+    assert torch.equal(bags[:, 1:], labels[:, :-1])
+
+
+def test_bags_and_labels_are_views_of_rows_of_any_batch():
+    tokens = torch.arange(2 * 3 * 14, dtype=torch.int32).view(2, 3, 14)
+    bags, labels = bags_and_labels(tokens, 4, 2)
+    assert bags.untyped_storage().data_ptr() == labels.untyped_storage().data_ptr() == tokens.data_ptr()
+    for i in range(2):
+        for j in range(3):
+            one = bags_and_labels(tokens[i, j], 4, 2)
+            assert torch.equal(bags[i, j], one[0]) and torch.equal(labels[i, j], one[1])
+
+
+@pytest.mark.parametrize(
+    "length, n_in, n_out",
+    [
+        (8, 3, 3),
+        (7, 4, 4),
+        (4, 4, 4),
+        (5, 4, 2),
+        (6, 0, 1),
+        (6, 1, 0),
+        (6, -1, 1),
+        (6, 1, -1),
+        (1, 1, 1),
+        (0, 1, 1),
+    ],
+)
+def test_a_row_that_is_not_whole_bags_is_refused(length, n_in, n_out):
+    with pytest.raises(ValueError, match=f"rows of {length} tokens are not bags of {n_in}"):
+        bags_and_labels(torch.zeros(2, length), n_in, n_out)
 
 
 # ---- the embedding of a bag
 
-@pytest.mark.parametrize("V, dtype", [(V, torch.float32), (1500, torch.float32), (V, torch.float64)])  # three codes on a CPU
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("s", BAG_SIZES)
-def test_bag_embedding_is_the_mean_in_value_and_gradient(s, V, dtype):
+def test_bag_embedding_is_the_mean_in_value_and_gradient(s, dtype):
     bags = torch.randint(5, (2, 3, s), dtype=torch.int32)  # 5 ids: many a token is in a bag more than once
     table, upstream = torch.randn(V, C, dtype=dtype, requires_grad=True), torch.randn(2, 3, C, dtype=dtype)
     out = embed_bags(bags, table)
     out.backward(upstream)
+    assert out.dtype == dtype
+    grad = torch.zeros(V, C, dtype=torch.float64)
     for b in range(2):
         for j in range(3):
             mean = sum(table[token].double() for token in bags[b, j].tolist()) / s
             assert_close(out[b, j].double(), mean, rtol=1e-5, atol=1e-6)
-    grad = torch.zeros(V, C, dtype=torch.float64)
-    for b in range(2):
-        for j in range(3):
             for token in bags[b, j].tolist():
                 grad[token] += upstream[b, j].double() / s
     assert_close(table.grad.double(), grad, rtol=1e-5, atol=1e-6)
@@ -64,16 +229,22 @@ def test_bag_embedding_is_the_mean_in_value_and_gradient(s, V, dtype):
     assert_close(table.grad.double(), grad, rtol=3e-2, atol=3e-2)
 
 
+def test_the_mean_of_float64_is_float64():
+    bags, table = torch.randint(V, (2, 3, 7)), torch.randn(V, C, dtype=torch.float64)
+    assert_close(embed_bags(bags, table), table[bags].sum(2) / 7, rtol=1e-14, atol=1e-15)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bag_of_one_is_an_embedding_look_up_bit_for_bit(dtype):
-    """Trap 3, input side."""
     tokens, table = torch.randint(V, (2, 5)), torch.randn(V, C, dtype=dtype)
     assert torch.equal(embed_bags(tokens[..., None], table), F.embedding(tokens, table))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(embed_bags(tokens[..., None], table), F.embedding(tokens, table).bfloat16())
 
 
 @pytest.mark.parametrize("s", BAG_SIZES)
 def test_identical_tokens_give_the_single_tokens_embedding(s):
-    """Trap 4: no 1/sqrt(s), no signal of the place in the bag, no sum in bfloat16 (exact: the sum is in float32)."""
+    """No 1/sqrt(s), no signal of the place in the bag, no sum in bfloat16 (exact: the sum is in float32)."""
     table = torch.randn(V, C)
     bags = torch.arange(V)[None, :, None].expand(1, V, s)
     assert torch.equal(embed_bags(bags, table.bfloat16())[0], table.bfloat16())
@@ -84,7 +255,6 @@ def test_identical_tokens_give_the_single_tokens_embedding(s):
 
 @pytest.mark.parametrize("s", BAG_SIZES)
 def test_bfloat16_mean_errs_by_one_final_rounding(s):
-    """Trap 4, mixed bags."""
     table, bags = torch.randn(V, C).bfloat16(), torch.randint(V, (2, 30, s))
     exact = table.double()[bags].mean(-2)
     assert (embed_bags(bags, table).double() - exact).abs().le(exact.abs() * 2**-8 + 1e-6).all()
@@ -92,8 +262,13 @@ def test_bfloat16_mean_errs_by_one_final_rounding(s):
 
 # ---- the weights of a bag's labels
 
-BY_HAND = {"uniform": lambda i: 1, "power": lambda i: 1 / i, "exponential": lambda i: math.exp(-i),
-           "first": lambda i: float(i == 1), "fitted": lambda i: 3.63 + 1.35 * i**-1.25}
+BY_HAND = {
+    "uniform": lambda i: 1,
+    "power": lambda i: 1 / i,
+    "exponential": lambda i: math.exp(-i),
+    "first": lambda i: float(i == 1),
+    "fitted": lambda i: 3.63 + 1.35 * i**-1.25,
+}
 
 
 @pytest.mark.parametrize("s", BAG_SIZES)
@@ -101,243 +276,232 @@ BY_HAND = {"uniform": lambda i: 1, "power": lambda i: 1 / i, "exponential": lamb
 def test_bag_weights(kind, s):
     by_hand = [BY_HAND[kind](i) for i in range(1, s + 1)]
     assert_close(bag_weights(kind, s), torch.tensor([w / sum(by_hand) for w in by_hand]))
+    assert bag_weights(kind, s).sum().item() == pytest.approx(1, abs=1e-6)
 
 
-def test_bag_weights_refuse_another_kind_and_take_the_constant_of_the_fit():
+def test_bag_weights_refuse_another_kind_and_take_the_constants_of_the_fit():
     with pytest.raises(ValueError, match="uniform, power"):
         bag_weights("unifrom", 4)
-    assert_close(bag_weights("fitted", 2, c0=0.0)[1] / bag_weights("fitted", 2, c0=0.0)[0], torch.tensor(2**-1.25))
+    assert_close(
+        bag_weights("fitted", 2, c0=0.0)[1] / bag_weights("fitted", 2, c0=0.0)[0], torch.tensor(2**-1.25)
+    )
+    assert_close(bag_weights("fitted", 2, c0=1.0, a=3.0, k=-1.0), torch.tensor([4.0, 2.5]) / 6.5)
 
 
-# ---- the loss: the readable form and the fused form, against the paper's loop of cross-entropies
+# ---- the losses: each against plain loops or a loss of PyTorch
 
-def loop_of_cross_entropies(hidden, weight, labels, weights):
-    """The definition in the paper: a cross-entropy for each place i in the bag, summed by weight."""
-    logits, loss = (hidden @ weight.T).flatten(0, -2), 0.0
-    for i, w in enumerate(weights.tolist()):
-        labels_i = labels.flatten(0, -2)[:, i].long()
-        if (labels_i != -100).any():
-            loss = loss + w * F.cross_entropy(logits, labels_i)
+
+def loop_of_cross_entropies(logits, labels, weights=None):
+    """The definition of MCE in the paper: a cross-entropy for each place i in the bag, summed by weight."""
+    loss = 0 * logits.sum()
+    for i in range(labels.size(1)):
+        if (labels[:, i] != -100).any():
+            w = 1 / labels.size(1) if weights is None else weights[i].item()
+            loss = loss + w * F.cross_entropy(logits, labels[:, i].long())
     return loss
 
 
-def readable(hidden, weight, labels, weights=None):
-    return multi_hot_cross_entropy(hidden @ weight.T, labels, weights)
+def loop_over_positions(of_position):
+    """The mean of of_position(logits (V,), its labels, a list) over the positions that have labels."""
+
+    def loss(logits, labels):
+        bags = [[y for y in bag if y != -100] for bag in labels.tolist()]
+        losses = [of_position(z, bag) for z, bag in zip(logits, bags, strict=True) if bag]
+        return sum(losses, start=0 * logits.sum()) / max(1, len(losses))
+
+    return loss
 
 
-def fused(chunk_rows):
-    return lambda hidden, weight, labels, weights=None: linear_multi_hot_cross_entropy(
-        hidden, weight, labels, weights, chunk_rows=chunk_rows)
+@loop_over_positions
+def minus_log_of_summed_softmax(z, bag):
+    return -sum(z.softmax(0)[y] for y in bag).log()
 
 
-both_forms = pytest.mark.parametrize("form", [readable, fused(7)], ids=["readable", "fused"])
+@loop_over_positions
+def torchs_multi_label_soft_margin(z, bag):
+    """Which is the mean over the vocabulary, not the sum, hence times V."""
+    target = torch.tensor([[float(v in bag) for v in range(len(z))]], dtype=z.dtype)
+    return F.multilabel_soft_margin_loss(z[None], target) * len(z)
+
+
+@loop_over_positions
+def torchs_multi_label_margin(z, bag):
+    """Which divides the sum over labels by V, not by their number. Its list of labels ends at the first -1. A
+    label that occurs twice counts twice."""
+    target = torch.full((len(z),), -1)
+    target[: len(bag)] = torch.tensor(bag)
+    return F.multilabel_margin_loss(z, target) * len(z) / len(bag)
+
+
+REFERENCES = {
+    multi_hot_cross_entropy: loop_of_cross_entropies,
+    summed_probability: minus_log_of_summed_softmax,
+    binary_cross_entropy: torchs_multi_label_soft_margin,
+    multi_label_hinge: torchs_multi_label_margin,
+}
+every_loss = pytest.mark.parametrize("loss", REFERENCES, ids=LOSSES)
+
+
+def test_every_loss_of_the_table_has_its_reference_here():
+    assert list(LOSSES) == ["mce", "mce_alt", "bce", "hinge"] and list(LOSSES.values()) == list(REFERENCES)
 
 
 def operands(s, dtype=torch.float64):
+    """Logits and labels, in every bag of which a label is repeated."""
     labels = torch.randint(V, (N, s))
-    labels[:, -1] = labels[:, 0]  # repeated labels in every bag
-    return torch.randn(N, C, dtype=dtype, requires_grad=True), torch.randn(V, C, dtype=dtype, requires_grad=True), labels
+    labels[:, -1] = labels[:, 0]
+    return torch.randn(N, V, dtype=dtype, requires_grad=True), labels
 
 
-def value_and_gradients(form, hidden, weight, *args, upstream=1.0):
-    loss = form(hidden, weight, *args)
-    return loss, *torch.autograd.grad(upstream * loss, (hidden, weight))
+def with_holes(s):
+    logits, labels = operands(s)
+    labels = labels.where(torch.rand(N, s) < 0.6, -100)
+    labels[5] = -100  # a position without any label
+    labels[6, 0] = 0  # where what is ignored may not count as token 0, which this one is
+    return logits, labels
 
 
-def assert_same(form, reference, *args, **tolerance):
-    for got, wanted in zip(value_and_gradients(form, *args), value_and_gradients(reference, *args), strict=True):
-        assert_close(got, wanted, **tolerance)
+def value_and_gradient(loss, logits, *args):
+    value = loss(logits, *args)
+    return value, *torch.autograd.grad(value, logits)
 
 
-@both_forms
+def assert_same(loss, reference, *args, rtol=1e-11, atol=1e-13):
+    got, wanted = value_and_gradient(loss, *args), value_and_gradient(reference, *args)
+    assert_close(got, wanted, rtol=rtol, atol=atol)
+
+
+@every_loss
+@pytest.mark.parametrize("s", BAG_SIZES)
+def test_losses_equal_their_references(loss, s):
+    assert_same(loss, REFERENCES[loss], *operands(s))
+
+
+@every_loss
+@pytest.mark.parametrize("s", BAG_SIZES)
+def test_losses_leave_out_ignored_labels(loss, s):
+    """MCE averages each place in the bag over its own valid labels; the others take the mean of the
+    positions that have a label."""
+    assert_same(loss, REFERENCES[loss], *with_holes(s))
+
+
+@every_loss
+def test_any_other_number_can_mark_ignored_labels(loss):
+    logits, labels = with_holes(4)
+    assert_close(loss(logits, labels.where(labels >= 0, 7), ignore_index=7),
+                 loss(logits, labels.where(labels != 7, -100)), rtol=0, atol=0)  # fmt: skip
+
+
+@every_loss
+@pytest.mark.parametrize("s", [1, 3])
+def test_without_any_label_the_loss_and_its_gradient_are_zero(loss, s):
+    value, grad = value_and_gradient(loss, operands(s)[0], torch.full((N, s), -100))
+    assert value.item() == 0 and torch.equal(grad, torch.zeros(N, V, dtype=torch.float64))
+
+
+@every_loss
+def test_losses_flatten_batch_dimensions_and_take_short_integers(loss):
+    logits, labels = with_holes(3)
+    assert_close(loss(logits.view(4, 5, V), labels.view(4, 5, 3).int()), loss(logits, labels))
+
+
+@every_loss
+@pytest.mark.parametrize("s", [1, 4])
+def test_losses_are_computed_and_returned_in_float32_for_bfloat16_logits(loss, s):
+    logits, labels = operands(s, torch.float32)
+    logits = (20 * logits).detach().bfloat16()
+    assert loss(logits, labels).dtype == torch.float32
+    assert torch.equal(loss(logits, labels), loss(logits.float(), labels))
+    assert loss(logits.double(), labels).dtype == torch.float64
+
+
+@every_loss
+def test_losses_stay_finite_for_extreme_logits(loss):
+    logits, labels = operands(4, torch.float32)
+    value, grad = value_and_gradient(loss, (1e4 * logits).detach().requires_grad_(), labels)
+    assert value.isfinite() and grad.isfinite().all()
+
+
+# ---- multi-hot cross-entropy
+
+
 @pytest.mark.parametrize("s", BAG_SIZES)
 @pytest.mark.parametrize("kind", BAG_WEIGHTS)
-def test_loss_equals_the_loop_of_cross_entropies(form, kind, s):
-    assert_same(form, loop_of_cross_entropies, *operands(s), bag_weights(kind, s), rtol=1e-11, atol=1e-13)
+def test_weighted_loss_equals_the_loop_of_cross_entropies(kind, s):
+    assert_same(multi_hot_cross_entropy, loop_of_cross_entropies, *operands(s), bag_weights(kind, s))
 
 
-@both_forms
-def test_weights_are_uniform_by_default(form):
+def test_weights_are_uniform_by_default():
     args = operands(4)
-    assert_close(form(*args), form(*args, torch.full((4,), 0.25)), rtol=1e-12, atol=0)
+    assert_close(
+        multi_hot_cross_entropy(*args),
+        multi_hot_cross_entropy(*args, torch.full((4,), 0.25)),
+        rtol=1e-12,
+        atol=0,
+    )
 
 
-@pytest.mark.parametrize("rows", [1, 3, N - 1, N, N + 1, None])
-def test_chunks_change_nothing(rows):
-    assert_same(fused(rows), loop_of_cross_entropies, *operands(5), bag_weights("power", 5), rtol=1e-11, atol=1e-13)
-
-
-@both_forms
 @pytest.mark.parametrize("kind", BAG_WEIGHTS)
 @pytest.mark.parametrize("s", BAG_SIZES)
-def test_zero_logits_cost_log_v(form, kind, s):
-    """Trap 2: not log V / s, not log V - log s."""
-    loss = form(torch.zeros(N, C), torch.randn(V, C), torch.randint(V, (N, s)), bag_weights(kind, s))
+def test_zero_logits_cost_log_v(kind, s):
+    """Not log V / s, not log V - log s."""
+    loss = multi_hot_cross_entropy(torch.zeros(N, V), torch.randint(V, (N, s)), bag_weights(kind, s))
     assert_close(loss.item(), math.log(V), rtol=1e-6, atol=0)
 
 
-@both_forms
-def test_one_label_is_ordinary_cross_entropy(form):
-    """Trap 3, output side."""
-    def ordinary(hidden, weight, labels):
-        return F.cross_entropy(hidden @ weight.T, labels[:, 0])
-    assert_same(form, ordinary, *operands(1), rtol=1e-13, atol=1e-15)
-    assert_same(form, ordinary, *operands(1, torch.float32), rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("loss", [multi_hot_cross_entropy, summed_probability])
+def test_one_label_is_ordinary_cross_entropy(loss):
+    def ordinary(logits, labels):
+        return F.cross_entropy(logits, labels[:, 0])
+
+    assert_same(loss, ordinary, *operands(1), rtol=1e-13, atol=1e-15)
+    assert_same(loss, ordinary, *with_holes(1), rtol=1e-13, atol=1e-15)
+    assert_same(loss, ordinary, *operands(1, torch.float32), rtol=1e-5, atol=1e-7)
 
 
 def test_one_label_is_ordinary_cross_entropy_bit_for_bit():
-    """Trap 3, output side, readable form, float32."""
     logits, labels = torch.randn(64, V), torch.randint(V, (64, 1))
     assert torch.equal(multi_hot_cross_entropy(logits, labels), F.cross_entropy(logits, labels[:, 0]))
 
 
-@both_forms
-def test_a_label_that_occurs_twice_counts_twice(form):
-    """Trap 5. At zero logits the gradient of the loss by the logits is 1/V minus the label distribution."""
+def test_a_label_that_occurs_twice_counts_twice():
+    """At zero logits the gradient of the loss by the logits is 1/V minus the label distribution."""
     A, B, D = 3, 11, 30
     logits = torch.zeros(1, V, dtype=torch.float64, requires_grad=True)
-    grad, = torch.autograd.grad(form(logits, torch.eye(V, dtype=torch.float64), torch.tensor([[A, A, B, D]])), logits)
+    _, grad = value_and_gradient(multi_hot_cross_entropy, logits, torch.tensor([[A, A, B, D]]))
     distribution = 1 / V - grad[0]
     assert_close(distribution[[A, B, D]], torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64))
     assert distribution.abs().gt(1e-12).sum() == 3
 
 
-def with_holes(s):
-    hidden, weight, labels = operands(s)
-    labels = labels.where(torch.rand(N, s) < 0.6, -100)
-    labels[5] = -100  # a position without any label
-    return hidden, weight, labels
-
-
-@both_forms
 @pytest.mark.parametrize("kind", BAG_WEIGHTS)
 @pytest.mark.parametrize("s", BAG_SIZES)
-def test_ignored_labels_leave_the_mean_of_their_own_offset(form, kind, s):
-    """Trap 6: each place in the bag has its own number of valid labels."""
-    assert_same(form, loop_of_cross_entropies, *with_holes(s), bag_weights(kind, s), rtol=1e-11, atol=1e-13)
+def test_ignored_labels_leave_the_mean_of_their_own_offset(kind, s):
+    """Each place in the bag has its own number of valid labels."""
+    assert_same(multi_hot_cross_entropy, loop_of_cross_entropies, *with_holes(s), bag_weights(kind, s))
 
 
-@both_forms
-def test_an_offset_without_labels_counts_zero(form):
-    """Trap 6: zero, not NaN, and the other offsets keep their weights."""
-    hidden, weight, labels = with_holes(4)
+def test_an_offset_without_labels_counts_zero():
+    """Zero, not NaN, and the other offsets keep their weights."""
+    logits, labels = with_holes(4)
     labels[:, 0] = -100  # with weights "first" nothing is left
     for kind in ("power", "first"):
-        args = hidden, weight, labels, bag_weights(kind, 4)
-        for got, wanted in zip(value_and_gradients(form, *args), value_and_gradients(
-                lambda *a: hidden.sum() * 0 + weight.sum() * 0 + loop_of_cross_entropies(*a), *args), strict=True):
-            assert_close(got, wanted, rtol=1e-11, atol=1e-13)
+        assert_same(multi_hot_cross_entropy, loop_of_cross_entropies, logits, labels, bag_weights(kind, 4))
 
 
-@both_forms
-def test_batch_dimensions_are_flattened(form):
-    hidden, weight, labels = operands(3)
-    assert_close(form(hidden.view(4, 5, C), weight, labels.view(4, 5, 3)), form(hidden, weight, labels))
+# ---- the other losses
 
 
-# ---- the fused form alone
-
-def test_padding_rows_get_no_probability_and_no_gradient():
-    hidden, weight, labels = operands(4)
-    padded = torch.cat((weight.detach(), torch.full((27, C), 5.0, dtype=weight.dtype))).requires_grad_()
-    got = value_and_gradients(lambda h, w, y: linear_multi_hot_cross_entropy(h, w, y, vocab_size=V, chunk_rows=7),
-                              hidden, padded, labels)
-    loss, grad_h, grad_w = value_and_gradients(fused(7), hidden, weight, labels)
-    assert_close(got[:2], (loss, grad_h))
-    assert_close(got[2][:V], grad_w)
-    assert not got[2][V:].any()
+def test_bce_and_hinge_at_zero_logits_by_hand():
+    """log 2 for each word of the vocabulary; a margin of 1 from each word outside the bag, for each label."""
+    logits, labels = torch.zeros(1, V), torch.tensor([[3, 3, 5]])
+    assert binary_cross_entropy(logits, labels).item() == pytest.approx(V * math.log(2))
+    assert multi_label_hinge(logits, labels).item() == pytest.approx(V - 2)
+    assert summed_probability(logits, labels[:, 1:]).item() == pytest.approx(math.log(V) - math.log(2))
 
 
-def test_large_vocabulary_takes_several_blocks_and_chunks():
-    """Of 50,257 words a block of the softmax holds 20 rows. The logits are so large that most labels have probability 0
-    in float32, but not minus infinity for its logarithm."""
-    hidden = (30 * torch.randn(70, 4, dtype=torch.float64)).requires_grad_()
-    weight = torch.randn(50257, 4, dtype=torch.float64, requires_grad=True)
-    labels, weights = torch.randint(0, 50257, (70, 3)), bag_weights("power", 3)
-    assert_same(fused(45), loop_of_cross_entropies, hidden, weight, labels, weights, rtol=1e-7, atol=1e-12)
-    narrow = hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
-    for got, wanted in zip(value_and_gradients(fused(45), *narrow, labels, weights),
-                           value_and_gradients(loop_of_cross_entropies, hidden, weight, labels, weights)):
-        assert (got - wanted).norm() < 1e-5 * wanted.norm()
-
-
-def test_incoming_gradient_scales_both_gradients():
-    args = *operands(4), bag_weights("power", 4)
-    _, *once = value_and_gradients(fused(7), *args)
-    _, *thrice = value_and_gradients(fused(7), *args, upstream=-3.0)
-    assert_close(thrice, [-3 * g for g in once])
-
-
-def test_without_gradients_the_value_is_the_same():
-    args = operands(4)
-    with torch.no_grad():
-        loss = fused(7)(*args)
-    assert not loss.requires_grad and torch.equal(loss, fused(7)(*args).detach())
-
-
-def test_bfloat16_autocast_is_close_to_float32():
-    args = *operands(8, torch.float32), bag_weights("power", 8)
-    wanted = value_and_gradients(fused(7), *args)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = value_and_gradients(fused(7), *args)
-    assert all(g.dtype == torch.float32 for g in got)
-    for g, w in zip(got, wanted):
-        assert (g - w).norm() < 0.01 * w.norm()
-
-
-def test_second_derivative_is_refused():
-    hidden, weight, labels = operands(2)
-    with pytest.raises(RuntimeError, match="multi_hot_cross_entropy"):
-        torch.autograd.grad(fused(7)(hidden, weight, labels), hidden, create_graph=True)
-
-
-def test_compiled_equals_eager():
-    compiled = torch.compile(fused(7), backend="aot_eager", fullgraph=True)
-    assert_same(compiled, fused(7), *operands(4, torch.float32), bag_weights("power", 4), rtol=1e-5, atol=1e-7)
-
-
-class BigOperations(TorchDispatchMode):
-    """Counts the operations that return at least `size` numbers, by name, and all matrix products."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size, self.counts = size, Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and (out.numel() >= self.size or "mm" in func.__name__):
-            self.counts[func.__name__, out.numel()] += 1
-        return out
-
-
-@pytest.mark.parametrize("with_grad, products", [(True, 3), (False, 1)])
-def test_cost_does_not_grow_with_the_bag(with_grad, products):
-    """Trap 7: one product with the head (and two for its gradients) and one softmax serve all s labels."""
-    counts = []
-    for s in BAG_SIZES:
-        hidden, weight, labels = operands(s)
-        with BigOperations(N * V) as seen, torch.set_grad_enabled(with_grad):
-            linear_multi_hot_cross_entropy(hidden, weight, labels, chunk_rows=N)
-        counts.append(seen.counts)
-    assert all(c == counts[0] for c in counts)
-    assert sum(n for (name, _), n in counts[0].items() if "mm" in name) == products
-    assert max(size for _, size in counts[0]) == N * V
-
-
-# ---- gradients of weights
-
-@pytest.mark.parametrize("n, m, k", [(128, 3, 5), (4096, 8, 16), (4096, 16, 8), (100, 3, 5), (48, 40, 40)])  # in parts, and at once
-def test_tall_product_is_the_product_of_the_transposed(n, m, k):
-    a, b = torch.randn(n, m, dtype=torch.float64), torch.randn(n, k, dtype=torch.float64)
-    wanted = torch.stack([(a[:, i, None] * b).sum(0) for i in range(m)])
-    assert_close(tall_product(a, b), wanted)
-    got = tall_product(a.bfloat16(), b.bfloat16())
-    assert got.dtype == torch.bfloat16
-    assert (got.double() - wanted).norm() <= 0.01 * wanted.norm()
-
-
-def test_tall_product_takes_no_parts_larger_than_its_factors():
-    a, b = torch.randn(64, 500), torch.randn(64, 400)
-    with BigOperations(500 * 400 + 1) as big:
-        tall_product(a, b)
-    assert not [name for name, numel in big.counts if numel > 500 * 400]
+def test_a_hinge_that_is_satisfied_is_zero_up_to_its_margin_of_one():
+    logits, labels = torch.zeros(1, V), torch.tensor([[3, 5]])
+    for score, wanted in ((2.0, 0), (1.0, 0), (0.75, 0.25 * (V - 2))):
+        logits[0, labels[0]] = score
+        assert multi_label_hinge(logits, labels).item() == pytest.approx(wanted)
