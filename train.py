@@ -8,6 +8,7 @@ superposition is in tst.py and in the lines marked TST below.
 """
 
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -76,7 +77,9 @@ class Config:
     reinit_at_switch: str = (
         ""  # of embedding,head,optimizer: what ordinary training begins anew (the paper: don't)
     )
-    fitted_c0: float = 3.63  # the constant of the fitted weights c0 + 1.35 i^-1.25; 0 leaves the decay alone
+    fitted: str = (
+        ""  # a file of tools.fit_mi with c0, a, k of the fitted weights c0 + a i^k; empty: the paper's
+    )
 
     # Model
     n_layer: int = 2  # blocks
@@ -142,6 +145,19 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+def read_fit(path):
+    """{"c0", "a", "k"} of a file that tools.fit_mi wrote."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            fit = json.load(f)
+        fit = {key: float(fit[key]) for key in ("c0", "a", "k")}
+        if not all(map(math.isfinite, fit.values())) or not (bag_weights("fitted", 64, **fit) >= 0).all():
+            raise ValueError("its weights are no weights")
+        return fit
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"fitted={path} is not a file of tools.fit_mi ({type(e).__name__}: {e})") from None
+
+
 REINIT = {"embedding": "embed.", "head": "head.", "optimizer": None}  # names of weights
 
 
@@ -165,8 +181,7 @@ def check(c, world_size):
         if not 0 <= getattr(c, key) <= 1:
             raise UserError(f"{key} must lie in 0..1, got {getattr(c, key)}")
     for key in ("seed", "batch_size", "n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps",
-                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate",
-                "fitted_c0"):  # fmt: skip
+                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate"):  # fmt: skip
         if not getattr(c, key) >= 0:
             raise UserError(f"{key} must not be negative, got {getattr(c, key)}")
     for key in ("beta1", "beta2"):
@@ -260,10 +275,9 @@ def main(c):
     folder.describe(described, c.wandb_project)
 
     # ---------------------------------------------------------------------- compilation, warmed up, and ranks
+    fit = read_fit(c.fitted) if c.fitted else {}
     kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases)  # each is a graph of its own
-    weights = {
-        n: bag_weights(c.bag_weights, n, c.fitted_c0).to(device) for _, n in kinds if n > 1
-    }  # (n_out,)
+    weights = {n: bag_weights(c.bag_weights, n, **fit).to(device) for _, n in kinds if n > 1}  # (n_out,)
 
     def forward(run, tokens, n_in, n_out):
         """Rows (B, L*n_in + n_out) -> what is minimised, the loss of tokens in it, the routers'

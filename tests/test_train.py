@@ -180,12 +180,24 @@ def test_gradients_are_clipped_to_their_norm_and_the_norm_before_is_logged(run, 
     [
         (dict(bag_weights="power"), lambda i: 1 / i),
         (dict(bag_weights="fitted"), lambda i: 3.63 + 1.35 * i**-1.25),
-        (dict(bag_weights="fitted", fitted_c0=0.0), lambda i: i**-1.25),
+        (dict(bag_weights="fitted", fitted={"c0": 0.0, "a": 2.0, "k": -2}), lambda i: i**-2),
     ],
 )
-def test_weights_of_a_bag_reach_the_loss(run, tiny, knobs, weigh):
+def test_weights_of_a_bag_reach_the_loss(run, tiny, tmp_path, knobs, weigh):
+    if "fitted" in knobs:
+        (tmp_path / "fit.json").write_text(json.dumps(knobs["fitted"]))
+        knobs = knobs | {"fitted": str(tmp_path / "fit.json")}
     weights = [weigh(i) for i in (1, 2, 3)]
     assert_plain(run(**knobs), plain_training(tiny(), weights=[w / sum(weights) for w in weights]))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"c0": 1}', '{"c0": 1, "a": NaN, "k": 0}', '{"c0": -9, "a": 1, "k": 0}']
+)
+def test_a_file_that_is_no_fit_is_one_line(run, tmp_path, text):
+    (tmp_path / "fit.json").write_text(text)
+    with pytest.raises(UserError, match="fit.json is not a file of tools.fit_mi"):
+        run(bag_weights="fitted", fitted=str(tmp_path / "fit.json"))
 
 
 def test_muon_equals_a_plain_loop(run, tiny):
