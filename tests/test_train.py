@@ -1148,7 +1148,8 @@ def test_run_can_be_resumed_after_the_disk_was_full(run, tiny, tmp_path, monkeyp
 @pytest.mark.parametrize("parts", ["embedding", "head", "optimizer", "embedding,head", "head,optimizer"])
 def test_parts_that_begin_anew_at_the_switch(run, tiny, tmp_path, monkeypatch, parts):
     """Just before the first ordinary step: the named weights are those of another draw, the others those that
-    superposition left, and the optimizer has forgotten its moments or not. A run resumed there does the same."""
+    superposition left, and the optimizer has forgotten its moments or not. A run resumed there does the
+    same."""
     seen, forward = [], train.reinitialise
 
     def watch(model, optimizer, *args):
@@ -1171,7 +1172,8 @@ def test_parts_that_begin_anew_at_the_switch(run, tiny, tmp_path, monkeypatch, p
 
 
 def test_bags_within_documents_equal_a_plain_loop(run, tiny, tmp_path):
-    """Of a bag the tokens of its last token's document are averaged, of its labels those count: a loop over them."""
+    """Of a bag the tokens of its last token's document are averaged, of its labels those count: a loop over
+    them."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(1, 50, 6500)
     tokens[rng.random(6500) < 0.2] = 0  # the separator, which begins a document
