@@ -400,6 +400,14 @@ def test_without_any_label_the_loss_and_its_gradient_are_zero(loss, s):
 
 
 @every_loss
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_positions_without_labels_make_no_nan_on_the_way_back_either(loss):
+    with torch.autograd.detect_anomaly():
+        _, grad = value_and_gradient(loss, *with_holes(3))
+    assert not grad[5].any()
+
+
+@every_loss
 def test_losses_flatten_batch_dimensions_and_take_short_integers(loss):
     logits, labels = with_holes(3)
     assert_close(loss(logits.view(4, 5, V), labels.view(4, 5, 3).int()), loss(logits, labels))
