@@ -1,31 +1,33 @@
 # make curves   baseline against TST, from a fresh machine to curves.png in some minutes
 # make moe      the same for a small mixture of experts, to curves_moe.png
 # make bench    step time, loss and loader, as ratios
-# make test     all tests
+# make test     ruff, then all tests
 
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: curves moe bench test clean
 
-# Both sides at their own best learning rate, which is the same one (README, "The sweep").
+# Both sides at their own best learning rate, which is the same one (results/README.md).
 curves: .venv/ready data/python_source/meta.json
 	$(BIN)/python train.py config/curves.py --out_dir=out/baseline --overwrite --bag_size=1
 	$(BIN)/python train.py config/curves.py --out_dir=out/tst --overwrite
-	$(BIN)/python plot.py out/baseline out/tst --out=curves.png
+	$(BIN)/python -m tools.plot out/baseline out/tst --out=curves.png
 
 moe: .venv/ready data/python_source/meta.json
 	$(BIN)/python train.py config/curves_moe.py --out_dir=out/moe_baseline --overwrite --bag_size=1
 	$(BIN)/python train.py config/curves_moe.py --out_dir=out/moe_tst --overwrite
-	$(BIN)/python plot.py out/moe_baseline out/moe_tst --out=curves_moe.png
+	$(BIN)/python -m tools.plot out/moe_baseline out/moe_tst --out=curves_moe.png
 
 bench: .venv/ready
-	$(BIN)/python bench.py
+	$(BIN)/python -m tools.bench
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/python -m pytest -q
 
-data/python_source/meta.json: | .venv/ready
+data/python_source/meta.json: data/python_source/wheels.txt | .venv/ready
 	$(BIN)/python data/python_source/prepare.py
 
 .venv/ready: requirements.txt

@@ -177,7 +177,7 @@ class MoE(nn.Module):
         if self.balance_bias:  # added to the probabilities for the choice alone, see GPT.balance_experts
             self.register_buffer("bias", torch.zeros(E))
 
-    def forward(self, x):
+    def forward(self, x, share=None):
         (B, L, C), k, E = x.shape, self.top_k, self.gate_up.size(0)
         x = x.flatten(0, 1).to(kernels.compute_dtype(x))  # (N, C)
         with torch.autocast(x.device.type, enabled=False):
@@ -197,7 +197,7 @@ class MoE(nn.Module):
         y = kernels.sum_of_experts(rows, weights, place).view(B, L, C)
 
         return y, {
-            "balance_loss": E * (place.load / (B * L) * probs.mean(0)).sum(),
+            "balance_loss": E * ((place.load / (B * L) if share is None else share) * probs.mean(0)).sum(),
             "z_loss": logits.logsumexp(-1).square().mean(),
             "load": place.load,
             "entropy": -(probs * probs.clamp(min=1e-20).log()).sum(-1).mean().detach(),
@@ -215,18 +215,20 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MoE(config) if config.n_expert else MLP(config)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, share=None):
         x = x + self.attn(self.attn_norm(x), cos, sin)  # (B, L, C)
-        y = self.mlp(self.mlp_norm(x))  # (B, L, C), from a MoE together with its statistics
-        y, router = y if isinstance(y, tuple) else (y, None)
+        if isinstance(self.mlp, MLP):
+            return x + self.mlp(self.mlp_norm(x)), None
+        y, router = self.mlp(self.mlp_norm(x), share)  # (B, L, C)
         return x + y, router
 
 
 class BagEmbedding(nn.Embedding):
-    """Mean embedding of each bag: (B, L, s) -> (B, L, C). A bag of one token is a look-up."""
+    """Mean embedding of each bag: (B, L, s) -> (B, L, C). A bag of one token is a look-up. See
+    tst.embed_bags."""
 
-    def forward(self, bags):
-        return kernels.embed_bags(bags, self.weight)
+    def forward(self, bags, share=None):
+        return kernels.embed_bags(bags, self.weight, share)
 
 
 class Head(Linear):
@@ -273,23 +275,24 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(p, std=std)
 
-    def forward(self, bags, labels=None, weights=None, loss="mce"):
+    def forward(self, bags, labels=None, weights=None, loss="mce", shares=None, bag_share=None):
         """Token ids to logits, or to the loss.
 
         bags (B, L, s), ordinary tokens being bags of one, or (B, L) for short. Without labels: logits (B, L,
         V). With labels (B, L, n_out): (loss, router), where loss is one of tst.LOSSES, in nats ("mce" is the
         usual cross-entropy for one label), and router the statistics of the MoE layers, None for a dense
-        model. weights (n_out,) of a bag's labels, uniform if None, belong to "mce".
+        model. weights (n_out,) of a bag's labels, uniform if None, belong to "mce". shares (n_layer, E): see
+        MoE.
         """
         bags = bags if bags.dim() == 3 else bags.unsqueeze(-1)  # (B, L, s)
-        x = self.embed(bags)  # (B, L, C)
+        x = self.embed(bags, bag_share)  # (B, L, C)
         cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
         routers = []
-        for block in self.blocks:
+        for block, share in zip(self.blocks, [None] * len(self.blocks) if shares is None else shares):
             if self.config.checkpoint_activations and self.training:
-                x, router = checkpoint(block, x, cos, sin, use_reentrant=False)
+                x, router = checkpoint(block, x, cos, sin, share, use_reentrant=False)
             else:
-                x, router = block(x, cos, sin)
+                x, router = block(x, cos, sin, share)
             routers.append(router)
         x = self.norm(x)
         if labels is None:

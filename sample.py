@@ -1,6 +1,6 @@
 """Text from a trained model, printed as it is made.
 
-    python sample.py --checkpoint=out/tst/best.pt --prompt="def main(" --n_tokens=300
+python sample.py --checkpoint=out/tst/best.pt --prompt="def main(" --n_tokens=300
 """
 
 import codecs
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint import load_model
-from configurator import fail, parse, pick_device
-from tokenizer import get_tokenizer
+from nanotst import UserError
+from nanotst.checkpoint import load_model
+from nanotst.configurator import run
+from nanotst.machine import pick_device
+from nanotst.vocabulary import tokenizer_of
 
 
 @dataclass
@@ -20,29 +22,54 @@ class Config:
 
     checkpoint: str = "out/tst/best.pt"  # as train.py wrote it, best.pt or last.pt
     prompt: str = "\n"  # the text to continue, or FILE:path
-    n_samples: int = 1
+    n_samples: int = 1  # texts to make
     n_tokens: int = 500  # tokens to add to the prompt
-    temperature: float = 0.8  # 0: always the likeliest token
+    temperature: float = 0.8  # below 1 likely tokens become likelier; 0: always the likeliest
     top_k: int = 50  # choose among the likeliest k tokens; 0: among all
-    seed: int = 1337
+    seed: int = 1337  # the same seed gives the same text
+    data: str = ""  # folder of the corpus if it has moved since; only a vocabulary in a rank file needs it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+
+def check(c):
+    """Raise UserError for knobs that cannot work."""
+    if c.temperature and not 1e-6 <= c.temperature <= 1e6:
+        raise UserError(
+            f"temperature must be 0 (always the likeliest token) or lie in 1e-6..1e6, got {c.temperature}"
+        )
+    for key, least in (("n_samples", 1), ("n_tokens", 0), ("top_k", 0), ("seed", 0)):
+        if getattr(c, key) < least:
+            raise UserError(f"{key} must be at least {least}, got {getattr(c, key)}")
+
+
+def read_prompt(prompt):
+    """The text of the knob `prompt`, with a file's line ends as they are."""
+    if not prompt.startswith("FILE:"):
+        return prompt
+    try:
+        with open(prompt[5:], encoding="utf-8-sig", newline="") as f:
+            return f.read()
+    except (OSError, ValueError) as e:
+        reason = "it is not UTF-8" if isinstance(e, UnicodeError) else getattr(e, "strerror", e)
+        raise UserError(f"cannot read the prompt {prompt[5:]}: {reason}") from None
 
 
 def main(config):
     c = config
+    check(c)
+    prompt = read_prompt(c.prompt)
     device = pick_device(c.device)
     model, checkpoint = load_model(c.checkpoint)
     model.to(device).eval()
-    if "encoding" not in checkpoint["meta"]:
-        fail(f"the corpus of {c.checkpoint} names no encoding in its meta.json, so tokens cannot become text")
-    tokenizer = get_tokenizer(checkpoint["meta"]["encoding"], folder=checkpoint["data"])
-    prompt = c.prompt
-    if prompt.startswith("FILE:"):
-        with open(prompt[5:], encoding="utf-8") as f:
-            prompt = f.read()
+    tokenizer = tokenizer_of(c.checkpoint, checkpoint, c.data)
     ids = tokenizer.encode(prompt)
     if not len(ids):
-        fail("the prompt is empty; give at least one character")
+        raise UserError("the prompt is empty; give at least one character")
+    if len(ids) > model.config.block_size:
+        print(
+            f"the model sees the last {model.config.block_size} of the prompt's {len(ids)} tokens",
+            file=sys.stderr,
+        )
     tokens = torch.tensor(ids, device=device)[None]  # (1, T)
     generator = torch.Generator(device).manual_seed(c.seed)
     for _ in range(c.n_samples):
@@ -52,13 +79,8 @@ def main(config):
             if token.item() == tokenizer.separator:  # the end of the document
                 break
             print(text.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
-        print("\n" + "-" * 40)
+        print(text.decode(b"", final=True) + "\n" + "-" * 40)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(Config, sys.argv[1:]))
-    except (BrokenPipeError, KeyboardInterrupt):
-        sys.exit(1)
-    except (OSError, UnicodeError) as e:
-        fail(e)
+    run(main, Config)

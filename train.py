@@ -21,19 +21,28 @@ os.environ.setdefault(
 
 import torch
 import torch.nn.functional as F
-from nanotst.corpus import open_corpus
 
 from model import GPT
 from nanotst import UserError
-from nanotst.checkpoint import all_finite, load_initial, model_config, resume, save_checkpoint
-from nanotst.configurator import run
+from nanotst.checkpoint import load_initial, model_config, resume, save_checkpoint
+from nanotst.configurator import run, validate
 from nanotst.log import RunFolder, progress, router_metrics
 from nanotst.machine import Machine, StopSignals
+from nanotst.mixture import open_mixture
 from nanotst.optim import OPTIMIZERS, SCHEDULES, make_optimizer, rate_multiplier, set_rates
 from nanotst.stream import TokenStream, validation_rows
-from tst import BAG_WEIGHTS, LOSSES, MODES, bag_weights, bags_and_labels, phase_at, phase_list
+from tst import (
+    BAG_WEIGHTS,
+    LOSSES,
+    MODES,
+    bag_weights,
+    bags_and_labels,
+    phase_at,
+    phase_list,
+    within_documents,
+)
 
-# ------------------------------------------------------------------------------------------------------------ knobs
+# ------------------------------------------------------------------------------------------------------ knobs
 
 
 @dataclass
@@ -42,7 +51,9 @@ class Config:
 
     # Run
     out_dir: str = "out/run"  # metrics.jsonl, config.json and checkpoints go here
-    dataset: str = "python_source"  # a folder in data/, or the path of one, that holds a prepared corpus
+    dataset: str = (
+        "python_source"  # a prepared corpus, a folder in data/ or its path; or several, A:0.5,B:0.5
+    )
     resume: bool = False  # go on from out_dir's last checkpoint, exactly; give the same knobs again
     allow_changes: bool = (
         False  # with --resume: let knobs that change the training differ from the checkpoint's
@@ -59,6 +70,9 @@ class Config:
     superposition: Literal[MODES] = "full"  # bags in the input and the target, or in one of them alone
     loss: Literal[tuple(LOSSES)] = "mce"  # of bags; ordinary steps always use cross-entropy
     bag_weights: Literal[BAG_WEIGHTS] = "uniform"  # of the tokens of a bag in the loss mce
+    document_bags: bool = (
+        False  # bags that mix no documents: of each, the tokens of its last token's document
+    )
     fitted_c0: float = 3.63  # the constant of the fitted weights c0 + 1.35 i^-1.25; 0 leaves the decay alone
 
     # Model
@@ -115,18 +129,18 @@ class Config:
     threads: int = 0  # CPU threads of a rank; 0: PyTorch's choice, or a rank's share of the cores
 
 
-# knobs that may differ when a run is resumed: they do not change what is learned. (batch_size does with
-# experts, whose load is balanced within a micro-batch. What counts of the dataset is what is in it, which is
-# checked.)
+# knobs that may differ when a run is resumed: they do not change what is learned (what counts of the dataset
+# is what is in it, which is checked)
 FREE_ON_RESUME = {
     "out_dir", "dataset", "resume", "allow_changes", "overwrite", "init_from", "batch_size", "eval_interval",
-    "log_interval", "save_interval", "wandb_project", "device", "compile", "threads", "checkpoint_activations",
+    "log_interval", "save_interval", "wandb_project", "device", "compile", "threads",
+    "checkpoint_activations",
 }  # fmt: skip
 
 
 def check(c, world_size):
-    """Raise UserError for a combination that cannot work. Nothing has been built yet. -> the phases of the
-    run."""
+    """The phases of the run. Raises UserError for a combination of knobs that cannot work."""
+    validate(c)
     for key in ("n_layer", "n_head", "n_embd", "block_size", "total_batch", "max_steps", "eval_interval",
                 "eval_positions", "log_interval"):  # fmt: skip
         if getattr(c, key) < 1:
@@ -134,8 +148,9 @@ def check(c, world_size):
     for key in ("superposition_ratio", "decay_ratio", "min_lr_ratio"):
         if not 0 <= getattr(c, key) <= 1:
             raise UserError(f"{key} must lie in 0..1, got {getattr(c, key)}")
-    for key in ("seed", "batch_size", "n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps", "weight_decay",
-                "grad_clip", "save_interval", "threads", "matrix_learning_rate", "fitted_c0"):  # fmt: skip
+    for key in ("seed", "batch_size", "n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps",
+                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate",
+                "fitted_c0"):  # fmt: skip
         if not getattr(c, key) >= 0:
             raise UserError(f"{key} must not be negative, got {getattr(c, key)}")
     for key in ("beta1", "beta2"):
@@ -153,8 +168,8 @@ def check(c, world_size):
     batch_size = c.batch_size or 1
     if c.total_batch % (batch_size * c.block_size * world_size):
         raise UserError(
-            f"total_batch {c.total_batch} positions must be a multiple of batch_size {batch_size} x block_size "
-            f"{c.block_size} x {world_size} ranks = {batch_size * c.block_size * world_size}"
+            f"total_batch {c.total_batch} positions must be a multiple of batch_size {batch_size} x "
+            f"block_size {c.block_size} x {world_size} ranks = {batch_size * c.block_size * world_size}"
         )
     try:
         return phase_list(c.max_steps, bag_sizes(c.bag_size), c.superposition_ratio, c.superposition)
@@ -169,34 +184,30 @@ def bag_sizes(bag_size):
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
-        raise UserError(
-            f"bag_size must be a number of at least 1, or several such as 8-4-2, got {bag_size!r}"
-        )
+        raise UserError(f"bag_size must be at least 1, or several numbers such as 8-4-2, got {bag_size!r}")
     return sizes
 
 
 def main(c):
-    # ------------------------------------------------------------------------------------- machine, corpus, phases
+    # -------------------------------------------------------------------------------- machine, corpus, phases
     phases = check(c, int(os.environ.get("WORLD_SIZE", 1)))  # TST: the steps on bags, then ordinary ones
     machine = Machine.start(c)
     device, world_size, say = machine.device, machine.world_size, machine.say
-    corpus = open_corpus(c.dataset)
+    corpus = open_mixture(c.dataset)
     n_rows = c.total_batch // c.block_size  # rows of a global batch
     rows = range(
         machine.rank * n_rows // world_size, (machine.rank + 1) * n_rows // world_size
-    )  # those of this rank
+    )  # of this rank
     batch_size = c.batch_size or len(rows)  # rows of a micro-batch
     micro_steps = len(rows) // batch_size
     read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
-    stream = TokenStream(corpus.train, c.block_size, phases, **read)
-    if len(corpus.val) <= c.block_size:
-        raise UserError(f"block_size {c.block_size} is longer than the {len(corpus.val)} validation tokens")
-    # the fixed validation batch: never more than the corpus has, the same whatever the phase and the world
-    # size
-    n_val = max(1, min(c.eval_positions, len(corpus.val)) // c.block_size)
-    val_mine = validation_rows(corpus.val, n_val, c.block_size)[machine.rank :: world_size]
+    sources = [(part.train, share) for _, part, share in corpus.parts]
+    stream = TokenStream(sources, c.block_size, phases, **read)
+    # the fixed validation rows of each corpus, the same whatever the phase and the world size: this rank's
+    val = [validation_rows(part.val, c.eval_positions, c.block_size) for _, part, _ in corpus.parts]
+    val_mine = [rows[machine.rank :: world_size] for rows in val]
 
-    # ------------------------------------------------------------------------------------------- model, new or resumed
+    # ---------------------------------------------------------------------------------- model, new or resumed
     torch.manual_seed(c.seed)
     with torch.device(device):
         model = GPT(model_config(dataclasses.asdict(c), corpus.meta))
@@ -210,42 +221,43 @@ def main(c):
     folder = RunFolder(c.out_dir, machine)
     folder.begin(c.resume, c.overwrite)
     step, seconds, best_val = 0, 0.0, math.inf
+    # MoE: the share of positions that chose each expert in the step before, of all ranks and micro-steps, so
+    # that the balance loss is the same however a batch is cut; (n_layer, E), even before the first step
+    shares = torch.full((c.n_layer, c.n_expert), c.top_k / c.n_expert, device=device) if c.n_expert else None
     if c.resume:
-        free = FREE_ON_RESUME - ({"batch_size"} if c.n_expert and c.balance_coef else set())
-        saved = resume(
-            folder.last, model, optimizer, dataclasses.asdict(c), corpus.meta, free, c.allow_changes
-        )
+        saved = resume(folder.last, model, optimizer, c, corpus, FREE_ON_RESUME)
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
-        stream = TokenStream(corpus.train, c.block_size, phases, **read, state=saved["stream"], step=step)
+        shares = saved["shares"].to(device) if c.n_expert else None
+        stream = TokenStream(sources, c.block_size, phases, **read, state=saved["stream"], step=step)
         folder.keep_rows(step)
-        say(
-            f"going on after step {step} of {c.max_steps}"
-            + ("; the run is finished" if step >= c.max_steps else "")
-        )
     phases = stream.phases
-    described = {"config": dataclasses.asdict(c), "versions": machine.versions(), "command": sys.argv, "data": corpus.meta,
-                 "parameters": model.n_params(), "active_parameters": model.n_params(active=True)}  # fmt: skip
+    described = {
+        "config": dataclasses.asdict(c), "versions": machine.versions(), "command": sys.argv,
+        "data": corpus.meta, "parameters": model.n_params(), "active_parameters": model.n_params(active=True),
+    }  # fmt: skip
     folder.describe(described, c.wandb_project)
 
-    # ----------------------------------------------------------------------------- compilation, warmed up, and ranks
+    # ---------------------------------------------------------------------- compilation, warmed up, and ranks
     kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases)  # each is a graph of its own
     weights = {
-        n: bag_weights(c.bag_weights, n, c0=c.fitted_c0).to(device) for _, n in kinds if n > 1
+        n: bag_weights(c.bag_weights, n, c.fitted_c0).to(device) for _, n in kinds if n > 1
     }  # (n_out,)
 
     def forward(run, tokens, n_in, n_out):
-        """Rows (B, L*n_in + n_out) -> what is minimised, the loss of the tokens in it, the routers'
+        """Rows (B, L*n_in + n_out) -> what is minimised, the loss of tokens in it, the routers'
         statistics."""
         bags, labels = bags_and_labels(tokens, n_in, n_out)  # TST: (B, L, n_in), (B, L, n_out)
+        kind, bag_share = "mce", None
+        if n_in > 1 or n_out > 1:
+            kind = c.loss
+            if c.document_bags:
+                bag_share, labels = within_documents(tokens, n_in, n_out, corpus.meta["separator"])
         with machine.autocast():
-            loss, router = run(bags, labels, weights.get(n_out), c.loss if n_in > 1 or n_out > 1 else "mce")
+            loss, router = run(bags, labels, weights.get(n_out), kind, shares, bag_share)
         if router is None:
             return loss, loss, None
-        return (
-            loss + c.balance_coef * router["balance_loss"].mean() + c.z_coef * router["z_loss"].mean(),
-            loss,
-            router,
-        )
+        balance = c.balance_coef * router["balance_loss"].mean() + c.z_coef * router["z_loss"].mean()
+        return loss + balance, loss, router
 
     @torch.no_grad()
     def evaluate(run, rows):
@@ -266,18 +278,17 @@ def main(c):
     def warm_up(run):
         for n_in, n_out in kinds:
             first = next(p.start for p in phases if (p.n_in, p.n_out) == (n_in, n_out))
-            forward(run, stream.read(first)[:batch_size].to(device), n_in, n_out)[
-                0
-            ].backward()  # any text will do
+            tokens = stream.read(first)[:batch_size].to(device)  # any text will do
+            forward(run, tokens, n_in, n_out)[0].backward()
             optimizer.zero_grad()
-        evaluate(run, val_mine[:1])
+        evaluate(run, val_mine[0][:1])
 
     raw_model = model  # checkpoints hold its keys
     model, compiled = machine.compile(raw_model, c.compile, warm_up)
     shared = machine.share(model)
-    describe_run(c, machine, raw_model, stream, compiled, micro_steps)
+    describe_run(c, machine, raw_model, stream, compiled, micro_steps, step)
 
-    # --------------------------------------------------------------------------------------------------------- loop
+    # --------------------------------------------------------------------------------------------------- loop
     flops_per_step = raw_model.flops_per_position() * c.total_batch
     switches = {p.stop for p in phases} | {p.start + 1 for p in phases}  # the last and the first step of each
     signals, stopping, clock, logged_at = StopSignals(machine), False, time.perf_counter(), step
@@ -285,9 +296,8 @@ def main(c):
         phase = phase_at(phases, step)  # TST
         set_rates(optimizer, rate_multiplier(step, c))
         loss_sum, load, entropy = 0.0, 0.0, 0.0
-        for i, part in enumerate(
-            stream.batch(step).split(batch_size)
-        ):  # micro-steps, (B, L*n_in + n_out) each
+        micro_batches = stream.batch(step).split(batch_size)  # (B, L*n_in + n_out) each
+        for i, part in enumerate(micro_batches):
             if machine.distributed:  # gradients travel once, with the last one
                 shared.require_backward_grad_sync = i == micro_steps - 1
             objective, loss, router = forward(shared, part, phase.n_in, phase.n_out)
@@ -299,12 +309,14 @@ def main(c):
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), c.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        if c.n_expert and c.balance_bias:
-            load = machine.mean(load)
-            raw_model.balance_experts(load, c.balance_rate)
+        if c.n_expert:
+            load = machine.mean(load)  # (n_layer, E), of a rank
+            shares = load / (len(rows) * c.block_size)
+            if c.balance_bias:
+                raw_model.balance_experts(load, c.balance_rate)
         step += 1
 
-        # ----------------------------------------------------------------------------------------------- log, save
+        # ------------------------------------------------------------------------------------------ log, save
         stopping = signals.stop(step)
         evaluate_now = step == c.max_steps or step % c.eval_interval == 0
         save_now = stopping or step == c.max_steps or c.save_interval > 0 and step % c.save_interval == 0
@@ -316,42 +328,43 @@ def main(c):
         seconds += elapsed
         rate = (step - logged_at) * c.total_batch / elapsed  # positions per second since the last row
         row = {
-            "step": step, "phase": "superposition" if phase.bag_size > 1 else "recovery", "bag_size": phase.bag_size,
-            "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
-            "positions": step * c.total_batch, "data_tokens": stream.tokens_at(step),
-            "epoch": stream.tokens_at(step) / stream.epoch_tokens, "flops": step * flops_per_step, "seconds": seconds,
-            "tokens_per_second": rate,
+            "step": step, "phase": "superposition" if phase.bag_size > 1 else "recovery",
+            "bag_size": phase.bag_size, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm.item(), "positions": step * c.total_batch,
+            "data_tokens": stream.tokens_at(step), "epoch": stream.tokens_at(step) / stream.epoch_tokens,
+            "flops": step * flops_per_step, "seconds": seconds, "tokens_per_second": rate,
         }  # fmt: skip
         if machine.peak_flops:
             row["mfu"] = rate * raw_model.flops_per_position() / (machine.peak_flops * world_size)
         if c.n_expert:
-            load = load if c.balance_bias else machine.mean(load)
             row |= router_metrics(load, machine.mean(entropy / micro_steps))
         if evaluate_now:
-            row["val_loss"] = evaluate(model, val_mine)
+            losses = [evaluate(model, rows) for rows in val_mine]
+            row["val_loss"] = sum(loss * float(share) for loss, (*_, share) in zip(losses, corpus.parts))
+            row |= {f"val_loss_{name}": loss for loss, (name, *_) in zip(losses, corpus.parts) if name}
             if corpus.bytes_per_token:
                 row["val_bpb"] = row["val_loss"] / math.log(2) / corpus.bytes_per_token
         # the loss is that of the weights before this step; those after it are tried before they are saved
-        after = row.get("val_loss") or (evaluate(model, val_mine[:batch_size]) if save_now else 0.0)
+        after = row.get("val_loss") or (evaluate(model, val_mine[0][:batch_size]) if save_now else 0.0)
         if not all(map(math.isfinite, (loss, row["grad_norm"], after))):  # the same on all ranks; never saved
             raise UserError(
-                f"the loss is {loss} at step {step}, its gradient's norm {row['grad_norm']}, the loss after it {after}; "
-                "lower learning_rate and start anew, or --resume from the last checkpoint with --allow_changes"
+                f"the loss is not finite at step {step} (before it {loss}, its gradient {row['grad_norm']}, "
+                f"after it {after}); lower learning_rate and start anew, or --resume with --allow_changes"
             )
         folder.add(row, progress(row, c.max_steps, elapsed / (step - logged_at)))
-        state = {"model": raw_model.state_dict(), "step": step, "stream": stream.state(), "seconds": seconds,
-                 "rng": torch.get_rng_state(), "config": dataclasses.asdict(c), "meta": corpus.meta,
-                 "data": corpus.folder, "versions": described["versions"]}  # fmt: skip
-        if evaluate_now and after < best_val:
-            best_val = after
-            if machine.master:  # best.pt is never resumed, and moments are twice the size of the weights
-                save_checkpoint(folder.best, state | {"best_val": best_val})
-        if save_now and machine.master:
-            if not all_finite(raw_model.state_dict().values()):
-                raise UserError(
-                    f"weights after step {step} are not finite; nothing was saved, lower learning_rate"
-                )
-            save_checkpoint(folder.last, state | {"best_val": best_val, "optimizer": optimizer.state_dict()})
+        state = {
+            "model": raw_model.state_dict(), "step": step, "stream": stream.state(), "seconds": seconds,
+            "shares": shares, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c),
+            "meta": corpus.meta, "data": corpus.folder, "versions": described["versions"],
+            "best_val": min(best_val, row.get("val_loss", best_val)),
+        }  # fmt: skip
+        if (
+            machine.master and state["best_val"] < best_val
+        ):  # never resumed, and moments are twice the weights' size
+            save_checkpoint(folder.best, state)
+        if machine.master and save_now:
+            save_checkpoint(folder.last, state | {"optimizer": optimizer.state_dict()})
+        best_val = state["best_val"]
         if stopping:
             say(f"stopped by {signals.reason} after step {step}; go on with --resume")
             break
@@ -364,8 +377,11 @@ def main(c):
         sys.exit(1)
 
 
-def describe_run(c, machine, model, stream, compiled, micro_steps):
+def describe_run(c, machine, model, stream, compiled, micro_steps, step):
     """The opening lines: what is trained, on what, and on how much text."""
+    if c.resume:
+        finished = "; it is finished" if step >= c.max_steps else ""
+        machine.say(f"going on with {c.out_dir} after step {step:,} of {c.max_steps:,}{finished}")
     active = f" ({model.n_params(active=True):,} active)" if c.n_expert else ""
     ranks = f", {machine.world_size} ranks" if machine.distributed else ""
     machine.say(
@@ -377,12 +393,12 @@ def describe_run(c, machine, model, stream, compiled, micro_steps):
         steps = sum(p.stop - p.start for p in bagged)
         extra = stream.tokens_at(c.max_steps) / (c.max_steps * c.total_batch)
         machine.say(
-            f"TST: {steps:,} of {c.max_steps:,} steps on bags of {'-'.join(str(p.bag_size) for p in bagged)}, then "
-            f"ordinary training; {extra:.2f} x the text of a baseline at the same FLOPs"
+            f"TST: {steps:,} of {c.max_steps:,} steps on bags of {'-'.join(str(p.bag_size) for p in bagged)},"
+            f" then ordinary training; {extra:.2f} x the text of a baseline at the same FLOPs"
         )
     tokens = stream.tokens_at(c.max_steps)
     machine.say(
-        f"{c.max_steps:,} steps of {c.total_batch:,} positions, {micro_steps} micro-step{'s' * (micro_steps > 1)} a rank; "
+        f"{c.max_steps:,} steps of {c.total_batch:,} positions, in {micro_steps} micro-steps a rank; "
         f"{tokens:,} tokens, {tokens / stream.epoch_tokens:.2f} epochs of the corpus"
     )
 

@@ -4,6 +4,7 @@
 limit and text is not.
 Run by `make curves`, see README.md.
 """
+
 dataset = "python_source"
 n_layer = 2
 n_head = 1

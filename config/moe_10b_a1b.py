@@ -5,6 +5,7 @@ over GPUs (FSDP), which train.py does not do yet: with DDP alone the states take
 Paper, DCLM and FineWeb-Edu 50/50: baseline 2.252 after 125k steps (12,311 B200-hours), TST (s 16, r 0.25) 2.236
 after 50k steps (4,768 B200-hours).
 """
+
 dataset = "dclm_fineweb_edu"
 n_layer = 28
 n_head = 16

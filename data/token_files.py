@@ -1,22 +1,45 @@
-"""
-The writer shared by the prepare scripts. A dataset is a folder with
+"""The writer of all prepare scripts. A corpus is a folder with
 
-  train.bin, val.bin   token ids, flat and little-endian: uint8, uint16 or uint32 by vocabulary size.
-                       Every document is followed by one separator token
-  meta.json            vocab_size, dtype, train_tokens, val_tokens, train_bytes, val_bytes (UTF-8 bytes
-                       of text, a separator counted as one), bytes_per_token (of val), encoding,
-                       separator, source (lines for people: what was taken)
-  tokenizer.model      only with encoding "tokenizer.model": a copy of the rank file
+    train.bin, val.bin   token ids, flat and little-endian: uint8, uint16 or uint32 by vocabulary size. Every
+                         document is followed by one separator token. A large corpus has train_00000.bin,
+                         train_00001.bin ... instead, and val_00000.bin ... if there are several of those
+    meta.json            vocab_size, dtype, train_tokens, val_tokens, train_bytes, val_bytes (UTF-8 bytes of
+                         text, a separator counted as one), bytes_per_token (of val), encoding, separator,
+                         source (lines for people: what was taken), sha256 (of every other file, by name), seal
+    tokenizer.model      only with encoding "tokenizer.model": a copy of the rank file
+    train.crc, val.crc   only of a large corpus: checksums of the parts of each token file (nanotst/corpus.py)
+
+Until a corpus is complete its files lie in unfinished.tmp, with a note of how far it got after every shard.
 """
+
 import errno
+import hashlib
 import json
 import os
-from contextlib import suppress
+import re
+import shutil
+import sys
+from array import array
+from collections import Counter
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
+from nanotst import UserError
+from nanotst.corpus import LARGE, sums_name, write_sums
+from nanotst.formats import sealed, sha256_of
 
-def token_dtype(vocab_size: int) -> np.dtype:
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two preparations apart there
+    fcntl = None
+
+UNFINISHED = "unfinished.tmp"
+SPLITS = ("train", "val")
+OURS = re.compile(r"(train|val)(_\d{5,})?\.(bin|crc)|tokenizer\.model")
+
+
+def token_dtype(vocab_size):
     """The smallest of uint8, uint16, uint32 that holds vocab_size ids, little-endian."""
     for bits in (8, 16, 32):
         if vocab_size <= 2**bits:
@@ -25,111 +48,275 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class TokenFiles:
-    """with TokenFiles(out_dir, tokenizer) as files: files.add("train", ids, n_bytes) ...
+    """with TokenFiles(out_dir, tokenizer) as files: files.add(split, ids, n_bytes); files.end_document(split) ...
 
-    Everything goes to temporary names first. Leaving the block without an error moves the files into
-    place, meta.json last, and a folder without meta.json is not a dataset: a preparation that fails, is
-    killed or fills the disk leaves either the previous dataset or none. Failures to write are
-    SystemExit with a one-line message.
+    Leaving the block without an error moves the files into place, meta.json last, and a folder without meta.json
+    is no corpus: a preparation that fails, is killed or fills the disk leaves either the corpus before it or none.
+
+    With `shard_tokens`, end_document() closes the shard once it has that many tokens. What is in `state` is kept
+    with it, and the next TokenFiles with the same `job` goes on from there. With a `seed`, the documents of a shard
+    are shuffled.
     """
 
-    def __init__(self, out_dir: str, tokenizer):
+    def __init__(self, out_dir, tokenizer, shard_tokens=0, seed=None, job=None):
         self.out_dir, self.tokenizer = out_dir, tokenizer
+        self.folder = os.path.join(out_dir, UNFINISHED)
         self.dtype = token_dtype(tokenizer.vocab_size)
-        self.source: list[str] = []  # to be filled by the caller
-        self.n_tokens = {"train": 0, "val": 0}
-        self.n_bytes = {"train": 0, "val": 0}
-        self.files = {}
+        self.shard_tokens, self.seed = shard_tokens, seed
+        self.state = {"job": json.loads(json.dumps(job)), "shards": [], "meta": None}
+        self.source = []  # to be filled by the caller
+        self.open = {}  # split -> the Shard being written
+        self.n_tokens, self.n_bytes = Counter(), Counter()  # of each split so far
 
     def __enter__(self):
-        try:
-            os.makedirs(self.out_dir, exist_ok=True)
-            for split in ("train", "val"):
-                self.files[split] = open(self._temporary(split + ".bin"), "wb")
-        except OSError as e:
-            self._remove_temporaries()
-            raise SystemExit(f"error: cannot write in {self.out_dir}: {e.strerror}") from None
+        with self._writing():
+            os.makedirs(self.folder, exist_ok=True)
+            self._lock()
+            if (before := self._unfinished()) is None:
+                self._clear()
+            else:
+                self.state = before
+                for shard in before["shards"]:
+                    self.n_tokens[shard["split"]] += shard["tokens"]
+                    self.n_bytes[shard["split"]] += shard["bytes"]
         return self
 
-    def add(self, split: str, ids: np.ndarray, n_bytes: int):
+    def add(self, split, ids, n_bytes):
         """ids: (T,), separators included; n_bytes: of the text they stand for, separators as one each."""
-        self.files[split].write(ids.astype(self.dtype, copy=False).data)
+        with self._writing():
+            if split not in self.open:
+                self.open[split] = Shard(os.path.join(self.folder, f"{split}.tmp"))
+            self.open[split].add(ids.astype(self.dtype, copy=False), n_bytes)
         self.n_tokens[split] += len(ids)
         self.n_bytes[split] += n_bytes
 
+    def end_document(self, split):
+        """Every document ends with this call. -> whether it also closed a shard."""
+        if split in self.open:
+            self.open[split].ends.append(self.open[split].n_tokens)
+        full = self.shard_tokens and any(s.n_tokens >= self.shard_tokens for s in self.open.values())
+        if full:
+            self.close_shard()
+        return bool(full)
+
+    def close_shard(self):
+        """What was added since the last shard becomes files, whole and on the disk, and `state` is kept."""
+        with self._writing():
+            for split, shard in sorted(self.open.items()):
+                number = sum(s["split"] == split for s in self.state["shards"])
+                path = os.path.join(self.folder, f"{split}_{number:05d}.bin")
+                seed = None if self.seed is None else (self.seed, number, SPLITS.index(split))
+                sha256 = shard.close(path, self.dtype, seed)
+                sums = sha256_of(write_sums(path))
+                self.state["shards"].append(
+                    dict(split=split, tokens=shard.n_tokens, bytes=shard.n_bytes, sha256=sha256, sums=sums)
+                )
+            self.open = {}
+            self._write_whole("progress.json", json.dumps(self.state))
+
+    def sha256(self):
+        """{name of a token file: sha256} of the closed shards, and of the checksums that a large corpus gets."""
+        hashes, large = {}, self.n_tokens.total() * self.dtype.itemsize > LARGE
+        for split in SPLITS:
+            shards = [s for s in self.state["shards"] if s["split"] == split]
+            for i, shard in enumerate(shards):
+                name = f"{split}_{i:05d}.bin" if len(shards) > 1 else f"{split}.bin"
+                hashes[name] = shard["sha256"]
+                if large:
+                    hashes[sums_name(name)] = shard["sums"]
+        return hashes
+
     def __exit__(self, error_type, error, traceback):
         try:
+            if error is None and self.state["meta"] is None:
+                self._finish()
             if error is None:
                 self._publish()
-        except OSError as e:
-            error = e
         finally:
-            self._remove_temporaries()
-        if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "the disk is full" if full else error.strerror or error
-            raise SystemExit(f"error: writing {self.out_dir} failed: {reason}; temporary files removed") from None
+            for shard in self.open.values():
+                shard.abandon()
+            if self.state["job"] is None or self.state["meta"] is None and not self.state["shards"]:
+                self._clear(and_folder=True)  # nobody could go on from it
+            elif os.path.isdir(self.folder):
+                n = len(self.state["shards"])
+                print(f"{n} finished shards are kept: the same command goes on from there", file=sys.stderr)
+            self._unlock()
 
-    def _publish(self):
-        for split in ("val", "train"):
-            if self.n_tokens[split] == 0:
-                raise SystemExit(f"error: no text for {split}.bin; nothing written")
-        encoding = self.tokenizer.name
+    def _finish(self):
+        """Close the last shard and settle what meta.json will say."""
+        for split in SPLITS:
+            if not self.n_tokens[split]:
+                raise UserError(f"no text for {split}.bin; nothing written")
+        if self.open:
+            self.close_shard()
+        encoding, sha256 = self.tokenizer.name, self.sha256()
         if self.tokenizer.rank_file:
             encoding = "tokenizer.model"
             with open(self.tokenizer.rank_file, "rb") as f:
                 ranks = f.read()
-            self.files[encoding] = open(self._temporary(encoding), "wb")
-            self.files[encoding].write(ranks)
-        meta = {
-            "vocab_size": self.tokenizer.vocab_size,
-            "dtype": self.dtype.name,
-            "train_tokens": self.n_tokens["train"],
-            "val_tokens": self.n_tokens["val"],
-            "train_bytes": self.n_bytes["train"],
-            "val_bytes": self.n_bytes["val"],
-            "bytes_per_token": self.n_bytes["val"] / self.n_tokens["val"],
-            "encoding": encoding,
-            "separator": self.tokenizer.separator,
-            "source": self.source,
-        }
-        names = [split + ".bin" for split in ("train", "val")]
-        names += [encoding] * bool(self.tokenizer.rank_file) + ["meta.json"]
-        self.files["meta.json"] = open(self._temporary("meta.json"), "wb")
-        self.files["meta.json"].write((json.dumps(meta, indent=2) + "\n").encode())
-        for f in self.files.values():
+            sha256[encoding] = hashlib.sha256(ranks).hexdigest()
+            with self._writing():
+                self._write_whole(encoding, ranks)
+        self.state["meta"] = dict(
+            vocab_size=self.tokenizer.vocab_size,
+            dtype=self.dtype.name,
+            train_tokens=self.n_tokens["train"],
+            val_tokens=self.n_tokens["val"],
+            train_bytes=self.n_bytes["train"],
+            val_bytes=self.n_bytes["val"],
+            bytes_per_token=self.n_bytes["val"] / self.n_tokens["val"],
+            encoding=encoding,
+            separator=self.tokenizer.separator,
+            source=self.source,
+            sha256=sha256,
+        )
+        self.state["meta"] = sealed(self.state["meta"])
+        with self._writing():
+            self._write_whole("progress.json", json.dumps(self.state))
+
+    def _publish(self):
+        """Move the files into place. A process killed in here does the rest when it is started again."""
+        meta = self.state["meta"]
+        names = list(meta["sha256"])
+        with self._writing():
+            stale = [n for n in os.listdir(self.out_dir) if OURS.fullmatch(n)]
+            # the old meta.json goes first: it must never describe new tokens
+            for name in ["meta.json", *(n for n in stale if n not in names)]:
+                with suppress(FileNotFoundError):
+                    os.remove(os.path.join(self.out_dir, name))
+            for name in names:
+                source = re.sub(r"^(train|val)\.", r"\1_00000.", name)  # a single shard needs no number
+                with suppress(FileNotFoundError):  # moved before the process was killed
+                    os.replace(os.path.join(self.folder, source), os.path.join(self.out_dir, name))
+            sync_folder(self.out_dir)
+            self._write_whole("meta.json", json.dumps(meta, indent=2) + "\n")
+            os.replace(os.path.join(self.folder, "meta.json"), os.path.join(self.out_dir, "meta.json"))
+            sync_folder(self.out_dir)
+            self._clear(and_folder=True)
+
+    def summary(self):
+        """Lines for the end of a prepare script."""
+        lines = []
+        for split in SPLITS:
+            n = sum(s["split"] == split for s in self.state["shards"])
+            name = f"{split}.bin" if n == 1 else f"{split}_*.bin ({n} shards)"
+            lines.append(
+                f"{os.path.join(self.out_dir, name)}: {self.n_tokens[split]:,} tokens of {self.dtype.name}, "
+                f"{self.n_bytes[split] / 1e6:,.1f} MB of text"
+            )
+        return "\n".join(lines)
+
+    def _unfinished(self):
+        """The state of an unfinished preparation of the same job, or None."""
+        try:
+            with open(os.path.join(self.folder, "progress.json"), encoding="utf-8") as f:
+                state = json.load(f)
+            counts = dict.fromkeys(SPLITS, 0)
+            for shard in state["shards"]:
+                name = f"{shard['split']}_{counts[shard['split']]:05d}.bin"
+                counts[shard["split"]] += 1
+                size = shard["tokens"] * self.dtype.itemsize
+                if not state["meta"] and os.path.getsize(os.path.join(self.folder, name)) != size:
+                    return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if state["job"] is None or state["job"] != self.state["job"]:
+            print(f"{self.folder} held the shards of another preparation: they are removed", file=sys.stderr)
+            return None
+        return state
+
+    def _write_whole(self, name, content):
+        path = os.path.join(self.folder, name)
+        with open(f"{path}.new", "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())  # a rename may reach the disk before the data it names
-            f.close()
-        # the old meta.json goes first: it must never describe new tokens
-        for stale in ("meta.json", "tokenizer.model"):
-            with suppress(FileNotFoundError):
-                os.remove(os.path.join(self.out_dir, stale))
-        for name in names:
-            if name == "meta.json":
-                self._sync_folder()
-            os.replace(self._temporary(name), os.path.join(self.out_dir, name))
-        self._sync_folder()
+        os.replace(f"{path}.new", path)
+        sync_folder(self.folder)
 
-    def _temporary(self, name: str) -> str:
-        return os.path.join(self.out_dir, name + ".tmp")
+    def _clear(self, and_folder=False):
+        if not os.path.isdir(self.folder):
+            return
+        for name in os.listdir(self.folder):
+            path = os.path.join(self.folder, name)
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            elif name != "lock":
+                os.remove(path)
+        if and_folder:
+            self._unlock()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _sync_folder(self):
-        if os.name == "posix":  # Windows cannot open a folder
-            fd = os.open(self.out_dir, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
+    def _lock(self):
+        self.lock = open(os.path.join(self.folder, "lock"), "w")  # noqa: SIM115 (held open on purpose)
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it with the process
+        except BlockingIOError:
+            raise UserError(f"another preparation is writing in {self.out_dir}") from None
+        except OSError:
+            pass  # a file system without locks
 
-    def _remove_temporaries(self):
-        for f in self.files.values():
-            with suppress(OSError):  # closing flushes, which fails again on a full disk
-                f.close()
-        for name in ("train.bin", "val.bin", "tokenizer.model", "meta.json"):
+    def _unlock(self):
+        self.lock.close()
+
+    @contextmanager
+    def _writing(self):
+        """What goes wrong in here is the output's fault and is said so."""
+        try:
+            yield
+        except OSError as e:
+            full = e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+            reason = "the disk is full" if full else e.strerror or e
+            raise UserError(f"writing in {self.out_dir} failed: {reason}") from None
+
+
+class Shard:
+    """Tokens of one split, written to a temporary file, and where its documents end."""
+
+    def __init__(self, path):
+        self.path, self.file = path, open(path, "wb")  # noqa: SIM115 (closed by close or abandon)
+        self.n_tokens = self.n_bytes = 0
+        self.ends = array("q")
+        self.sha256 = hashlib.sha256()
+
+    def add(self, ids, n_bytes):
+        self.file.write(ids.data)
+        self.sha256.update(ids.data)
+        self.n_tokens += len(ids)
+        self.n_bytes += n_bytes
+
+    def close(self, path, dtype, seed):
+        """The file as `path`, on the disk, its documents shuffled if there is a seed. -> its sha256."""
+        self.file.flush()
+        if seed is not None:
+            unshuffled = np.memmap(self.path, dtype, mode="r")
+            self.file.close()
+            self.sha256, starts = hashlib.sha256(), array("q", [0]) + self.ends
+            self.file = open(f"{self.path}.shuffled", "wb")  # noqa: SIM115
+            for i in np.random.default_rng(seed).permutation(len(self.ends)):
+                document = unshuffled[starts[i] : self.ends[i]]
+                self.file.write(document.data)
+                self.sha256.update(document.data)
+            del unshuffled
+            self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.file.name, path)
+        with suppress(FileNotFoundError):
+            os.remove(self.path)
+        return self.sha256.hexdigest()
+
+    def abandon(self):
+        with suppress(OSError):  # closing flushes, which fails again on a full disk
+            self.file.close()
+        for path in (self.path, f"{self.path}.shuffled"):
             with suppress(OSError):
-                os.remove(self._temporary(name))
+                os.remove(path)
 
-    def summary(self) -> str:
-        """Two lines for the end of a prepare script."""
-        return "\n".join(
-            f"{os.path.join(self.out_dir, split)}.bin: {self.n_tokens[split]:,} tokens of {self.dtype.name}, "
-            f"{self.n_bytes[split] / 1e6:,.1f} MB of text" for split in ("train", "val"))
+
+def sync_folder(folder):
+    if os.name == "posix":  # Windows cannot open a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

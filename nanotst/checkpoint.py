@@ -13,6 +13,7 @@ import torch
 from model import GPT, GPTConfig
 from nanotst import UserError
 from nanotst.corpus import check_same, check_vocabulary
+from nanotst.stream import is_state
 
 
 def write_safely(path, write):
@@ -47,7 +48,10 @@ def sync_folder(folder):
 
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values that load_checkpoint reads."""
+    """Write a dict of tensors and plain values that load_checkpoint reads. Raises UserError, and leaves the
+    old file, for weights that are not finite."""
+    if not all_finite(state["model"].values()):
+        raise UserError(f"the weights after step {state['step']} are not finite; {path} was not written")
 
     def write(temporary):
         with open(temporary, "wb") as f:  # through a file of ours, errors keep their errno
@@ -119,20 +123,22 @@ def model_config(config, meta):
 
 
 def load_initial(path, model, corpus):
-    """Put the weights of a checkpoint into a new model. Raises UserError unless it computes the same function of the
-    same vocabulary: what no shape shows, such as rope_theta, is compared, too."""
+    """Put the weights of a checkpoint into a new model. Raises UserError unless it computes the same function
+    of the same vocabulary: what no shape shows, such as rope_theta, is compared, too."""
     saved = load_checkpoint(path)
     check_vocabulary(corpus, saved["meta"], path)
     theirs = dataclasses.asdict(model_config(saved["config"], saved["meta"]))
     ours = dataclasses.asdict(model.config)
-    changed = [f"{key} {theirs[key]} -> {ours[key]}" for key in ours if theirs[key] != ours[key] and key not in
-               ("block_size", "checkpoint_activations")]  # fmt: skip
+    compared = ours.keys() - {"block_size", "checkpoint_activations"}
+    changed = [f"{key} {theirs[key]} -> {ours[key]}" for key in sorted(compared) if theirs[key] != ours[key]]
     if changed:
-        raise UserError(f"{path} does not fit this model: it was trained with other settings, {', '.join(changed)}")
+        raise UserError(
+            f"{path} does not fit this model: it was trained with other settings, {', '.join(changed)}"
+        )
     load_weights(model, saved["model"], path)
 
 
-# ---------------------------------------------------------------------------------------------- going on with a run
+# ---------------------------------------------------------------------------------------- going on with a run
 
 RESUMED = {
     "step": int,
@@ -144,24 +150,29 @@ RESUMED = {
 }
 
 
-def resume(path, model, optimizer, config, corpus, free, allow_changes):
+def resume(path, model, optimizer, c, corpus, free):
     """Put a run's last checkpoint into model and optimizer; returns the checkpoint, without them.
 
-    config: the knobs as now given, of which those not in `free` must be the ones it was trained with unless
-    allow_changes. Raises UserError for other settings, another corpus, or a file that is no such
+    c: the knobs as now given, of which those not in `free` must be the ones it was trained with, unless there
+    is allow_changes. Raises UserError for other settings, another corpus, or a file that is no such
     checkpoint."""
     saved = load_checkpoint(path, mmap=False)  # the file will be replaced, and must not be held until then
     for key, kind in RESUMED.items():
         if type(saved.get(key)) is not kind:
             raise UserError(f"{path} cannot be resumed: its {key} is missing or no {kind.__name__}")
+    if not is_state(saved["stream"]):
+        raise UserError(f"{path} cannot be resumed: its stream is no place in a corpus")
+    if c.n_expert and getattr(saved.get("shares"), "shape", None) != (c.n_layer, c.n_expert):
+        raise UserError(f"{path} cannot be resumed: its shares of experts are missing or of another shape")
     changed = [
         f"{key} {saved['config'][key]} -> {value}"
-        for key, value in config.items()
+        for key, value in dataclasses.asdict(c).items()
         if key not in free and saved["config"].get(key, value) != value
     ]
-    if changed and not allow_changes:
+    if changed and not c.allow_changes:
         raise UserError(
-            f"{path} was trained with other settings: {', '.join(changed)}; give the same ones, or --allow_changes"
+            f"{path} was trained with other settings: {', '.join(changed)}; give the same ones, or "
+            "--allow_changes"
         )
     check_same(corpus, saved["meta"], path)
     load_weights(model, saved.pop("model"), path)

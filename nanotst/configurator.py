@@ -96,6 +96,13 @@ def parse(cls, argv):
     return cls(**values)
 
 
+def validate(config):
+    """Raise UserError unless each value of a config made in Python is what the command line would take."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for key, field in fields.items():
+        typed(field, key, getattr(config, key), "config", fields)
+
+
 def is_place(field):
     """Whether a field is given by its place."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

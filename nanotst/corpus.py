@@ -32,7 +32,7 @@ from nanotst.formats import AGAIN, damaged, find, readable, sha256_of
 LARGE = 2**30  # bytes of tokens; a larger corpus is not read whole to open it
 PART = 2**16  # bytes to a checksum
 BLOCK, N_BLOCKS = 4096, 1024  # tokens to a block, and blocks, in the fingerprint of a large corpus
-OPEN_FILES = 128  # that a split keeps mapped: each holds a file descriptor, of which a process has few
+OPEN_FILES = 100  # that a split keeps mapped: each holds a file descriptor, of which a process has few
 HEADER = 256 * 4  # bytes
 
 
@@ -60,7 +60,7 @@ class Corpus:
 
 
 def open_corpus(name):
-    """The corpus in the folder `name`, or else in data/`name`. UserError if there is none or a damaged one."""
+    """The corpus in the folder `name` or else in data/`name`. UserError if there is none or it is damaged."""
     found = find(name)
     meta, files = found.meta, {}
     for split, names in found.files.items():
@@ -110,18 +110,27 @@ def differences(meta, saved, keys):
 
 
 def fingerprint(train, val, vocab_size, large):
-    """A hash of the tokens in the smallest dtype that holds them; above is what it covers."""
-    digest = hashlib.sha256(f"{vocab_size} {len(train)} {len(val)}".encode())
+    """A hash of the tokens, whatever the files; what it covers stands above."""
+    dtype, parts = smallest_dtype(vocab_size), [vocab_size, len(train), len(val)]
     for tokens in (train, val):
-        starts, length = range(0, len(tokens), 2**20), 2**20
-        if large:
-            last, length = max(0, len(tokens) - BLOCK), BLOCK
-            starts = (i * last // (N_BLOCKS - 1) for i in range(N_BLOCKS))
-        for start in starts:
-            ids = tokens[start : start + length]
-            digest.update(ids.astype(smallest_dtype(vocab_size), copy=False))
+        parts.append(hash_of(tokens, dtype, large))
         tokens.maps.clear()  # or all that was read would count as memory in use
-    return digest.hexdigest()[:32]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def hash_of(tokens, dtype, large):
+    """sha256 of a split's tokens in `dtype`; of a large corpus, of blocks of them."""
+    file = tokens.files[0]
+    if not large and file.sha256 and len(tokens.files) == 1 and file.dtype == dtype:
+        tokens[:]  # verifies the file
+        return file.sha256
+    starts, length, digest = range(0, len(tokens), 2**20), 2**20, hashlib.sha256()
+    if large:
+        last, length = max(0, len(tokens) - BLOCK), BLOCK
+        starts = (i * last // (N_BLOCKS - 1) for i in range(N_BLOCKS))
+    for start in starts:
+        digest.update(tokens[start : start + length].astype(dtype, copy=False))
+    return digest.hexdigest()
 
 
 def smallest_dtype(vocab_size):
@@ -233,13 +242,11 @@ class TokenFile:
             raise damaged(self.path)
 
     def check_parts(self, ids, start, stop):
-        """Compare the parts that hold ids[start:stop] with their checksums, unless that was done before."""
+        """Compare the parts that hold ids[start:stop] with their checksums, those not compared before."""
         size = self.dtype.itemsize
-        first, last = start * size // PART, -(-stop * size // PART)
-        if self.seen.find(0, first, last) >= 0:
-            data = ids.view(np.uint8)
-            for part in range(first, last):
-                if zlib.crc32(data[part * PART : (part + 1) * PART]) != self.sums[part]:
+        for part in range(start * size // PART, -(-stop * size // PART)):
+            if not self.seen[part]:
+                if zlib.crc32(ids.view(np.uint8)[part * PART : (part + 1) * PART]) != self.sums[part]:
                     raise damaged(self.path, f"in the 64 KB from byte {part * PART:,} on")
                 self.seen[part] = 1
 
@@ -248,7 +255,10 @@ def write_sums(path):
     """Write the checksums of a token file's parts beside it -> their path, which "sha256" has to name too."""
     with open(path, "rb") as f:
         sums = [zlib.crc32(part) for part in iter(lambda: f.read(PART), b"")]
-    np.array(sums, "<u4").tofile(sums_name(path))
+    with open(sums_name(path), "wb") as f:
+        f.write(np.array(sums, "<u4").tobytes())
+        f.flush()
+        os.fsync(f.fileno())
     return sums_name(path)
 
 

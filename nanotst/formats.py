@@ -10,10 +10,10 @@ Formats that are read as they are, all little-endian:
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import reprlib
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ def find(name):
             names = os.listdir(folder)
             if "meta.json" in names:
                 return read_ours(os.path.abspath(folder), names)
-            if any(map(TOKEN_FILE.fullmatch, names)):
+            if any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names:  # killed at its end
                 return read_foreign(os.path.abspath(folder), names)
     scripts = filter(os.path.isfile, (os.path.join(folder, "prepare.py") for folder in places))
     script = next(scripts, os.path.join(DATA, "text", "prepare.py"))
@@ -110,14 +110,22 @@ OPTIONAL = {  # these may be null, or missing
 }
 
 
+def sealed(meta):
+    """A meta.json with a hash of itself, by which a flipped bit in it shows."""
+    rest = {key: value for key, value in meta.items() if key != "seal"}
+    return rest | {"seal": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
 def read_ours(folder, names):
     path = os.path.join(folder, "meta.json")
     try:
         read = json.loads(contents(path))
+        if type(read) is not dict:
+            raise UserError(f"{path} holds no object; {AGAIN}")
+        if "seal" in read and read != sealed(read):
+            raise UserError(f"{path} was damaged or edited; {AGAIN}, or remove its seal to take it as it is")
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON ({e}); {AGAIN}") from None
-    if type(read) is not dict:
-        raise UserError(f"{path} holds no object; {AGAIN}")
     meta = {key: read.get(key) for key in (SCHEMA | OPTIONAL)}
     for key, (what, valid) in (SCHEMA | OPTIONAL).items():
         if not (valid(meta[key]) or key in OPTIONAL and meta[key] is None):
@@ -165,17 +173,21 @@ def read_foreign(folder, names):
     return Found(folder, files, meta, np.dtype("<u2"), note=note)
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Dicts, lists, strings and numbers. Anything else would run code of the file's choosing."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+# what a pickle of dicts, lists, strings and numbers is made of. Anything else could run code of its choosing
+PLAIN = re.compile(
+    "PROTO|FRAME|STOP|MARK|MEMOIZE|BINPUT|(LONG_)?BINGET|EMPTY_DICT|SETITEMS?|EMPTY_LIST|APPENDS?|"
+    "(SHORT_)?BINUNICODE|BININT[12]?|NONE"
+)
 
 
 def read_pickle(path):
     """nanoGPT's meta.pkl: vocab_size and, of a vocabulary of characters, itos."""
+    data = contents(path)
     try:
-        read = PlainUnpickler(io.BytesIO(contents(path))).load()
+        for code, _, _ in pickletools.genops(data):
+            if not PLAIN.fullmatch(code.name):
+                raise ValueError(f"it holds {code.name}")
+        read = pickle.loads(data)
         n, itos = read["vocab_size"], read.get("itos")
         characters = itos if itos is None else [itos[i] for i in range(len(itos))]
     except Exception as e:  # there is hardly one that a damaged pickle cannot raise

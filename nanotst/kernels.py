@@ -24,7 +24,7 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-# ---------------------------------------------------------------------------------------------------- matrix products
+# -------------------------------------------------------------------------------------------- matrix products
 
 
 def tall_product(a, b):
@@ -64,26 +64,32 @@ class LinearOnCPU(torch.autograd.Function):
         return dy @ weight, tall_product(dy.flatten(0, -2), x.flatten(0, -2))
 
 
-# ------------------------------------------------------------------------------------------------------ bag embedding
+# ---------------------------------------------------------------------------------------------- bag embedding
 
 
-def embed_bags(bags, weight):
+def embed_bags(bags, weight, share=None):
     """Equals tst.embed_bags: F.embedding(bags, weight).mean(-2), the mean in float32.
 
-    bags (B, L, s), weight (V, C) -> (B, L, C) in the dtype of weight, or of autocast where that is on."""
+    bags (B, L, s), weight (V, C) -> (B, L, C) in the dtype of weight, or of autocast where that is on. share
+    (B, L, s): a weighted mean, (F.embedding(bags, weight) * share[..., None]).sum(-2)."""
     small = bags.device.type == "cpu" and weight.dtype == torch.float32 and weight.size(0) <= 1024
     lookup = EmbedBagsOfSmallVocabulary.apply if small else _embed_bags
-    return lookup(bags.flatten(0, -2), weight, compute_dtype(weight)).view(*bags.shape[:-1], -1)  # (B, L, C)
+    share = None if share is None else share.flatten(0, -2)  # (N, s)
+    return lookup(bags.flatten(0, -2), weight, share, compute_dtype(weight)).view(
+        *bags.shape[:-1], -1
+    )  # (B, L, C)
 
 
-def _embed_bags(bags, weight, dtype):
+def _embed_bags(bags, weight, share, dtype):
     if bags.size(-1) == 1:
         return F.embedding(bags.squeeze(-1), weight).to(dtype)  # (N, s), (V, C) -> (N, C)
     if bags.device.type == "cpu" and weight.dtype == torch.float32:
-        # Never holds (N, s, C), in eager mode either, where nothing would fuse the two lines below.
-        return F.embedding_bag(bags, weight, mode="mean").to(dtype)
+        # Never holds (N, s, C), in eager mode either, where nothing would fuse the lines below.
+        mode = "mean" if share is None else "sum"
+        return F.embedding_bag(bags, weight, mode=mode, per_sample_weights=share).to(dtype)
     x = F.embedding(bags, weight)  # (N, s, C); torch.compile fuses look-up, mean and cast into one kernel
-    return x.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.mean(-2, dtype=wide) if share is None else (x.to(wide) * share[..., None]).sum(-2)).to(dtype)
 
 
 class EmbedBagsOfSmallVocabulary(torch.autograd.Function):
@@ -91,24 +97,26 @@ class EmbedBagsOfSmallVocabulary(torch.autograd.Function):
     For few words it is faster on a CPU than adding N*s rows one by one, and its time hardly grows with s."""
 
     @staticmethod
-    def forward(ctx, bags, weight, dtype):
-        ctx.save_for_backward(bags)
+    def forward(ctx, bags, weight, share, dtype):
+        ctx.save_for_backward(bags, share)
         ctx.vocab_size, ctx.dtype = weight.size(0), weight.dtype
-        return _embed_bags(bags, weight, dtype)
+        return _embed_bags(bags, weight, share, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (bags,) = ctx.saved_tensors
+        bags, share = ctx.saved_tensors
         rows = torch.arange(bags.size(0), device=grad.device)[:, None]
         one = torch.ones((), dtype=grad.dtype, device=grad.device)
+        one = one if share is None else share.to(grad.dtype)
         counts = grad.new_zeros(bags.size(0), ctx.vocab_size).index_put_(
             (rows, bags), one, accumulate=True
         )  # (N, V)
-        return None, tall_product(counts, grad).to(ctx.dtype) / bags.size(1), None  # (V, C)
+        grad_weight = tall_product(counts, grad).to(ctx.dtype)  # (V, C)
+        return None, grad_weight / bags.size(1) if share is None else grad_weight, None, None
 
 
-# ---------------------------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------------------------- attention
 
 
 def causal_attention(q, k, v):
@@ -152,7 +160,7 @@ class ShortAttention(torch.autograd.Function):
         return dz @ k * q.size(-1) ** -0.5, dz.transpose(-2, -1) @ q, p.transpose(-2, -1) @ dy
 
 
-# ------------------------------------------------------------------------------------- rows of a mixture of experts
+# ------------------------------------------------------------------------------- rows of a mixture of experts
 
 
 class Placement(NamedTuple):
@@ -228,7 +236,7 @@ def grouped_product(x, weight, offsets):
     return _grouped_mm(x, weight.to(x.dtype), offs=offsets)
 
 
-# ------------------------------------------------------------------------------------ losses from hidden states
+# ---------------------------------------------------------------------------------- losses from hidden states
 
 
 def linear_loss(loss, hidden, weight, labels, vocab_size=None, chunk_rows=None, ignore_index=-100):

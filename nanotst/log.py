@@ -34,16 +34,15 @@ class RunFolder:
         if not self.machine.master:
             return
         held = [path for path in (self.last, self.best, self.metrics) if os.path.exists(path)]
-        if resume and not os.path.exists(self.last):
-            what = "only the log of a run that was ended before its first save" if held else "no run"
-            raise UserError(f"there is no checkpoint {self.last}: {self.out_dir} holds {what}; start without --resume"
-                            + (", with --overwrite" if held else ""))  # fmt: skip
+        if resume and self.last not in held:
+            what = "the log of a run that ended before its first save" if held else "no run"
+            start = "start without --resume" + (", but with --overwrite" if held else "")
+            raise UserError(f"there is no checkpoint {self.last}: the folder holds {what}; {start}")
         if held and not resume and not overwrite:
-            if self.last in held:
-                raise UserError(f"{self.out_dir} already holds a run: go on with it (--resume), replace it "
-                                "(--overwrite) or choose another --out_dir")  # fmt: skip
-            raise UserError(f"{self.out_dir} already holds {os.path.basename(held[0])}, but no last.pt to go on from: "
-                            "replace it (--overwrite) or choose another --out_dir")  # fmt: skip
+            go_on = "go on with it (--resume), " if self.last in held else ""
+            what = "a run" if go_on else f"{os.path.basename(held[0])} of a run, but no last.pt to go on from"
+            todo = f"{go_on}replace it (--overwrite) or choose another --out_dir"
+            raise UserError(f"{self.out_dir} already holds {what}: {todo}")
         os.makedirs(self.out_dir, exist_ok=True)
         self._lock()
         if not resume:
@@ -53,13 +52,14 @@ class RunFolder:
     def _lock(self):
         if "fcntl" not in globals():
             return
-        self.lock = open(os.path.join(self.out_dir, "lock"), "a+")  # kept open: closing it releases the lock
+        path = os.path.join(self.out_dir, "lock")
+        self.lock = open(path, "a+")  # noqa: SIM115 kept open, since closing it releases the lock
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             self.lock.seek(0)
-            raise UserError(f"{self.out_dir} is in use by {self.lock.read().strip() or 'another process'}; wait for "
-                            "it or choose another --out_dir") from None  # fmt: skip
+            who = self.lock.read().strip() or "another process"
+            raise UserError(f"{self.out_dir} is in use by {who}; wait for it or choose another") from None
         except OSError:  # a file system without locks
             return
         self.lock.truncate(0)
@@ -76,8 +76,8 @@ class RunFolder:
                 lines = [line for line in f if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{self.metrics} is damaged; move it away, and --resume goes on without the rows before "
-                            f"step {step}") from None  # fmt: skip
+            todo = f"move it away, and --resume goes on without the rows up to step {step}"
+            raise UserError(f"{self.metrics} is damaged; {todo}") from None
         write_safely(self.metrics, lambda path: Path(path).write_text("".join(kept), encoding="utf-8"))
 
     def describe(self, described, wandb_project=""):

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanotst import UserError
+
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,25 +43,25 @@ class Tokenizer:
 
 def get_tokenizer(name: str, folder: str = "") -> Tokenizer:
     """folder: where a relative rank file name is looked for first.
-    SystemExit with a one-line message if there is no such vocabulary."""
+    UserError with a one-line message if there is no such vocabulary."""
     if name == "bytes":
         return _byte_tokenizer()
     for path in (os.path.join(folder, name), name):
         if os.path.isfile(path):
             return _rank_file_tokenizer(path)
     if name.endswith((".model", ".tiktoken")) or os.path.dirname(name):
-        raise SystemExit(f"error: no such rank file: {os.path.join(folder, name)}")
+        raise UserError(f"no such rank file: {os.path.join(folder, name)}")
     tiktoken = _import_tiktoken(name)
     if name not in tiktoken.list_encoding_names():
-        raise SystemExit(
-            f"error: unknown encoding '{name}'; known: bytes, a path of a rank file, "
+        raise UserError(
+            f"unknown encoding '{name}'; known: bytes, a path of a rank file, "
             + ", ".join(tiktoken.list_encoding_names())
         )
     try:
         return _bpe_tokenizer(name, tiktoken.get_encoding(name))
     except Exception as e:  # requests, urllib3, hash and file errors: one remedy for all of them
-        raise SystemExit(
-            f"error: the vocabulary of '{name}' could not be fetched ({type(e).__name__}); set "
+        raise UserError(
+            f"the vocabulary of '{name}' could not be fetched ({type(e).__name__}); set "
             "TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes"
         ) from None
 
@@ -112,11 +114,11 @@ def _rank_file_tokenizer(path: str) -> Tokenizer:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else "lines are not 'base64 rank'"
-        raise SystemExit(f"error: {path} is not a tiktoken rank file ({reason})") from None
+        raise UserError(f"{path} is not a tiktoken rank file ({reason})") from None
     # tiktoken aborts on text whose bytes it lacks, so such a file is refused here
     n = len(ranks)
     if sorted(ranks.values()) != list(range(n)) or not all(bytes([b]) in ranks for b in range(256)):
-        raise SystemExit(f"error: {path} is not a tiktoken rank file (needs ranks 0..N-1 and all 256 bytes)")
+        raise UserError(f"{path} is not a tiktoken rank file (needs ranks 0..N-1 and all 256 bytes)")
     if n == LLAMA3_RANKS:
         names = [f"<|reserved_special_token_{i}|>" for i in range(251)]
         # the order of the Llama 3 release: ids 128000 to 128255
@@ -146,5 +148,5 @@ def _import_tiktoken(name: str):
     try:
         import tiktoken  # only here: bytes must work without it
     except ImportError:
-        raise SystemExit(f"error: '{name}' needs: pip install tiktoken (or use --encoding=bytes)") from None
+        raise UserError(f"'{name}' needs: pip install tiktoken (or use --encoding=bytes)") from None
     return tiktoken

@@ -1,8 +1,6 @@
-"""Shared by all tests: the repository on sys.path, one thread, a fixed seed, a tiny corpus and a tiny training run.
+"""Shared by all tests: the repository on sys.path, one thread, a fixed seed, a tiny corpus and a tiny
+training run."""
 
-"Trap N" in a test's docstring is a mistake that re-implementations of Token Superposition Training make; the test
-fails when it is made here.
-"""
 import json
 import os
 import signal
@@ -18,9 +16,27 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 
-TINY = dict(n_layer=1, n_head=2, n_embd=16, ff_dim=32, block_size=16, total_batch=128, batch_size=8, max_steps=10,
-            bag_size=3, superposition_ratio=0.4, learning_rate=0.01, warmup_steps=2, eval_interval=5, log_interval=1,
-            eval_positions=160, save_interval=0, device="cpu", dtype="float32", compile="off")
+TINY = dict(
+    n_layer=1,
+    n_head=2,
+    n_embd=16,
+    ff_dim=32,
+    block_size=16,
+    total_batch=128,
+    batch_size=8,
+    max_steps=10,
+    bag_size=3,
+    superposition_ratio=0.4,
+    learning_rate=0.01,
+    warmup_steps=2,
+    eval_interval=5,
+    log_interval=1,
+    eval_positions=160,
+    save_interval=0,
+    device="cpu",
+    dtype="float32",
+    compile="off",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,15 +52,24 @@ def write_corpus(folder, train_tokens, val_tokens, vocab_size):
     folder.mkdir()
     for split, tokens in (("train", train_tokens), ("val", val_tokens)):
         np.asarray(tokens, dtype=np.uint16).tofile(folder / f"{split}.bin")
-    (folder / "meta.json").write_text(json.dumps(dict(
-        vocab_size=vocab_size, dtype="uint16", train_tokens=len(train_tokens), val_tokens=len(val_tokens),
-        bytes_per_token=2.0)))
+    (folder / "meta.json").write_text(
+        json.dumps(
+            dict(
+                vocab_size=vocab_size,
+                dtype="uint16",
+                train_tokens=len(train_tokens),
+                val_tokens=len(val_tokens),
+                bytes_per_token=2.0,
+            )
+        )
+    )
     return str(folder)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Folder of 6,000 tokens in which a token says much about the next; V = 50, not a multiple of anything."""
+    """Folder of 6,000 tokens in which a token says much about the next; V = 50, not a multiple of
+    anything."""
     rng = np.random.default_rng(0)
     tokens = np.cumsum(rng.choice([1, 1, 1, 7, 20], 6500)) % 50
     return write_corpus(tmp_path_factory.mktemp("data") / "tiny", tokens[:6000], tokens[6000:], 50)
@@ -53,20 +78,24 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def tiny(corpus, tmp_path):
     """tiny(key=value, ...) -> the Config of a run of a second or less."""
+
     def config(**knobs):
         return train.Config(**{**TINY, "dataset": corpus, "out_dir": str(tmp_path / "run"), **knobs})
+
     return config
 
 
 @pytest.fixture
 def run(tiny):
-    """run(key=value, ...) trains in this process -> the rows of its metrics.jsonl. Signal handlers are put back."""
+    """run(key=value, ...) trains in this process -> the rows of its metrics.jsonl. Signal handlers are put
+    back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def start(**knobs):
         config = tiny(**knobs)
         train.main(config)
         return read_rows(config.out_dir)
+
     yield start
     for number, handler in handlers.items():
         signal.signal(number, handler)

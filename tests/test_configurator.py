@@ -1,12 +1,19 @@
-"""configurator.py: what may be written in config files and on the command line, and what is said about the rest."""
+"""configurator.py: what may be written in config files and on the command line, and what is said about the
+rest."""
+
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 import train
-from configurator import parse
+from nanotst import UserError
+from nanotst.configurator import parse, run, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,33 +36,60 @@ def file(tmp_path):
     def write(text, name="a.py"):
         (tmp_path / name).write_text(text)
         return str(tmp_path / name)
+
     return write
 
 
 def error(*argv):
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(UserError) as e:
         parse(Knobs, argv)
-    assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
+    assert "\n" not in str(e.value)
     return str(e.value)
 
 
-@pytest.mark.parametrize("arg, value", [
-    ("--bag_size=4", 4), ("--bag-size=4", 4), ("--bag_size=2e6", 2_000_000), ("--bag_size=1.5e3", 1500),
-    ("--bag_size=1_000", 1000), ("--bag_size=-3", -3), ("--learning_rate=2", 2.0), ("--learning_rate=1e-3", 0.001),
-    ("--learning_rate=.5", 0.5), ("--out_dir=1", "1"), ("--out_dir=a_b=c", "a_b=c"), ("--out_dir=", ""),
-    ("--compile", True), ("--compile=true", True), ("--compile=False", False), ("--compile=0", False),
-    ("--compile=yes", True)])
+@pytest.mark.parametrize(
+    "arg, value",
+    [
+        ("--bag_size=4", 4),
+        ("--bag-size=4", 4),
+        ("--bag_size=2e6", 2_000_000),
+        ("--bag_size=1.5e3", 1500),
+        ("--bag_size=1_000", 1000),
+        ("--bag_size=-3", -3),
+        ("--learning_rate=2", 2.0),
+        ("--learning_rate=1e-3", 0.001),
+        ("--learning_rate=.5", 0.5),
+        ("--out_dir=1", "1"),
+        ("--out_dir=a_b=c", "a_b=c"),
+        ("--out_dir=", ""),
+        ("--compile", True),
+        ("--compile=true", True),
+        ("--compile=False", False),
+        ("--compile=0", False),
+        ("--compile=yes", True),
+    ],
+)
 def test_command_line_values_get_the_type_of_their_field(arg, value):
     key = arg[2:].partition("=")[0].replace("-", "_")
     got = getattr(parse(Knobs, [arg]), key)
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize("arg, words", [
-    ("--bag_size=1.5", "bag_size takes int, got '1.5'"), ("--bag_size=15e-1", "takes int"), ("--bag_size=", "takes int"),
-    ("--bag_size=True", "takes int"), ("--learning_rate=fast", "learning_rate takes float"),
-    ("--compile=2", "compile takes bool"), ("--bag_size", "write --bag_size=VALUE"), ("--bag_size 4", "unknown key"),
-    ("4", "neither a config file nor --key=value"), ("missing.py", "cannot read the config file missing.py")])
+@pytest.mark.parametrize(
+    "arg, words",
+    [
+        ("--bag_size=1.5", "bag_size takes int, got '1.5'"),
+        ("--bag_size=15e-1", "takes int"),
+        ("--bag_size=", "takes int"),
+        ("--bag_size=True", "takes int"),
+        ("--learning_rate=fast", "learning_rate takes float"),
+        ("--compile=2", "compile takes bool"),
+        ("--bag_size", "write --bag_size=VALUE"),
+        ("--bag_size 4", "unknown key"),
+        ("4", "neither a config file nor --key=value"),
+        ("missing.py", "cannot read the config file missing.py"),
+    ],
+)
 def test_mistakes_on_the_command_line_are_one_line(arg, words):
     assert words in error(arg)
 
@@ -71,26 +105,51 @@ def test_unknown_key_without_anything_like_it_points_at_help(nothing_like_it):
 
 
 def test_config_file(file):
-    path = file('"""A docstring."""\n# a comment\nbag_size = 2**4 * 1024 // 4  # arithmetic\n'
-                'learning_rate = 2 * (1e-3 + 1)\nout_dir = "out/a"\ncompile = True\n')
+    path = file(
+        '"""A docstring."""\n# a comment\nbag_size = 2**4 * 1024 // 4  # arithmetic\n'
+        'learning_rate = 2 * (1e-3 + 1)\nout_dir = "out/a"\ncompile = True\n'
+    )
     assert parse(Knobs, [path]) == Knobs(4096, 2.002, "out/a", True)
     assert parse(Knobs, [file("bag_size = 2e6\nlearning_rate = -1\n")]) == Knobs(2_000_000, -1.0)
 
 
-@pytest.mark.parametrize("line", [
-    "import os", "bag_size = int('4')", "bag_size = __import__('os').getpid()", "print('hello')", "bag_size += 1",
-    "bag_size = other", "a.b = 1", "bag_size = learning_rate = 1", "bag_size: int = 4", "if True: bag_size = 2",
-    "bag_size = 1 / 0", "bag_size = 'a' + 1", "bag_size = f'{1}'"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import os",
+        "bag_size = int('4')",
+        "bag_size = __import__('os').getpid()",
+        "print('hello')",
+        "bag_size += 1",
+        "bag_size = other",
+        "a.b = 1",
+        "bag_size = learning_rate = 1",
+        "bag_size: int = 4",
+        "if True: bag_size = 2",
+        "bag_size = 1 / 0",
+        "bag_size = 'a' + 1",
+        "bag_size = f'{1}'",
+    ],
+)
 def test_config_file_is_not_run(file, line):
     """Anything but an assignment of a value is refused, with the place where it stands."""
     path = file(f"learning_rate = 1.0\n\n{line}\n")
     assert f"{path}:3: a config file holds assignments" in error(path)
 
 
-@pytest.mark.parametrize("line, words", [
-    ("bag_size = 1.5", "bag_size takes int, got 1.5"), ("bag_size = '4x'", "takes int"), ("out_dir = 4", "takes str"),
-    ("compile = 1", "takes bool"), ("bag_size = True", "takes int"), ("learning_rate = [1.0]", "takes float"),
-    ("bag_sizes = 4", "did you mean bag_size?"), ("bag_size = (", "is not Python")])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("bag_size = 1.5", "bag_size takes int, got 1.5"),
+        ("bag_size = '4x'", "takes int"),
+        ("out_dir = 4", "takes str"),
+        ("compile = 1", "takes bool"),
+        ("bag_size = True", "takes int"),
+        ("learning_rate = [1.0]", "takes float"),
+        ("bag_sizes = 4", "did you mean bag_size?"),
+        ("bag_size = (", "is not Python"),
+    ],
+)
 def test_mistakes_in_a_config_file_name_the_file(file, line, words):
     path = file(line + "\n")
     assert words in error(path) and path in error(path)
@@ -123,3 +182,95 @@ CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("config/*.py"
 def test_the_repositorys_configs_are_valid(argv, monkeypatch):
     monkeypatch.chdir(ROOT)
     train.check(parse(train.Config, argv), world_size=1)
+
+
+@dataclass
+class Places:
+    """Usage: places FOLDER FILE [FILE ...]"""
+
+    folder: str  # the first one
+    files: list[str]  # all that remain
+    loss: Literal["mce", "bce"] = "mce"  # what is minimised
+    bag_size: int | str = 1  # 4, or 8-4-2
+
+
+def test_fields_without_a_default_are_given_by_their_place():
+    assert parse(Places, ["out", "--loss=bce", "a.py", "b"]) == Places("out", ["a.py", "b"], "bce")
+    for argv, words in (
+        ([], "FOLDER is missing"),
+        (["out"], "FILES is missing"),
+        (["--folder=out", "a"], "by its place"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse(Places, argv)
+
+
+def test_choices_and_numbers_that_may_be_words(file):
+    def bag_size(value):
+        return parse(Places, ["a", "b", f"--bag_size={value}"]).bag_size
+
+    assert bag_size("4") == 4 and bag_size("8-4-2") == "8-4-2"
+    with pytest.raises(UserError, match="loss must be one of mce, bce, got 'mse'"):
+        parse(Places, ["a", "b", "--loss=mse"])
+
+
+def test_choices_are_shown_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        parse(Places, ["--help"])
+    out = capsys.readouterr().out
+    assert "what is minimised [mce, bce]" in out and "FOLDER" in out and "all that remain" in out
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "NaN"])
+def test_no_knob_takes_what_is_not_a_finite_number(file, value):
+    assert "finite" in error(f"--learning_rate={value}")
+    assert "a config file holds" in error(file("learning_rate = float('nan')\n"))
+    with pytest.raises(UserError, match="finite"):
+        validate(Knobs(learning_rate=float(value)))
+    assert "64 bits" in error("--bag_size=" + "9" * 30)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "9**9**9",
+        "2**99999999",
+        "1+" * 3000 + "1",
+        "[1] * 10**10",
+        "'a' * 10**10",
+        "(" * 500,
+        "10.0**400",
+        "10**400",
+    ],
+)
+def test_a_config_file_cannot_hang_or_fill_the_memory(file, source):
+    error(file(f"bag_size = {source}\n"))
+
+
+def test_a_config_file_is_utf8_whatever_the_locale(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_bytes("\ufeff# Größe\nout_dir = 'größe'\r\nbag_size = 4\r\n".encode())
+    code = "from nanotst.configurator import parse; from test_configurator import Knobs;"
+    code += f"print(ascii(parse(Knobs, [{str(path)!r}])))"
+    env = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+    }
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "bag_size=4" in out.stdout and "gr\\xf6\\xdfe" in out.stdout, out.stderr
+
+
+def test_an_entry_point_prints_what_the_user_can_act_on_and_nothing_else(capsys):
+    def main(config):
+        raise {1: UserError("do this"), 2: OSError(2, "No such file", "x.bin"), 3: ZeroDivisionError()}[
+            config.bag_size
+        ]
+
+    for argv, words in ((["--bag_size=1"], "error: do this"), (["--bag_size=2"], "error: .*x.bin")):
+        with pytest.raises(SystemExit, match=words):
+            run(main, Knobs, argv)
+    with pytest.raises(ZeroDivisionError):  # a bug gives its traceback
+        run(main, Knobs, ["--bag_size=3"])

@@ -1,128 +1,35 @@
-"""Tokenizers, the dataset writer and the two prepare scripts. Everything is made in a temporary folder."""
-import base64
+"""data/text/prepare.py and the files it writes. Everything is made in a temporary folder."""
+
 import errno
 import gzip
-import importlib.util
 import json
 import lzma
 import os
-import random
+import re
 import sys
-from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
+from corpora import SEPARATOR, byte_documents, contents, dataset, json_lines, make_documents
+from test_tokenizer import write_ranks
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-from token_files import TokenFiles, token_dtype
-from tokenizer import get_tokenizer
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from data import documents, pipeline
+from data.text import prepare as text
+from data.token_files import TokenFiles, token_dtype
+from nanotst import UserError
+from nanotst.corpus import open_corpus
+from nanotst.tokenizer import get_tokenizer
 
 
-text, python_source = load("text"), load("python_source")
+def prepare(*inputs, out, **knobs):
+    text.main(text.Config(inputs=[str(i) for i in inputs], out_dir=str(out), **knobs))
 
 
-def write_ranks(path, n_filler=0):
-    """A rank file: the 256 bytes, a few merges, and n_filler tokens that no text has."""
-    tokens = [bytes([b]) for b in range(256)] + [b"th", b" t", b"he", b" th", b" the", b"in", b"er", b"\n\n"]
-    tokens += [b"\xff" + i.to_bytes(3, "big") for i in range(n_filler)]
-    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
-    return str(path)
+# ---------------------------------------------------------------------------------------- the writer
 
-
-@pytest.fixture
-def ranks(tmp_path):
-    return write_ranks(tmp_path / "tiny.model")
-
-
-def dataset(folder):
-    """-> (meta, {split: list of documents, each a list of ids})."""
-    meta = json.loads((Path(folder) / "meta.json").read_text())
-    splits = {}
-    for split in ("train", "val"):
-        ids = np.fromfile(Path(folder) / f"{split}.bin", dtype=meta["dtype"])
-        assert len(ids) == meta[f"{split}_tokens"] and ids[-1] == meta["separator"] and ids.max() < meta["vocab_size"]
-        ends = np.flatnonzero(ids == meta["separator"])
-        splits[split] = [d[:-1].tolist() for d in np.split(ids, ends + 1)[:-1]]
-    return meta, splits
-
-
-def byte_documents(folder):
-    meta, splits = dataset(folder)
-    return {split: [bytes(d).decode() for d in documents] for split, documents in splits.items()}
-
-
-def make_corpus(n=300, seed=0):
-    rng = random.Random(seed)
-    words = "the then in other winter \u00e9t\u00e9 \u4e2d\u6587 x=1; 12345 don't \n \n\n   \t".split(" ")
-    return [f"document {i} " + " ".join(rng.choices(words, k=rng.randrange(5, 200))) + "." for i in range(n)]
-
-
-def leftovers(folder):
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-
-
-# ------------------------------------------------------------------------------------- tokenizer.py
-
-HARD = "the caf\u00e9 \u4e2d\u6587 \U0001f600 <|endoftext|> <|end_of_text|>\n\n\ttabs\r\n" + "a" * 50
-
-
-def test_bytes_round_trip():
-    t = get_tokenizer("bytes")
-    assert (t.vocab_size, t.separator, t.name) == (256, 0, "bytes")
-    ids = t.encode(HARD)
-    assert ids.tolist() == list(HARD.encode()) and ids.dtype == np.int64
-    assert t.decode(ids) == HARD
-    assert t.encode("a\0b").tolist() == [97, 98]  # the separator never comes from text
-    assert t.decode([0xE4, 0xB8]) == "\ufffd" and t.decode_bytes([0xE4, 0xB8]) == b"\xe4\xb8"
-    assert len(t.encode("")) == 0 and t.encode("\ud800").tolist() == [ord("?")]
-
-
-def test_rank_file_round_trip(ranks):
-    t = get_tokenizer(ranks)
-    assert (t.vocab_size, t.separator, t.rank_file) == (265, 264, ranks)
-    ids = t.encode(HARD)
-    assert t.decode(ids) == HARD and len(ids) < len(HARD.encode())
-    assert t.separator not in ids  # "<|endoftext|>" in the text is ordinary text
-    assert t.encode(" the").tolist() == [260]
-    assert t.decode([264]) == "<|endoftext|>"
-    assert t.decode([97, 300, 98]) == "a\ufffdb"  # a padded row of a model
-    assert get_tokenizer("tiny.model", folder=os.path.dirname(ranks)).encode(HARD).tolist() == ids.tolist()
-
-
-def test_llama3_special_tokens(tmp_path):
-    t = get_tokenizer(write_ranks(tmp_path / "tokenizer.model", n_filler=128000 - 264))
-    assert (t.vocab_size, t.separator) == (128256, 128001)
-    assert t.decode([128000, 128001, 128006, 128007, 128009]) == (
-        "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|>")
-    assert t.decode([128010, 128255]) == "<|reserved_special_token_5|><|reserved_special_token_250|>"
-
-
-def test_tokenizer_errors(tmp_path, monkeypatch):
-    import tiktoken
-    (tmp_path / "bad.model").write_bytes(b"\n\x0e\x0a\x05<unk>\x15 0 0\n")
-    (tmp_path / "short.model").write_text("YQ== 0\n")
-
-    def offline(name):
-        raise ConnectionError("no route")
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    for name, message in [(str(tmp_path / "bad.model"), "not a tiktoken rank file"),
-                          (str(tmp_path / "short.model"), "all 256 bytes"),
-                          (str(tmp_path / "none.model"), "no such rank file"),
-                          ("gpt3", "unknown encoding 'gpt3'"), ("gpt2", "TIKTOKEN_CACHE_DIR")]:
-        with pytest.raises(SystemExit, match=message) as e:
-            get_tokenizer(name)
-        assert "\n" not in str(e.value)
-
-
-# -------------------------------------------------------------------------------------- token_files.py
 
 def test_dtype_by_vocabulary():
     sizes = [256, 257, 65536, 65537, 128256]
@@ -132,129 +39,249 @@ def test_dtype_by_vocabulary():
 
 def fill(folder, value):
     with TokenFiles(str(folder), get_tokenizer("bytes")) as files:
-        files.add("train", np.full(9, value), 9)
-        files.add("val", np.full(4, value), 4)
+        for split, n in (("train", 9), ("val", 4)):
+            files.add(split, np.full(n, value), n)
+            files.end_document(split)
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_failure_leaves_no_half_dataset(tmp_path, before):
+def test_a_failure_leaves_the_corpus_before_it_or_none(tmp_path, before):
     out = tmp_path / "out"
     if before:
         fill(out, 1)
-    old = {n: (out / n).read_bytes() for n in leftovers(out)}
+    old = contents(out)
     with pytest.raises(KeyboardInterrupt):
         with TokenFiles(str(out), get_tokenizer("bytes")) as files:
             files.add("train", np.full(9, 2), 9)
-            assert "meta.json.tmp" not in leftovers(out) and before == ("meta.json" in leftovers(out))
+            assert before == (out / "meta.json").exists()
             raise KeyboardInterrupt
-    assert {n: (out / n).read_bytes() for n in leftovers(out)} == old
+    assert contents(out) == old
 
 
-def test_disk_full(tmp_path, monkeypatch):
-    def full(fd):
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match="the disk is full"):
+    with pytest.raises(UserError, match="writing in .*out failed: the disk is full"):
         fill(tmp_path / "out", 1)
-    assert leftovers(tmp_path / "out") == []
+    assert contents(tmp_path / "out") == {}
 
 
-def test_killed_between_renames_is_no_dataset(tmp_path, monkeypatch):
+def test_a_disk_that_cannot_hold_the_corpus_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(SEPARATOR.join(make_documents(50)))
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="out needs 0.0 GB or more, 0.0 GB are free there"):
+        prepare(tmp_path / "a.txt", out=tmp_path / "out")
+    assert contents(tmp_path / "out") == {}
+
+
+def test_killed_between_renames_is_no_corpus(tmp_path, monkeypatch):
     fill(tmp_path, 1)
     replace = os.replace
 
     def die(source, target):
-        if target.endswith("val.bin"):
+        if target == str(tmp_path / "val.bin"):
             raise KeyboardInterrupt  # train.bin is new, val.bin is old
         replace(source, target)
+
     monkeypatch.setattr(os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
         fill(tmp_path, 2)
-    assert "meta.json" not in leftovers(tmp_path)
+    assert not (tmp_path / "meta.json").exists()
 
 
-# ------------------------------------------------------------------------------------- text/prepare.py
+def test_two_preparations_at_once_are_kept_apart(tmp_path):
+    with TokenFiles(str(tmp_path), get_tokenizer("bytes")) as files:
+        with pytest.raises(UserError, match="another preparation is writing"):
+            fill(tmp_path, 1)
+        for split in ("train", "val"):
+            files.add(split, np.full(5, 7), 5)
+    assert (tmp_path / "train.bin").read_bytes() == bytes([7]) * 5
+
+
+# ---------------------------------------------------------------------------- documents and formats
+
 
 def test_documents_separators_and_meta(tmp_path):
-    (tmp_path / "a.txt").write_bytes("\ufeffone\nline <|endoftext|>\n<|endoftext|>\r\n\n<|endoftext|>\n"
-                                     "tw\0o\r\n\n<|endoftext|>\nthree\n".encode())
+    (tmp_path / "a.txt").write_bytes(
+        "\ufeff<|endoftext|>\none\nline <|endoftext|>\n<|endoftext|>\r\n\n<|endoftext|>\n"
+        "tw\0o\r\n\n<|endoftext|>\nthree\n".encode()
+    )
     (tmp_path / "v.txt").write_text("h\u00e9ld")
-    text.main([str(tmp_path), f"--val={tmp_path / 'v.txt'}", f"--out_dir={tmp_path / 'out'}"])
+    prepare(tmp_path, val=str(tmp_path / "v.txt"), out=tmp_path / "out")
     assert byte_documents(tmp_path / "out") == {
-        "train": ["one\nline <|endoftext|>", "two\r\n", "three"], "val": ["h\u00e9ld"]}
+        "train": ["one\nline <|endoftext|>", "two\r\n", "three"],
+        "val": ["h\u00e9ld"],
+    }
     meta, _ = dataset(tmp_path / "out")
-    assert set(meta) == {"vocab_size", "dtype", "train_tokens", "val_tokens", "train_bytes", "val_bytes",
-                         "bytes_per_token", "encoding", "separator", "source"}
-    assert (meta["val_bytes"], meta["val_tokens"], meta["bytes_per_token"], meta["encoding"]) == (6, 6, 1.0, "bytes")
+    counts = {f"{split}_{unit}" for split in ("train", "val") for unit in ("tokens", "bytes")}
+    assert set(meta) == counts | {
+        "vocab_size", "dtype", "bytes_per_token", "encoding", "separator", "source", "sha256", "seal",
+    }  # fmt: skip
+    assert (meta["val_bytes"], meta["val_tokens"], meta["bytes_per_token"]) == (6, 6, 1.0)
+    assert meta["encoding"] == "bytes"
     assert meta["train_bytes"] == meta["train_tokens"]  # the NUL is not counted either
-    assert leftovers(tmp_path / "out") == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(contents(tmp_path / "out")) == ["meta.json", "train.bin", "val.bin"]
+    assert open_corpus(str(tmp_path / "out")).meta["train_tokens"] == meta["train_tokens"]
 
 
 def test_all_formats_agree(tmp_path):
-    documents = make_corpus(40)
-    joined = "\n<|endoftext|>\n".join(documents).encode()
-    rows = "".join(json.dumps({"id": 1, "body": d}) + "\n" for d in documents).encode()
-    files = {"a.txt": joined, "a.md": joined, "a.jsonl": rows}
-    files |= {f"{n}.gz": gzip.compress(d) for n, d in list(files.items())}
-    files |= {f"{n}.xz": lzma.compress(d) for n, d in list(files.items()) if not n.endswith(".gz")}
+    texts = make_documents(40)
+    joined = SEPARATOR.join(texts).encode()
+    rows = "".join(json.dumps({"id": 1, "body": d}) + "\n" for d in texts).encode()
+    files = {"a.txt": joined, "a.MD": joined, "a.jsonl": rows, "A.NDJSON": rows}
+    files |= {"bom.txt": b"\xef\xbb\xbf" + joined, "bom.jsonl": b"\xef\xbb\xbf" + rows}
+    files |= {"crlf.txt": joined.replace(SEPARATOR.encode(), b"\r\n<|endoftext|>\r\n")}
+    frames = [zstandard.ZstdCompressor().compress(part) for part in (rows[:999], rows[999:])]
+    files |= {"a.jsonl.ZST": b"".join(frames), "a.txt.gz": gzip.compress(joined), "b.jsonl.XZ": lzma.compress(rows)}
+    table = pyarrow.table({"id": list(range(40)), "body": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.Parquet", row_group_size=7)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
     seen = set()
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
+    for name in [*files, "a.Parquet"]:
         out = tmp_path / ("out_" + name)
-        text.main([str(tmp_path / name), "--val_fraction=0.3", "--field=body", f"--out_dir={out}"])
+        prepare(tmp_path / name, val_fraction=0.3, field="body", out=out)
         splits = byte_documents(out)
-        assert sorted(splits["train"] + splits["val"]) == sorted(documents)
+        assert sorted(splits["train"] + splits["val"]) == sorted(texts)
         assert not set(splits["train"]) & set(splits["val"])
         seen.add(((out / "train.bin").read_bytes(), (out / "val.bin").read_bytes()))
-    assert len(seen) == 1 and len(files) == 9
+    assert len(seen) == 1
 
 
-def test_output_does_not_depend_on_workers(tmp_path, ranks, monkeypatch):
-    monkeypatch.setattr(text, "BATCH", 2000)  # many batches from little text
-    source = tmp_path / "a.jsonl"
-    documents = make_corpus()
-    source.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+@pytest.mark.parametrize("package, name", [("zstandard", "a.txt.zst"), ("pyarrow.parquet", "a.parquet")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package, name):
+    (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{name} needs the package .*: pip install {package.split('.')[0]}$"):
+        prepare(tmp_path / name, out=tmp_path / "out")
+
+
+def test_what_is_read_and_left_out_is_said(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    for name in ("a.txt", "B.TXT", "notes.docx", ".hidden.txt", "sub/c.md"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(SEPARATOR.join(make_documents(20, len(name))))
+    for link, target in (("gone.txt", "/nowhere/x.txt"), ("self.txt", "self.txt"), ("linked", str(tmp_path))):
+        (folder / link).symlink_to(target)
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "prepare.py").symlink_to(text.__file__)
+    prepare(folder, val_fraction=0.3, out=tmp_path / "out")
+    said = capsys.readouterr().out
+    for line in (
+        "left out, another kind of file: 1: .*notes.docx",
+        "left out, hidden: 1: .*hidden.txt",
+        "left out, a broken link: 2: .*gone.txt, .*self.txt",
+        "left out, a link to a folder: 1: .*linked",
+        "left out, not a regular file: 1: .*pipe.txt",
+        "left out, this program: 1: .*prepare.py",
+        "reading 3 text: .*B.TXT, .*a.txt, .*c.md",
+    ):
+        assert re.search(line, said), line
+    splits = byte_documents(tmp_path / "out")
+    assert len(splits["train"] + splits["val"]) == 60
+
+
+def test_separators_inside_lines_and_few_documents_are_said(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(make_documents(30)))
+    (tmp_path / "v.txt").write_text("held out")
+    prepare(tmp_path / "a.txt", val=str(tmp_path / "v.txt"), out=tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "a.txt: the separator <|endoftext|> stands inside lines, 29 times" in said
+    assert "warning: only 1 documents (9 tokens) are held out" in said
+
+
+BOOK = {
+    "empty lines": "".join(f"Paragraph {i}: {d}\n\n" for i, d in enumerate(make_documents(400))),
+    "line ends": "".join(f"Line {i}: {' '.join(d.split())}\n" for i, d in enumerate(make_documents(400))),
+    "words": "".join(f"Word {i} {' '.join(d.split())} " for i, d in enumerate(make_documents(400))),
+}
+
+
+@pytest.mark.parametrize("where", BOOK)
+def test_one_long_text_is_cut_by_itself(tmp_path, capsys, where):
+    (tmp_path / "book.txt").write_text(BOOK[where])
+    prepare(tmp_path / "book.txt", out=tmp_path / "out")
+    assert f"the text is cut at {where} into documents of 2 kB or more" in capsys.readouterr().out
+    _, splits = dataset(tmp_path / "out")
+    sizes = [len(d) for split in splits.values() for d in split]
+    assert len(sizes) > 50 and len(splits["val"]) >= 3
+    assert max(sizes) < 6000  # of 2,000 bytes or more, and the last one of what is left
+    assert sum(size < 1500 for size in sizes) <= 1
+    # nothing is lost but line ends
+    every = sorted(bytes(d).decode() for split in splits.values() for d in split)
+    start = {d: "".join(BOOK[where].split()).index("".join(d.split())) for d in every}
+    assert "".join("".join(d.split()) for d in sorted(every, key=start.get)) == "".join(BOOK[where].split())
+
+
+def test_output_does_not_depend_on_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "BATCH", 2000)  # many batches from little text
+    ranks, texts = write_ranks(tmp_path / "tiny.model"), make_documents()
+    (tmp_path / "a.jsonl").write_text(json_lines(texts))
     bins = []
     for workers in (1, 3):
         out = tmp_path / f"out{workers}"
-        text.main([str(source), f"--encoding={ranks}", "--val_fraction=0.1", f"--workers={workers}",
-                   f"--out_dir={out}"])
-        bins.append((out / "train.bin").read_bytes())
+        prepare(tmp_path / "a.jsonl", encoding=ranks, val_fraction=0.1, workers=workers, out=out)
+        bins.append(contents(out))
     assert bins[0] == bins[1]
     meta, splits = dataset(out)
     assert (meta["encoding"], meta["dtype"]) == ("tokenizer.model", "uint16")
     t = get_tokenizer(meta["encoding"], folder=str(out))  # the copy beside the .bin files
     decoded = {split: [t.decode(d) for d in splits[split]] for split in splits}
-    assert [d for d in documents if d in set(decoded["train"])] == decoded["train"]  # in order
-    assert sorted(decoded["train"] + decoded["val"]) == sorted(documents)
+    assert [d for d in texts if d in set(decoded["train"])] == decoded["train"]  # in order
+    assert sorted(decoded["train"] + decoded["val"]) == sorted(texts)
     assert meta["val_bytes"] == sum(len(d.encode()) + 1 for d in decoded["val"])
     assert meta["bytes_per_token"] == meta["val_bytes"] / meta["val_tokens"] > 1
     assert 10 < len(decoded["val"]) < 60
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_long_documents_are_cut_without_changing_tokens(tmp_path, ranks, monkeypatch, suffix):
-    long = [" ".join(make_corpus(60, seed)) for seed in (1, 2)]
+def test_long_documents_are_cut_without_changing_tokens(tmp_path, monkeypatch, suffix):
+    ranks = write_ranks(tmp_path / "tiny.model")
+    long = [" ".join(make_documents(60, seed)) for seed in (1, 2)]
     long[1] = " ".join(long[1].split())  # one line
-    texts = ["\n<|endoftext|>\n".join(long), "".join(json.dumps({"text": d}) + "\n" for d in long)]
-    (tmp_path / f"a{suffix}").write_text(texts[suffix == ".jsonl"])
+    (tmp_path / f"a{suffix}").write_text(SEPARATOR.join(long) if suffix == ".txt" else json_lines(long))
     (tmp_path / "v.txt").write_text("val")
-    monkeypatch.setattr(text, "PIECE", 1000)
-    text.main([str(tmp_path / f"a{suffix}"), f"--val={tmp_path / 'v.txt'}", f"--encoding={ranks}",
-               f"--out_dir={tmp_path / 'out'}"])
+    monkeypatch.setattr(documents, "PIECE", 1000)
+    prepare(tmp_path / f"a{suffix}", val=str(tmp_path / "v.txt"), encoding=ranks, out=tmp_path / "out")
     assert dataset(tmp_path / "out")[1]["train"] == [get_tokenizer(ranks).encode(d).tolist() for d in long]
     # no place between two words: cut between characters, every byte kept
     (tmp_path / "b.txt").write_text("\u4e2d" * 2000 + "\U0001f600" * 700 + "<|endoftext|>" * 300)
-    text.main([str(tmp_path / "b.txt"), f"--val={tmp_path / 'v.txt'}", f"--out_dir={tmp_path / 'out'}"])
+    prepare(tmp_path / "b.txt", val=str(tmp_path / "v.txt"), out=tmp_path / "out")
     assert byte_documents(tmp_path / "out")["train"] == [(tmp_path / "b.txt").read_text()]
 
 
+@pytest.mark.parametrize("piece", [20, 64, 100_000])
+@pytest.mark.parametrize("separator", ["<|endoftext|>", ""])
+def test_documents_do_not_depend_on_the_blocks_that_are_read(tmp_path, monkeypatch, piece, separator):
+    """Against splitting the whole text at its lines."""
+    lines = [" ".join(d.split())[: 3 * i] for i, d in enumerate(make_documents(30))]
+    content = "\n".join(line for i, d in enumerate(lines) for line in (d, d[:9], *[separator] * (i % 3)))
+    expected, current = [], []
+    for line in [*content.split("\n"), separator]:
+        if line == separator:
+            expected += ["\n".join(current)] * bool("".join(current).strip())
+            current = []
+        else:
+            current.append(line)
+    (tmp_path / "a.txt").write_text(content)
+    monkeypatch.setattr(documents, "PIECE", piece)
+    options, found = documents.Options(separator), [""]
+    for part, last, _ in documents.read_documents(str(tmp_path / "a.txt"), options):
+        found[-1] += part
+        if last:
+            found.append("")
+    assert found[:-1] == expected
+
+
 def test_validation_choice_is_by_content(tmp_path):
-    documents = make_corpus(200)
+    texts = make_documents(200)
     vals = []
-    for i, order in enumerate((documents, documents[::-1] + documents[:50] + ["one more"])):
-        (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(order))
-        text.main([str(tmp_path / "a.txt"), "--val_fraction=0.1", f"--out_dir={tmp_path / str(i)}"])
+    for i, order in enumerate((texts, texts[::-1] + texts[:50] + ["one more"])):
+        (tmp_path / "a.txt").write_text(SEPARATOR.join(order))
+        prepare(tmp_path / "a.txt", val_fraction=0.1, out=tmp_path / str(i))
         splits = byte_documents(tmp_path / str(i))
         assert not set(splits["train"]) & set(splits["val"])
         vals.append(set(splits["val"]) - {"one more"})
@@ -262,93 +289,55 @@ def test_validation_choice_is_by_content(tmp_path):
 
 
 def test_copies_of_val_documents_are_left_out_of_training(tmp_path):
-    (tmp_path / "a.txt").write_text("x y\n<|endoftext|>\nheld\n<|endoftext|>\nz")
-    (tmp_path / "v.txt").write_text("held\n<|endoftext|>\nother")
-    text.main([str(tmp_path / "a.txt"), f"--val={tmp_path / 'v.txt'}", f"--out_dir={tmp_path / 'out'}"])
-    assert byte_documents(tmp_path / "out") == {"train": ["x y", "z"], "val": ["held", "other"]}
+    (tmp_path / "a.txt").write_text(SEPARATOR.join(["x y", "held", "z", "seen"]))
+    (tmp_path / "v.txt").write_text(SEPARATOR.join(["held", "other"]))
+    (tmp_path / "w.txt").write_text("seen")
+    val = f"{tmp_path / 'v.txt'},{tmp_path / 'w.txt'}"
+    prepare(tmp_path / "a.txt", val=val, out=tmp_path / "out")
+    assert byte_documents(tmp_path / "out") == {"train": ["x y", "z"], "val": ["held", "other", "seen"]}
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("none.txt", None, "no such file or folder"),
-    ("empty/.hidden.txt", b"x", "no text files in"),
-    ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3 is not valid JSON"),
-    ("a.jsonl", b'{"text": "x"}\n["text"]\n', r"a\.jsonl:2 has no text in field 'text'"),
-    ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1 has no text in field 'text'"),
-    ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1 is not valid JSON"),
-    ("a.txt", b"12345\n<|endoftext|>\n12\xff", r"a\.txt is not UTF-8 text \(byte 22\)"),
-    ("a.txt.gz", gzip.compress(os.urandom(500))[:100], r"cannot read .*a\.txt\.gz"),
-    ("a.txt.xz", b"not xz", r"cannot read .*a\.txt\.xz"),
-    ("a.txt", b"all one document", "1 documents for training and 0 held out"),
-    ("a.txt", b"\n\n", "0 documents for training and 0 held out"),
-])
+ZSTD = zstandard.ZstdCompressor().compress(json_lines(make_documents(5)).encode())
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("none.txt", None, "no such file or folder"),
+        ("empty/.hidden.txt", b"x", "no text files in"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3 is not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n["text"]\n', r"a\.jsonl:2 has no text in field 'text'"),
+        ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1 has no text in field 'text'"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1 is not valid JSON"),
+        ("a.jsonl", b'{"text":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", r"a\.jsonl:1 (is not|has no)"),
+        ("a.txt", b"12345\n<|endoftext|>\n12\xff", r"a\.txt is not UTF-8 text \(byte 22\)"),
+        ("a.txt", b"\xef\xbb\xbf12345\n<|endoftext|>\n12\xff", r"a\.txt is not UTF-8 text \(byte 25\)"),
+        ("a.txt", "text".encode("utf-16"), r"a\.txt is UTF-16, not UTF-8"),
+        ("a.jsonl", "{}".encode("utf-16"), r"a\.jsonl is UTF-16, not UTF-8"),
+        ("a.txt.gz", gzip.compress(os.urandom(500))[:100], r"cannot read .*a\.txt\.gz"),
+        ("a.txt.xz", b"not xz", r"cannot read .*a\.txt\.xz"),
+        ("a.txt.zst", b"not zstd", r"cannot read .*a\.txt\.zst"),
+        ("a.jsonl.zst", ZSTD[:-1], r"cannot read .*a\.jsonl\.zst: it is cut short"),
+        ("a.parquet", b"PAR1" + bytes(99) + b"PAR1", r"cannot read .*a\.parquet"),
+        ("a.txt", b"all one document", "1 documents for training and 0 held out"),
+        ("a.txt", b"\n\n", "0 documents for training and 0 held out"),
+    ],
+)
 def test_errors_are_one_line_and_leave_nothing(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
     argument = path.parent if name.startswith("empty") else path
-    with pytest.raises(SystemExit, match=message) as e:
-        text.main([str(argument), "--val_fraction=0.000001", f"--out_dir={tmp_path / 'out'}"])
+    with pytest.raises(UserError, match=message) as e:
+        prepare(argument, val_fraction=0.000001, out=tmp_path / "out")
     assert "\n" not in str(e.value)
-    assert leftovers(tmp_path / "out") == []
+    assert contents(tmp_path / "out") == {}
 
 
-# ---------------------------------------------------------------------------- python_source/prepare.py
-
-def make_tree(root, n=400):
-    """n distinct modules, exact copies of ten, and files that must be left out."""
-    for i in range(n):
-        folder = root / f"package{i % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        code = "".join(f"def function_{i}_{j}(argument): return argument + {i * 100 + j}\n" for j in range(5))
-        (folder / f"m{i}.py").write_text(code)
-        if i < 10:
-            (folder / f"copy{i}.py").write_text(code)
-    (root / "package0" / "__init__.py").write_text("")
-    (root / "package0" / "nul.py").write_bytes(b"# \0 " + b"x" * 100)
-    (root / "package0" / "latin.py").write_bytes(b"# \xe9 " + b"x" * 100)
-    (root / "package0" / "notes.txt").write_text("x" * 100)
-    return [("", str(root))]
-
-
-def test_python_source(tmp_path, capsys):
-    roots = make_tree(tmp_path / "tree")
-    python_source.main([f"--out_dir={tmp_path / 'a'}"], roots)
-    output = capsys.readouterr().out
-    assert "10 duplicates" in output and "1 not UTF-8" in output and "1 holds NUL" in output
-    assert "warning: less than 5 MB" in output
-    splits = byte_documents(tmp_path / "a")
-    originals = {p.read_text() for p in (tmp_path / "tree").rglob("m*.py")}
-    assert len(splits["train"]) + len(splits["val"]) == 400
-    assert set(splits["train"]) | set(splits["val"]) == originals and splits["val"]
-    # elsewhere, with one more package: same files held out, the others in the same order
-    make_tree(tmp_path / "elsewhere")
-    folders = ["more"] + [f"elsewhere/package{i}" for i in (2, 0, 1)]
-    roots = [("", str(tmp_path / folder)) for folder in folders]
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "new.py").write_text("a_new_module = 1\n" * 9)
-    python_source.main([f"--out_dir={tmp_path / 'b'}"], roots)
-    again = byte_documents(tmp_path / "b")
-    for split in ("train", "val"):
-        assert [d for d in again[split] if "a_new_module" not in d] == splits[split]
-    # a limit takes the first files of the same order
-    python_source.main([f"--out_dir={tmp_path / 'c'}", "--max_mb=0.06"], roots)
-    fewer = byte_documents(tmp_path / "c")["train"]
-    assert 0 < len(fewer) < 390 and fewer == again["train"][:len(fewer)]
-    assert sum(os.path.getsize(tmp_path / "c" / f"{s}.bin") for s in ("train", "val")) <= 60_000
-
-
-def test_near_copies_are_not_validated_on(tmp_path, capsys):
-    roots = make_tree(tmp_path / "tree")
-    python_source.main([f"--out_dir={tmp_path / 'a'}"], roots)
-    val = byte_documents(tmp_path / "a")["val"]
-    # a copy of a held-out file with other hash, on the training side: the held-out file goes
-    for i in range(100):
-        copy = val[0] + f"# {i}\n"
-        (tmp_path / "tree" / "package1" / "near.py").write_text(copy)
-        python_source.main([f"--out_dir={tmp_path / 'b'}"], roots)
-        splits = byte_documents(tmp_path / "b")
-        if copy in splits["train"]:
-            break
-    assert val[0] not in splits["val"] and splits["val"] == val[1:]
-    assert "1 held out but nearly in training" in capsys.readouterr().out
+def test_a_parquet_file_without_the_column_or_with_empty_rows_is_refused(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet has no text in column 'text'"):
+        prepare(tmp_path / "a.parquet", out=tmp_path / "out")
+    with pytest.raises(UserError, match="a.parquet has no column 'body'"):
+        prepare(tmp_path / "a.parquet", field="body", out=tmp_path / "out")

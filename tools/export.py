@@ -1,51 +1,92 @@
 """Checkpoints to Hugging Face folders, and back as initial weights.
 
-    python export.py out/run/best.pt out/hf [--dtype=bfloat16]      then out/hf is a model for transformers, vLLM,
-    python train.py --init_from=hf:out/hf ...                       llama.cpp's converter, lm-eval ...
+    python -m tools.export out/run/best.pt out/hf [--dtype=bfloat16]    for transformers, lm-eval ...
+    python train.py --init_from=hf:out/hf ...
 
                             dense                    MoE
     without qk_norm         LlamaForCausalLM         MixtralForCausalLM
     with qk_norm            Qwen3ForCausalLM         Qwen3MoeForCausalLM
 
-The numbers stay what they are: nothing is permuted or rescaled, fused matrices are only cut (q|k|v, gate|up, the
-stack of experts) and the vocabulary's padding is left out. Needs `pip install safetensors`, not transformers.
+The numbers stay what they are: nothing is permuted or rescaled, fused matrices are only cut (q|k|v, gate|up,
+the stack of experts) and the vocabulary's padding is left out.
 """
 
-import argparse
-import glob
 import json
 import os
+import shutil
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from checkpoint import load_checkpoint, model_config
-from configurator import fail
-from tokenizer import LLAMA3_PATTERN, get_tokenizer
+from model import GPT
+from nanotst import UserError
+from nanotst.checkpoint import all_finite, load_checkpoint, model_config
+from nanotst.configurator import run
+from nanotst.tokenizer import LLAMA3_PATTERN
+from nanotst.vocabulary import tokenizer_of
 
-KINDS = {(False, False): ("llama", "LlamaForCausalLM"), (True, False): ("qwen3", "Qwen3ForCausalLM"),
-         (False, True): ("mixtral", "MixtralForCausalLM"), (True, True): ("qwen3_moe", "Qwen3MoeForCausalLM")}
+KINDS = {  # (qk_norm, MoE?)
+    (False, False): ("llama", "LlamaForCausalLM"),
+    (True, False): ("qwen3", "Qwen3ForCausalLM"),
+    (False, True): ("mixtral", "MixtralForCausalLM"),
+    (True, True): ("qwen3_moe", "Qwen3MoeForCausalLM"),
+}
+LIST = "nanotst_export.json"  # names every file of an export: what may be replaced
+INSTALL = 'pip install "transformers>=4.57,<6"'
 
 
-def import_safetensors():
+@dataclass
+class Config:
+    """Usage: python -m tools.export CHECKPOINT FOLDER [--key=value ...]
+
+    Writes a checkpoint of train.py as a Hugging Face model: configuration, weights and, where its rules are
+    known, the tokenizer. The folder must be new, empty or an earlier export.
+    """
+
+    checkpoint: str  # such as out/run/best.pt
+    folder: str  # where the Hugging Face model goes
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in the files
+    data: str = ""  # folder of the corpus if it has moved since; only a vocabulary in a rank file needs it
+    overwrite: bool = False  # replace the export that is in the folder
+
+
+def import_packages():
+    """safetensors' save and load, and huggingface_hub, both of which transformers needs, too."""
     try:
+        import huggingface_hub
         import safetensors.torch
-        return safetensors
     except ImportError:
-        fail("Hugging Face folders need: pip install safetensors")
+        raise UserError(f"Hugging Face folders need: {INSTALL}") from None
+    return safetensors, huggingface_hub
+
+
+# ----------------------------------------------------------------------------------------- config and tensors
 
 
 def hf_config(c, dtype="float32", separator=None, balance_coef=0.001):
-    """The config.json of a GPTConfig c, as a dict. separator: id of the token between documents, where known."""
+    """The config.json of a GPTConfig c, a dict. separator: id of the token between documents, if known."""
     kind, architecture = KINDS[c.qk_norm, c.n_expert > 0]
     config = {
-        "architectures": [architecture], "model_type": kind, "torch_dtype": dtype,
-        "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
-        "intermediate_size": c.ff_dim, "hidden_act": "silu", "max_position_embeddings": c.block_size,
-        "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tie_embeddings, "attention_dropout": 0.0,
+        "architectures": [architecture],
+        "model_type": kind,
+        "torch_dtype": dtype,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.n_embd,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.ff_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.block_size,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
+        "attention_dropout": 0.0,
         "rope_theta": c.rope_theta,  # where transformers before version 5 looks for it, and others still do
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "bos_token_id": separator, "eos_token_id": separator,
+        "bos_token_id": separator,
+        "eos_token_id": separator,
     }
     if kind == "llama":
         config |= {"attention_bias": False, "mlp_bias": False}
@@ -54,16 +95,26 @@ def hf_config(c, dtype="float32", separator=None, balance_coef=0.001):
     else:
         config |= {"attention_bias": False, "use_sliding_window": False}
     if kind == "qwen3_moe":
-        config |= {"num_experts": c.n_expert, "moe_intermediate_size": c.ff_dim, "norm_topk_prob": True,
-                   "decoder_sparse_step": 1, "mlp_only_layers": []}
+        config |= {
+            "num_experts": c.n_expert,
+            "moe_intermediate_size": c.ff_dim,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     if c.n_expert:
-        config |= {"num_experts_per_tok": c.top_k, "output_router_logits": False, "router_aux_loss_coef": balance_coef}
+        config |= {
+            "num_experts_per_tok": c.top_k,
+            "output_router_logits": False,
+            "router_aux_loss_coef": balance_coef,
+        }
     return config
 
 
 def tensor_table(c):
-    """Yield (Hugging Face's name, our name, view) of each of their tensors. view(our tensor) has the shape of theirs
-    and shares our memory, so this one table serves both directions."""
+    """Yield (Hugging Face's name, our name, view) of each of their tensors. view(our tensor) has the shape of
+    theirs and shares our memory, so this one table serves both directions."""
+
     def rows(a, b):
         return lambda t: t[a:b]
 
@@ -99,38 +150,90 @@ def tensor_table(c):
         yield "lm_head.weight", "head.weight", rows(0, c.vocab_size)
 
 
-def save_hf(state, c, folder, dtype="float32", separator=None, balance_coef=0.001, shard_bytes=5e9):
-    """Write config.json and the weights, in place of those in the folder. state: a GPT's state_dict, c: its GPTConfig.
+# ------------------------------------------------------------------------------------------------ to a folder
 
-    Stops with a one-line message for a model that transformers has no counterpart of.
-    """
-    safetensors = import_safetensors()
+
+def save_hf(state, c, folder, dtype="float32", overwrite=False, extra=None, shard_bytes=5 * 10**9, **options):
+    """Write a Hugging Face model. state: a GPT's state_dict, c: its GPTConfig, extra: {file name: dict} of
+    further JSON files, options: of hf_config. Raises UserError for a model that transformers has no like of,
+    and for a folder that holds anything else than an earlier export."""
+    safetensors, hub = import_packages()
+    check_weights(state, c)
+    kind, table = getattr(torch, dtype), {hf: (us, view) for hf, us, view in tensor_table(c)}
+    shapes = {
+        hf: torch.empty(view(state[us]).shape, dtype=kind, device="meta") for hf, (us, view) in table.items()
+    }
+    plan = hub.split_torch_state_dict_into_shards(shapes, max_shard_size=shard_bytes)
+    files = dict(extra or {})
+    if plan.is_sharded:
+        files["model.safetensors.index.json"] = {
+            "metadata": plan.metadata,
+            "weight_map": plan.tensor_to_filename,
+        }
+    files["config.json"] = hf_config(c, dtype, **options)  # last: before it, the folder is no model
+    make_room(folder, plan.metadata["total_size"], overwrite)
+    try:
+        write_json(folder, LIST, {"files": sorted([*plan.filename_to_tensors, *files])})
+        for name, tensors in plan.filename_to_tensors.items():  # one at a time is copied
+            shard = {}
+            for hf in tensors:
+                us, view = table[hf]
+                shard[hf] = view(state[us]).to(kind, copy=True, memory_format=torch.contiguous_format)
+            safetensors.torch.save_file(shard, os.path.join(folder, name), metadata={"format": "pt"})
+        for name, value in files.items():
+            write_json(folder, name, value)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise UserError(
+            f"cannot write the model in {folder}, which is unfinished now: {one_line(e)}"
+        ) from None
+
+
+def check_weights(state, c):
+    """Raise UserError for weights that are not those of a GPTConfig c, or that no other program could use."""
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in GPT(c).state_dict().items()}
+    for name, shape in shapes.items():
+        if getattr(state.get(name), "shape", None) != shape:
+            raise UserError(f"the checkpoint's {name} does not fit its configuration")
+    if not all_finite(state.values()):
+        raise UserError("the weights in the checkpoint are not finite; use another one")
     if any(name.endswith("mlp.bias") and bias.any() for name, bias in state.items()):
-        fail("a model trained with balance_bias has no counterpart: there no bias takes part in the choice of experts")
-    shards, size, total, kind = [[]], 0, 0, getattr(torch, dtype)
-    for hf, us, view in tensor_table(c):
-        n = view(state[us]).numel() * kind.itemsize
-        if shards[-1] and size + n > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append((hf, us, view))
-        size, total = size + n, total + n
+        raise UserError(
+            "a model trained with balance_bias has no counterpart: there no bias helps to choose experts"
+        )
+
+
+def make_room(folder, n_bytes, overwrite):
+    """Make the folder, or empty it of an earlier export. Whatever else is in it is a UserError and stays."""
+    if folder.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth")):
+        raise UserError(
+            f"{folder} is named like a file of another kind, an export is a folder: choose another name"
+        )
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"{folder} is a file: choose another name")
+    there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    try:
+        with open(os.path.join(folder, LIST), encoding="utf-8") as f:
+            ours = {LIST, *json.load(f)["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    if others := sorted(there - ours):
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UserError(
+            f"{folder} holds {', '.join(others[:3])}{more}, which no export wrote: choose another folder"
+        )
+    if there and not overwrite:
+        raise UserError(f"{folder} already holds an export: choose another folder or --overwrite")
     os.makedirs(folder, exist_ok=True)
-    for pattern in ("config.json", "model*.safetensors*", "tokenizer*.json"):
-        for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
-            os.remove(path)
-    where = {}
-    for i, shard in enumerate(shards):  # one at a time is copied
-        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors = {hf: view(state[us]).to(kind, copy=True, memory_format=torch.contiguous_format) for hf, us, view in shard}
-        try:
-            safetensors.torch.save_file(tensors, os.path.join(folder, name), metadata={"format": "pt"})
-        except (OSError, safetensors.SafetensorError) as e:
-            fail(f"cannot write {os.path.join(folder, name)}: {e}")
-        where |= dict.fromkeys(tensors, name)
-    if len(shards) > 1:
-        write_json(folder, "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    write_json(folder, "config.json", hf_config(c, dtype, separator, balance_coef))  # last: before it, this is no model
+    free = shutil.disk_usage(folder).free + sum(os.path.getsize(os.path.join(folder, name)) for name in there)
+    if free < n_bytes:
+        raise UserError(
+            f"the model takes {n_bytes / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free"
+        )
+    for name in sorted(
+        there, key=lambda name: (name != "config.json", name == LIST)
+    ):  # at once no model any more
+        os.remove(os.path.join(folder, name))
 
 
 def write_json(folder, name, value):
@@ -138,172 +241,262 @@ def write_json(folder, name, value):
         json.dump(value, f, indent=1, ensure_ascii=False)
 
 
-# -------------------------------------------------------------------------------------------------------- the way back
+def one_line(error):
+    return " ".join(str(error).split())[:200]
+
+
+# ----------------------------------------------------------------------------------------------- the way back
+
+
+def number(config, *keys, kind=int, default=None):
+    """The first of the keys that a config.json holds, a positive number; ValueError if there is none."""
+    for key in keys:
+        value = config.get(key)
+        if value is None:
+            continue
+        if type(value) not in (int, kind) or not 0 < value < 2**63:
+            raise ValueError(f"its {key} is {value!r:.40}, not a positive {kind.__name__}")
+        return kind(value)
+    if default is None:
+        raise ValueError(f"its config.json has no {keys[0]}")
+    return default
 
 
 def knobs_of(config):
-    """A Hugging Face config.json (a dict) as our knobs. Raises ValueError for what this model cannot do."""
+    """A Hugging Face config.json as our knobs, a dict. Raises ValueError for what this model cannot do. What
+    it does not say is not guessed, but for what configurations of the first Llamas leave out."""
     kinds = {kind: key for key, (kind, _) in KINDS.items()}
+    if not isinstance(config, dict):
+        raise ValueError("its config.json holds no {...}")
     kind = config.get("model_type")
-    if kind not in kinds:
-        raise ValueError(f"model_type {kind} is none of {', '.join(kinds)}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"model_type {str(kind):.40} is none of {', '.join(kinds)}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    plain = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu",
-             "mlp_only_layers": [], "decoder_sparse_step": 1, "partial_rotary_factor": 1.0, "rope_type": "default"}
+    if not isinstance(rope, dict):
+        raise ValueError(f"its rope_parameters are {rope!r:.40}")
+    if rope.get("rope_theta", config.get("rope_theta")) != config.get("rope_theta", rope.get("rope_theta")):
+        raise ValueError(
+            f"its rope_theta is both {config['rope_theta']!r:.40} and {rope['rope_theta']!r:.40}"
+        )
+    plain = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "hidden_act": "silu",
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+        "partial_rotary_factor": 1.0,
+        "rope_type": "default",
+        "norm_topk_prob": True,
+        "quantization_config": None,
+    }
     if kind == "mixtral":
         plain["sliding_window"] = None
     found = {"norm_topk_prob": kind != "qwen3_moe", "rope_type": rope.get("type")} | rope | config
-    for key, value in (plain | {"norm_topk_prob": True}).items():
+    for key, value in plain.items():
         if found.get(key, value) not in (value, None):
-            raise ValueError(f"{key}={found[key]} has no counterpart in this model, which has {key}={value}")
+            raise ValueError(
+                f"{key}={str(found[key]):.40} has no counterpart in this model, which has {key}={value}"
+            )
     qk_norm, moe = kinds[kind]
-    n_head, ff = config["num_attention_heads"], "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
-    knobs = {
-        "vocab_size": config["vocab_size"], "n_layer": config["num_hidden_layers"], "n_embd": config["hidden_size"],
-        "n_head": n_head, "n_kv_head": config.get("num_key_value_heads") or n_head, "ff_dim": config[ff],
-        "head_dim": config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // n_head),
-        "qk_norm": qk_norm, "tie_embeddings": config.get("tie_word_embeddings", False),
-        "rope_theta": float(found.get("rope_theta") or (1e6 if kind == "mixtral" else 1e4)),
-        "norm_eps": config.get("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6), "n_expert": 0, "top_k": 0,
+    first = kind == "llama"
+    n_embd, n_head = number(config, "hidden_size"), number(config, "num_attention_heads")
+    if type(tie := config.get("tie_word_embeddings", False)) is not bool:
+        raise ValueError(f"its tie_word_embeddings is {str(tie):.40}")
+    return {
+        "vocab_size": number(config, "vocab_size"),
+        "n_layer": number(config, "num_hidden_layers"),
+        "n_embd": n_embd,
+        "n_head": n_head,
+        "n_kv_head": number(config, "num_key_value_heads", default=n_head if first else None),
+        "ff_dim": number(config, "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"),
+        "head_dim": number(config, "head_dim", default=None if qk_norm else n_embd // n_head),
+        "qk_norm": qk_norm,
+        "tie_embeddings": tie,
+        "rope_theta": number(found, "rope_theta", kind=float, default=1e4 if first else None),
+        "norm_eps": number(config, "rms_norm_eps", kind=float, default=1e-6 if first else None),
+        # transformers has written both names
+        "n_expert": number(config, "num_experts", "num_local_experts") if moe else 0,
+        "top_k": number(config, "num_experts_per_tok") if moe else 0,
     }
-    if moe:
-        knobs["n_expert"] = config.get("num_experts") or config["num_local_experts"]  # transformers has written both names
-        knobs["top_k"] = config["num_experts_per_tok"]
-    return knobs
 
 
-def load_hf(model, folder):
+def load_hf(model, folder, say=print):
     """Copy the weights of a Hugging Face folder (safetensors, in one file or several) into a GPT.
 
-    Stops with a one-line message that names the knobs to set if it has another shape, or what it cannot do.
+    Raises UserError, which names the knobs to set if it has another shape, or what it cannot do. An embedding
+    padded beyond the tokenizer's ids is cut to the corpus's vocabulary; `say` is called with a line about it.
     """
-    safetensors = import_safetensors()
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            knobs = knobs_of(json.load(f))
-    except (OSError, ValueError) as e:
-        fail(f"cannot load {folder}: {e}")
-    except KeyError as e:
-        fail(f"cannot load {folder}: its config.json has no {e}")
-    wrong = {key: value for key, value in knobs.items() if getattr(model.config, key) != value}
-    if "vocab_size" in wrong:
-        fail(f"{folder} has vocab_size {knobs['vocab_size']}, the corpus {model.config.vocab_size}: prepare the corpus "
-             "with the tokenizer of that model")
+        knobs = knobs_of(read_json(folder, "config.json"))
+    except ValueError as e:
+        raise UserError(f"cannot load {folder}: {one_line(e)}") from None
+    c = model.config
+    wrong = {key: value for key, value in knobs.items() if getattr(c, key) != value}
+    rows = wrong.pop("vocab_size", c.vocab_size)
+    if rows != c.vocab_size:
+        check_padding(folder, rows, c.vocab_size)
+        say(f"{folder}: rows {c.vocab_size} to {rows - 1} of the embedding and head, padding, are left out")
     if wrong:
-        fail(f"{folder} has another shape, set " + " ".join(f"--{key}={value}" for key, value in wrong.items())
-             + " (now " + ", ".join(f"{getattr(model.config, key)}" for key in wrong) + ")")
-
-    names, index = ["model.safetensors"], os.path.join(folder, "model.safetensors.index.json")
-    try:
-        if not os.path.isfile(os.path.join(folder, names[0])) and os.path.isfile(index):
-            with open(index, encoding="utf-8") as f:
-                names = sorted(set(json.load(f)["weight_map"].values()))
-        files = [safetensors.safe_open(os.path.join(folder, name), framework="pt") for name in names]
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as e:
-        fail(f"cannot read the weights in {folder}: {e}")
-    where = {name: f for f in files for name in f.keys() if not name.endswith("rotary_emb.inv_freq")}
-    table, ours = {hf: (us, view) for hf, us, view in tensor_table(model.config)}, dict(model.named_parameters())
-    if model.config.tie_embeddings:
+        raise UserError(
+            f"{folder} has another shape, set "
+            + " ".join(f"--{key}={value}" for key, value in wrong.items())
+            + " (now "
+            + ", ".join(f"{getattr(c, key)}" for key in wrong)
+            + ")"
+        )
+    where = open_weights(folder)
+    table, ours = {hf: (us, view) for hf, us, view in tensor_table(c)}, dict(model.named_parameters())
+    if c.tie_embeddings:
         where.pop("lm_head.weight", None)
     if unknown := where.keys() - table.keys():
-        fail(f"{folder}: {min(unknown)} has no counterpart in this model")
+        raise UserError(f"{folder}: {min(unknown)} has no counterpart in this model")
     if missing := table.keys() - where.keys():
-        fail(f"{folder} lacks {min(missing)}")
+        raise UserError(f"{folder} lacks {min(missing)}")
     for name, (us, view) in table.items():
         target, source = view(ours[us].detach()), where[name].get_tensor(name)
-        if target.shape != source.shape:
-            fail(f"{folder}: {name} is {tuple(source.shape)}, by its config.json it would be {tuple(target.shape)}")
-        target.copy_(source)
+        shape = tuple(target.shape)
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            shape = rows, shape[1]
+        if tuple(source.shape) != shape:
+            raise UserError(
+                f"{folder}: {name} is {tuple(source.shape)}, by its config.json it would be {shape}"
+            )
+        if source.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UserError(f"{folder}: {name} is {source.dtype}; quantized weights are not read")
+        if not all_finite([source]):
+            raise UserError(f"{folder}: {name} holds values that are not finite")
+        target.copy_(source[: len(target)])
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
+def read_json(folder, name):
+    """The value of a JSON file. Raises ValueError for one that is not there or damaged."""
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{name}: {getattr(e, 'strerror', None) or e}") from None
 
 
-def byte_characters():
-    """GPT-2's printable stand-in for each byte value, in which tokenizer.json spells tokens: list of 256 strings."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
+def open_weights(folder):
+    """{tensor name: the open safetensors file that holds it}."""
+    safetensors, _ = import_packages()
+    names, index = ["model.safetensors"], "model.safetensors.index.json"
+    try:
+        if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(os.path.join(folder, index)):
+            names = sorted(set(read_json(folder, index)["weight_map"].values()))
+        files = [safetensors.safe_open(os.path.join(folder, name), framework="pt") for name in names]
+        where = {name: f for f in files for name in f.keys()}  # noqa: SIM118, it is no dict
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as e:
+        raise UserError(f"cannot read the weights in {folder}: {one_line(e)}") from None
+    return {name: f for name, f in where.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def merge_of(token, ranks):
-    """The pair whose merge makes `token` (bytes) when byte pairs are merged by ascending rank, None if none does."""
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        rank, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-        if rank == len(ranks):
-            return None
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return tuple(parts) if len(parts) == 2 else None
+def check_padding(folder, theirs, ours):
+    """Raise UserError unless rows ours..theirs-1 of a folder's embedding are padding: ids of no token of its
+    tokenizer or, if it has none, a filling up of fewer than 1,024 rows to a multiple of 64."""
+    todo = "prepare the corpus with the tokenizer of that model"
+    differ = f"{folder} has vocab_size {theirs}, the corpus {ours}"
+    if theirs < ours:
+        raise UserError(f"{differ}: {todo}")
+    if not os.path.exists(os.path.join(folder, "tokenizer.json")):
+        if theirs % 64 or theirs - ours >= 1024:
+            raise UserError(f"{differ}: {todo}")
+        return
+    try:
+        tokenizer = read_json(folder, "tokenizer.json")
+        vocab = tokenizer["model"]["vocab"]
+        ids = list(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))
+        n = max(ids + [token["id"] for token in tokenizer.get("added_tokens") or []]) + 1
+        fits = n <= ours
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{differ}, and its tokenizer.json is damaged: {one_line(e)}") from None
+    if not fits:
+        raise UserError(f"{differ} and its tokenizer {n} tokens: {todo}")
+
+
+# -------------------------------------------------------------------------------------------------- tokenizer
 
 
 def hf_tokenizer(tokenizer):
-    """tokenizer.json (a dict) that gives the ids of a Tokenizer; None for encodings whose rules are not known here.
+    """tokenizer.json (a dict) that gives the ids of a Tokenizer; None for one whose rules are not known here.
 
     One difference is wanted: the names of special tokens, such as <|endoftext|>, are read as those tokens.
     """
-    characters, n = byte_characters(), tokenizer.separator
-    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    before = by_bytes
-    if tokenizer.name == "bytes":  # NUL is the separator. It takes the place of the byte, which no text holds
-        tokens, merges, special = [bytes([b]) for b in range(256)], [], {0: "<|endoftext|>"}
-    elif tokenizer.name in ("gpt2", "r50k_base") or tokenizer.rank_file:
-        tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-        n -= tokens[n] == b"<|end_of_text|>"  # of Llama 3, whose first special token is <|begin_of_text|>
-        special = {i: tokens[i].decode() for i in range(n, len(tokens))}
-        ranks = {token: i for i, token in enumerate(tokens[:n])}
-        merges = [" ".join("".join(characters[b] for b in part) for part in pair)
-                  for token in tokens[:n] if (pair := merge_of(token, ranks))]
-        before = by_bytes | {"use_regex": True}  # splits text as GPT-2 does
-        if tokenizer.rank_file:
-            split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
-            before = {"type": "Sequence", "pretokenizers": [split, by_bytes]}
-    else:
+    if not (tokenizer.name in ("bytes", "gpt2", "r50k_base") or tokenizer.rank_file):
         return None
-    vocab = {special.get(i) or "".join(characters[b] for b in token): i for i, token in enumerate(tokens)}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-        "added_tokens": [{"id": i, "content": text} | flags for i, text in special.items()],
-        "pre_tokenizer": before, "decoder": by_bytes,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": True, "vocab": vocab, "merges": merges},  # a token that is a word needs no merges
-    }
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="such as out/run/best.pt")
-    parser.add_argument("folder", help="where the Hugging Face model goes")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--data", default="", help="the corpus, for its rank file (default: where it was in training)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the model in the folder")
-    args = parser.parse_args(argv)
-    saved = load_checkpoint(args.checkpoint)
-    config, meta = model_config(saved["config"], saved["meta"]), saved["meta"]
-    if os.path.exists(os.path.join(args.folder, "config.json")) and not args.overwrite:
-        fail(f"{args.folder} already holds a model: choose another folder or --overwrite")
-    separator, encoding = meta.get("separator"), meta.get("encoding")  # a corpus made by other means may lack them
-    save_hf(saved["model"], config, args.folder, args.dtype, separator, saved["config"]["balance_coef"])
-    tokenizer, reason = None, "its rules are not known here" if encoding else "the corpus names none"
     try:
-        tokenizer = encoding and hf_tokenizer(get_tokenizer(encoding, folder=args.data or saved["data"]))
-    except SystemExit as e:  # a rank file that is not where it was, tiktoken is not installed ...
-        reason = str(e).removeprefix("error: ")
-    if tokenizer:
-        name = next(token["content"] for token in tokenizer["added_tokens"] if token["id"] == separator)
-        write_json(args.folder, "tokenizer.json", tokenizer)
-        write_json(args.folder, "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name, "eos_token": name,
-            "model_max_length": config.block_size, "clean_up_tokenization_spaces": False})
-    else:
-        print(f"no tokenizer is written: {reason}")
-    print(f"{args.folder}: {KINDS[config.qk_norm, config.n_expert > 0][1]}, {args.dtype}")
+        from tokenizers import AddedToken
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+    except ImportError:
+        raise UserError(f"it needs: {INSTALL}") from None
+    tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
+    n, pattern = tokenizer.separator, LLAMA3_PATTERN
+    if tokenizer.name == "bytes":  # NUL is the separator. It takes the place of the byte, which no text holds
+        tokens[0], n = b"<|endoftext|>", 256
+    elif not tokenizer.rank_file:
+        from tiktoken_ext.openai_public import r50k_pat_str as pattern
+    elif tokens[n] == b"<|end_of_text|>":  # of Llama 3, whose first special token is <|begin_of_text|>
+        n -= 1
+    converter = TikTokenConverter({token: i for i, token in enumerate(tokens[:n])}, pattern)
+    converter.load_tiktoken_bpe = lambda ranks: (
+        ranks
+    )  # by a path, it might get an older vocabulary from a cache
+    theirs = converter.converted()
+    special = tokens[n:] or tokens[:1]
+    theirs.add_special_tokens([AddedToken(name.decode(), normalized=False, special=True) for name in special])
+    text = tokenizer.decode(range(1, n))  # every token once
+    if (
+        theirs.get_vocab_size() != tokenizer.vocab_size
+        or theirs.encode(text).ids != tokenizer.encode(text).tolist()
+    ):
+        return None
+    return json.loads(theirs.to_str())
+
+
+def tokenizer_files(path, saved, block_size, data=""):
+    """({file name: dict} of a checkpoint's tokenizer, empty if there is none; lines to say about it)."""
+    try:
+        tokenizer = tokenizer_of(path, saved, data)
+        theirs = hf_tokenizer(tokenizer)
+    except UserError as e:  # a rank file that is not where it was, a package that is not installed ...
+        return {}, [f"no tokenizer is written: {e}"]
+    if not theirs:
+        return {}, [f"no tokenizer is written: the rules of {tokenizer.name} are not known here"]
+    name = next(token["content"] for token in theirs["added_tokens"] if token["id"] == tokenizer.separator)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": name,
+        "eos_token": name,
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+    }
+    notes = [f"the text {name} is read as the separator; none is put before a text by itself"]
+    if tokenizer.name == "bytes":
+        notes.append(
+            "llama.cpp's converter does not know a vocabulary of bytes: no GGUF file can be made of this"
+        )
+    elif tokenizer.rank_file and tokenizer.vocab_size != 128256:
+        notes.append("llama.cpp's converter does not know this vocabulary: no GGUF file can be made of this")
+    return {"tokenizer.json": theirs, "tokenizer_config.json": settings}, notes
+
+
+def main(config):
+    c = config
+    saved = load_checkpoint(c.checkpoint)
+    shape, meta = model_config(saved["config"], saved["meta"]), saved["meta"]
+    files, notes = tokenizer_files(c.checkpoint, saved, shape.block_size, c.data)
+    options = {"separator": meta.get("separator"), "balance_coef": saved["config"].get("balance_coef")}
+    if shape.n_expert and type(options["balance_coef"]) is not float:
+        raise UserError(f"{c.checkpoint}: its configuration has no balance_coef")
+    save_hf(saved["model"], shape, c.folder, c.dtype, c.overwrite, files, **options)
+    for note in notes:
+        print(note)
+    print(
+        f"{c.folder}: {KINDS[shape.qk_norm, shape.n_expert > 0][1]}, {c.dtype}, for texts of up to "
+        f"{shape.block_size} tokens"
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as e:
-        fail(e)
+    run(main, Config)

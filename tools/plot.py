@@ -1,66 +1,48 @@
-"""Compare training runs by their metrics.jsonl: a table, and validation loss at equal FLOPs, data and time.
+"""Compare training runs: a table, and validation loss at equal FLOPs, data and time. Reads what train.py
+writes, or what tools/keep.py has kept of it in results/.
 
-    python plot.py out/baseline out/tst
-    python plot.py out/b1 out/b2 out/t1 out/t2 --labels=baseline,baseline,TST,TST --table=results.md
-
-A RUN is a run folder or a metrics.jsonl. Runs under one label, of one length and bag size, count as seeds of one
-configuration: they share a colour, and the table gets a line with their mean, standard deviation and range. Give finished
-runs of one model: a run stopped before its learning rate has decayed ends too high, and as a baseline it would flatter
-the others; and equal positions are equal FLOPs only within one model. The table needs no matplotlib.
+Where runs differ in more than the table shows (model, corpus, learning rate) a note names it, and runs of
+different tokenizers are compared in bits per byte.
 """
-import argparse
-import json
+
 import math
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito, colour-blind safe
+from nanotst import UserError, configurator
+from tools.runs import differences, final, measure_of, read_runs
+
+
+@dataclass
+class Config:
+    """Usage: python -m tools.plot RUN [RUN ...] [--key=value ...]
+
+    python -m tools.plot out/baseline out/tst
+    python -m tools.plot out/b1 out/b2 out/t1 out/t2 --labels=baseline,baseline,TST,TST --table=table.md
+    python -m tools.plot results/curves              what is kept there, drawn again
+    python -m tools.plot results/moe/TST out/mine    kept runs of one name or label, and a new run
+
+    Runs of one label, length and bag size count as seeds of one configuration: they share a colour, and the
+    table gets a line with their mean, standard deviation and range. Give finished runs: one that was stopped
+    before its learning rate has decayed ends too high, and as a baseline it would flatter the others.
+    """
+
+    runs: list[str]  # run folders, metrics.jsonl files, kept folders, or KEPT/NAME, KEPT/LABEL
+    out: str = "curves.png"  # the picture; its ending sets the format
+    table: str = ""  # write the table to this file, too, as markdown
+    labels: str = ""  # one label for each run, comma-separated; equal labels are seeds of one configuration
+    baseline: str = ""  # name or label of the baselines; empty: the runs of bag size 1
+    title: str = ""  # heading of the picture
+    no_plot: bool = False  # print the table alone, which needs no matplotlib
+
+
+# Okabe and Ito's colours, told apart by the colour-blind, too
+COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 MARKERS = "osD^vPX"
 
-
-def load_metrics(path):
-    """Rows (dicts, ascending step) of a run folder or metrics.jsonl, as the run finally went.
-
-    A resumed run writes some steps twice: where steps go back, the earlier rows from there on are dropped, and rows
-    of one step become one row in which later values win. A torn last line (a killed process) is skipped with a note
-    on stderr. FileNotFoundError: no such run or no metrics.jsonl. ValueError: an unreadable line, as file:line.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such run")
-    if path.is_dir():
-        path = path / "metrics.jsonl"
-        if not path.exists():
-            raise FileNotFoundError(f"{path.parent}: no metrics.jsonl in this folder")
-    lines = [(n, line) for n, line in enumerate(path.read_text(errors="replace").split("\n"), 1) if line.strip()]
-    rows = []
-    for n, line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if n != lines[-1][0]:
-                raise ValueError(f"{path}:{n}: not a JSON object: {line[:40]!r}") from None
-            print(f"note: {path}:{n}: torn last line skipped", file=sys.stderr)
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), (int, float)):
-            raise ValueError(f"{path}:{n}: not a JSON object with a step")
-        row = {key: value for key, value in row.items() if value is not None}
-        if rows and row["step"] < rows[-1]["step"]:
-            rows = [old for old in rows if old["step"] < row["step"]]
-        if rows and row["step"] == rows[-1]["step"]:
-            row = rows.pop() | row
-        rows.append(row)
-    return rows
-
-
-def final(rows):
-    """The last row with a validation loss. ValueError if there is none."""
-    for row in reversed(rows):
-        if "val_loss" in row:
-            return row
-    raise ValueError("no validation rows")
+# ---------------------------------------------------------------------------------------------- measurements
 
 
 def bag_size_of(rows):
@@ -73,10 +55,12 @@ def superposition_ratio(rows):
     bag_size = bag_size_of(rows)
     if bag_size == 1:
         return 0.0
-    # Data per position is exactly 1 + r(s-1), whatever the logging interval; the steps of logged rows only bracket r.
-    # Bags in the output alone read no extra data: those runs are left to the steps.
+    # Data per position is exactly 1 + r(s-1), whatever the logging interval; the steps of logged rows only
+    # bracket r. Bags in the output alone read no extra data, and bags that shrink read less: these go by
+    # steps.
     last = next((row for row in reversed(rows) if row.get("positions") and "data_tokens" in row), None)
-    if last and last["data_tokens"] > last["positions"]:
+    sizes = {row.get("bag_size", 1) for row in rows} - {1}
+    if last and last["data_tokens"] > last["positions"] and len(sizes) == 1:
         return (last["data_tokens"] / last["positions"] - 1) / (bag_size - 1)
     return max(row["step"] for row in rows if row.get("bag_size", 1) > 1) / max(rows[-1]["step"], 1)
 
@@ -93,16 +77,18 @@ def mean_run(runs):
     mean = []
     for step in sorted(set.intersection(*map(set, by_step))):
         rows = [run[step] for run in by_step]
-        keys = [key for key in ("val_loss", "val_bpb", "positions", "data_tokens", "flops", "seconds")
-                if all(key in row for row in rows)]
+        keys = ("val_loss", "val_bpb", "positions", "data_tokens", "flops", "seconds")
+        keys = [key for key in keys if all(key in row for row in rows)]
         mean.append({"step": step} | {key: sum(row[key] for row in rows) / len(rows) for key in keys})
     return mean
 
 
-def baseline_ends(baselines):
+def baseline_ends(baselines, y="val_loss"):
     """[(FLOPs, loss)] at the end of the baselines, the lowest loss of each length (FLOPs within 1 %)."""
     lengths = []
-    for end in sorted(point for rows in baselines for point in curve([final(rows)], "flops") if point[0] > 0):
+    for end in sorted(
+        point for rows in baselines for point in curve([final(rows)], "flops", y) if point[0] > 0
+    ):
         if lengths and end[0] <= 1.01 * lengths[-1][0]:
             lengths[-1] = min(lengths[-1], end, key=lambda point: point[1])
         else:
@@ -110,20 +96,20 @@ def baseline_ends(baselines):
     return lengths
 
 
-def speedup(tst, baselines):
-    """(relation, factor): the FLOPs a baseline needs for a loss of the run `tst`, over the FLOPs `tst` needs for it.
+def speedup(tst, baselines, y="val_loss"):
+    """(relation, factor): the FLOPs a baseline needs for a loss of the run `tst`, over the FLOPs `tst` needs.
 
-    With a decaying learning rate a run shows what its FLOPs can buy only at its end. So with baselines of several
-    lengths the ends are compared: the FLOPs at which a baseline would end at tst's final loss, linear in loss over
-    log FLOPs between neighbouring lengths ("="); beyond the longest or the shortest baseline only a bound (">", "<").
-    With one length it is the point from which tst stays at or below the baseline's final loss, linear between its
-    validation rows (">=": ending there, with its decay done, tst would have been lower still), or "not reached".
-    "unknown": no FLOPs in the rows, or no baselines.
+    With a decaying learning rate a run shows what its FLOPs can buy only at its end. So with baselines of
+    several lengths the ends are compared: the FLOPs at which a baseline would end at tst's final loss, linear
+    in loss over log FLOPs between neighbouring lengths ("="); beyond the longest or the shortest only a bound
+    (">", "<"). With one length it is the point from which tst stays at or below the baseline's final loss,
+    linear between its validation rows (">=": ending there, decayed, tst would have been lower still), or "not
+    reached". "unknown": no FLOPs in the rows, or no baselines.
     """
-    ends, points = baseline_ends(baselines), [p for p in curve(tst, "flops") if p[0] > 0]
+    ends, points = baseline_ends(baselines, y), [p for p in curve(tst, "flops", y) if p[0] > 0]
     if not ends or "flops" not in final(tst):
         return "unknown", None
-    if not points or not math.isfinite(final(tst)["val_loss"]):
+    if not points or not math.isfinite(final(tst)[y]):
         return "not reached", None  # diverged
     if len(ends) == 1:
         (base_flops, target), start = ends[0], len(points)
@@ -132,7 +118,9 @@ def speedup(tst, baselines):
         if start == len(points):
             return "not reached", None
         flops, loss = points[start]
-        if start:  # before the first validation row nothing is known: then its own FLOPs are the cautious answer
+        if (
+            start
+        ):  # before the first validation row nothing is known: then its own FLOPs are the cautious answer
             f0, l0 = points[start - 1]
             flops = f0 + (flops - f0) * (l0 - target) / (l0 - loss)
         return ">=", base_flops / flops
@@ -146,170 +134,259 @@ def speedup(tst, baselines):
     return ">", ends[-1][0] / tst_flops
 
 
+def switches(rows):
+    """[(row, row)] for each switch: the last logged row on larger bags, and the first on smaller ones."""
+    logged = [row for row in rows if "loss" in row and "bag_size" in row]
+    return [(old, new) for old, new in zip(logged, logged[1:]) if new["bag_size"] < old["bag_size"]]
+
+
+def met_again(tst, baseline, switch, y="val_loss"):
+    """(relation, steps): how long after step `switch` the run `tst` is at the loss that the baseline has at
+    the same FLOPs, linear between validation rows ("="); at most so many steps, where its first validation
+    row after the switch is there already ("<="); "not met"; or "unknown": no baseline, or no FLOPs."""
+    base, before = curve(baseline, "flops", y), None
+    for row in (row for row in tst if row["step"] > switch and y in row and "flops" in row):
+        if not base or not base[0][0] <= row["flops"] <= 1.001 * base[-1][0]:
+            continue
+        gap = row[y] - np.interp(row["flops"], *zip(*base))
+        if gap <= 0:
+            if before is None:
+                return "<=", row["step"] - switch
+            step, old = before
+            return "=", step + (row["step"] - step) * old / (old - gap) - switch
+        before = row["step"], gap
+    return ("not met" if before else "unknown"), None
+
+
 def grouped(runs):
     """Lists of runs that differ by seed alone, as far as the rows show: same label, length and bag size."""
     groups = {}
     for run in runs:
-        groups.setdefault((run["label"], final(run["rows"])["step"], bag_size_of(run["rows"])), []).append(run)
+        alike = run["label"], final(run["rows"])["step"], bag_size_of(run["rows"])
+        groups.setdefault(alike, []).append(run)
     return list(groups.values())
 
 
+def mean_of(group):
+    """The rows of a group: those of its one run, or the mean of its seeds."""
+    return group[0]["rows"] if len(group) == 1 else mean_run([run["rows"] for run in group])
+
+
+# ----------------------------------------------------------------------------------------------------- table
+
+
+def table_line(name, rows, run, baselines, y, spread=""):
+    """The cells of one line of the table."""
+    end = final(rows)
+    relation, factor = ("unknown", None) if run["baseline"] else speedup(rows, baselines, y)
+    gain = {"unknown": "-", "=": ""}.get(relation, relation) + (f" {factor:.2f}x" if factor else "")
+    show = lambda key, text, scale=1: text.format(end[key] / scale) if key in end else "-"
+    bags = dict.fromkeys(str(row["bag_size"]) for row in run["rows"] if row.get("bag_size", 1) > 1)
+    cells = [name, "-".join(bags) or "1", f"{superposition_ratio(run['rows']):.3g}", f"{end['step']:,}"]
+    cells += [show("val_loss", "{:.4f}") + spread, show("val_bpb", "{:.4f}")]
+    cells += [
+        show("data_tokens", "{:,.2f}M", 1e6),
+        show("flops", "{:.3g}"),
+        show("seconds", "{:,.1f} min", 60),
+    ]
+    return [*cells, gain.strip()]
+
+
+def switch_line(group, baselines, y):
+    """What the switch does to a group of runs: the jump of training loss, and how soon it is made good."""
+    seeds = [switches(run["rows"]) for run in group]
+    if not seeds[0] or len(set(map(len, seeds))) > 1:
+        return None
+    jumps = []
+    for pairs in zip(*seeds):  # of one switch
+        old, new = (np.mean([pair[i]["loss"] for pair in pairs]) for i in (0, 1))
+        jumps.append(f"{old:.3f} -> {new:.3f} ({new - old:+.3f}) after step {pairs[0][0]['step']:,}")
+    end = final(group[0]["rows"]).get("flops", 0)
+    nearest = lambda rows: (round(abs(final(rows).get("flops", 0) / (end or 1) - 1), 2), final(rows)[y])
+    baseline = min(baselines, key=nearest, default=[])  # of baselines of one length the best
+    relation, steps = met_again(mean_of(group), baseline, seeds[0][-1][0]["step"], y)
+    said = {
+        "=": f"; validation loss is the baseline's at equal FLOPs about {steps or 0:,.0f} steps later",
+        "<=": f"; validation loss is below the baseline's at equal FLOPs by {steps or 0:,} steps later",
+        "not met": "; validation loss stays above the baseline's at equal FLOPs",
+    }
+    return f"- {group[0]['label']}: training loss {', '.join(jumps)}{said.get(relation, '')}."
+
+
 def table(runs):
-    """The comparison as a markdown table. `runs`: dicts of name, label, rows and baseline (bool)."""
+    """The comparison as a markdown table. `runs`: dicts of name, label, rows, facts and baseline (bool)."""
+    y = measure_of(runs)
     finite = [run for run in runs if run["baseline"] and math.isfinite(final(run["rows"])["val_loss"])]
-    baselines = [mean_run([run["rows"] for run in group]) for group in grouped(finite)]  # seeds averaged, then the best
-
-    def line(name, rows, run, spread=""):
-        end = final(rows)
-        relation, factor = ("unknown", None) if run["baseline"] else speedup(rows, baselines)
-        show = lambda key, text, scale=1: text.format(end[key] / scale) if key in end else "-"
-        return [name, str(bag_size_of(run["rows"])), f"{superposition_ratio(run['rows']):.3g}", f"{end['step']:,}",
-                show("val_loss", "{:.4f}") + spread, show("val_bpb", "{:.4f}"), show("data_tokens", "{:,.2f}M", 1e6),
-                show("flops", "{:.3g}"), show("seconds", "{:,.1f} min", 60),
-                "-" if relation == "unknown" else relation if factor is None
-                else f"{'' if relation == '=' else relation + ' '}{factor:.2f}x"]
-
-    cells = [["run", "bag size", "r", "steps", "val loss", "bits/byte", "data tokens", "FLOPs", "time", "speed-up"]]
+    baselines = [mean_of(group) for group in grouped(finite)]  # seeds averaged, then the best
+    header = ["run", "bag size", "r", "steps", "val loss", "bits/byte", "data tokens", "FLOPs"]
+    header += ["time", "speed-up"]
+    cells = [header, ["-:"] * len(header)]
     for run in runs:
         label = "" if run["label"] == run["name"] else f" ({run['label']})"
-        cells.append(line(run["name"] + label, run["rows"], run))
+        cells.append(table_line(run["name"] + label, run["rows"], run, baselines, y))
     for group in (group for group in grouped(runs) if len(group) > 1):
         losses = [final(run["rows"])["val_loss"] for run in group]
-        cells.append(line(f"{group[0]['label']}, mean of {len(group)}", mean_run([run["rows"] for run in group]),
-                          group[0], f" (sd {np.std(losses, ddof=1):.4f}, range {max(losses) - min(losses):.4f})"))
-    cells.insert(1, ["-:"] * len(cells[0]))
+        spread = f" (sd {np.std(losses, ddof=1):.4f}, range {max(losses) - min(losses):.4f})"
+        name = f"{group[0]['label']}, mean of {len(group)}"
+        cells.append(table_line(name, mean_of(group), group[0], baselines, y, spread))
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(cell.rjust(width, "-" if cell == "-:" else " ") for cell, width in zip(row, widths))
-             + " |" for row in cells]
-    lengths = len(baseline_ends(baselines))
-    how = {0: "no baseline with FLOPs given",
-           1: "one baseline length, so a lower bound: where the curve reaches the baseline's final loss"}.get(
-        lengths, f"final losses against baselines of {lengths} lengths, interpolated over log FLOPs")
-    return "\n".join(lines + ["", f"Validation loss in nats per token. Speed-up in FLOPs at equal loss ({how})."])
+    justify = lambda cell, width: cell.rjust(width, "-" if cell == "-:" else " ")
+    lines = ["| " + " | ".join(map(justify, row, widths)) + " |" for row in cells]
+
+    lengths = len(baseline_ends(baselines, y))
+    how = f"final losses against baselines of {lengths} lengths, interpolated over log FLOPs"
+    if lengths < 2:
+        how = "one baseline length, so a lower bound: where the curve reaches the baseline's final loss"
+        how = how if lengths else "no baseline with FLOPs given"
+    notes = [f"Validation loss in nats per token. Speed-up in FLOPs at equal loss ({how})."]
+    notes += differences(runs)
+    if switched := [line for group in grouped(runs) if (line := switch_line(group, baselines, y))]:
+        notes.append("At the switch:\n\n" + "\n".join(switched))
+    return "\n".join(lines) + "\n\n" + "\n\n".join(notes)
 
 
-def loss_limits(groups, means):
+# --------------------------------------------------------------------------------------------------- picture
+
+
+def loss_limits(groups, means, y="val_loss"):
     """y limits that show the end of the runs: validation losses from a third of their ordinary training on.
 
-    Superposition is left out of the choice: its next-token loss lies far above, and falls soon after the switch.
+    Superposition is left out of the choice: its next-token loss lies far above.
     """
     losses = []
     for group, rows in zip(groups, means):
         switch = max((row["step"] for row in group[0]["rows"] if row.get("bag_size", 1) > 1), default=0)
         start = switch + (rows[-1]["step"] - switch) / 3
-        losses += [loss for step, loss in curve(rows, "step") if step >= start]
+        losses += [loss for step, loss in curve(rows, "step", y) if step >= start]
     low, high = min(losses, default=0), max(losses, default=1)
     pad = 0.08 * (high - low) or 0.05
     return low - pad, high + pad
 
 
-def draw(runs, out, title=None):
-    """Write three panels of validation loss, against positions, data and time, to `out`. ImportError: no matplotlib."""
+def panels_of(runs):
+    """(heading, key of the rows, what it counts, [(scale, its name)]) of the three panels."""
+    counts = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+    times = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+    panels = [
+        ("Equal FLOPs", "positions", "transformer positions", counts),
+        ("Equal data", "data_tokens", "data tokens", counts),
+        ("Equal time", "seconds", "training time", times),
+    ]
+    ends = [final(run["rows"]) for run in runs]
+    costs = [end["flops"] / end["positions"] for end in ends if end.get("flops") and end.get("positions")]
+    if costs and max(costs) > 1.01 * min(costs):  # equal positions are equal FLOPs within one model only
+        powers = [(10.0**n, f"10$^{{{n}}}$") for n in range(24, 5, -3)]
+        panels[0] = ("Equal FLOPs", "flops", "FLOPs", powers)
+    return panels
+
+
+def draw_group(ax, group, mean, x_of, y, color, marker, noisy):
+    """The curves of one configuration: validation loss, that of its seeds, where bags end, and, if `noisy`,
+    training loss (one run stands for all). x_of(row): where a row stands, None if that is not known."""
+
+    def line(rows, key, scale=1.0, **look):
+        points = [(x_of(row), row[key] * scale) for row in rows if key in row and x_of(row) is not None]
+        points = [point for point in points if all(map(math.isfinite, point))]
+        every = len(points) // 20 + 1  # at most 20 markers a curve, one of them at its end
+        look |= dict(color=color, markevery=((len(points) - 1) % every, every))
+        ax.plot([x for x, _ in points], [loss for _, loss in points], **look)
+
+    first = group[0]["rows"]
+    bagged = [row for row in first if row.get("bag_size", 1) > 1]  # their training loss is another quantity
+    ordinary = [row for row in first if row.get("bag_size", 1) == 1]
+    per_nat = 1.0 if y == "val_loss" else final(first)[y] / final(first)["val_loss"]
+    if noisy:
+        line(ordinary, "loss", per_nat, lw=0.6, alpha=0.2, zorder=1, label="training loss")
+    for run in group if len(group) > 1 else ():
+        line(run["rows"], y, lw=0.8, alpha=0.45, zorder=2, label="one seed")
+    line(mean, y, lw=1.8, marker=marker, ms=4, zorder=3, label=group[0]["label"])
+    if bagged and x_of(bagged[-1]) is not None:
+        ax.axvline(x_of(bagged[-1]), color=color, ls=":", lw=1.3, zorder=0, label="switch")
+
+
+def label_ends(ax, ends, width, low, high):
+    """Write final values beside the ends of curves, [(loss, x, color)], moved up where they would overlap."""
+    placed = []
+    for loss, x, color in sorted(ends):
+        y = min(max(loss, low), high)
+        for other_x, other_y in placed:
+            if abs(other_x - x) < 0.2 * width:
+                y = max(y, other_y + 0.045 * (high - low))
+        placed.append((x, y))
+        box = dict(boxstyle="round,pad=0.1", fc="white", ec="none", alpha=0.7)
+        look = dict(textcoords="offset points", va="center", color=color, fontsize=9, bbox=box, zorder=4)
+        ax.annotate(f"{loss:.3f}", (x, y), (7, 0), **look)
+
+
+def draw(runs, title=""):
+    """A figure of three panels of validation loss: against positions (or FLOPs), data and time."""
     try:
         from matplotlib.figure import Figure  # without pyplot: draws with Agg, needs no display
         from matplotlib.lines import Line2D
     except ImportError:
-        raise ImportError("drawing needs the package matplotlib; --no_plot prints the table alone") from None
-    groups = grouped(runs)
-    means = [group[0]["rows"] if len(group) == 1 else mean_run([run["rows"] for run in group]) for group in groups]
-    low, high = loss_limits(groups, means)
+        raise UserError("drawing needs the package matplotlib; --no_plot prints the table alone") from None
+    y, groups = measure_of(runs), grouped(runs)
+    means = [mean_of(group) for group in groups]
+    low, high = loss_limits(groups, means, y)
+    noisy = len(runs) <= 2  # more curves are drawn without the training loss, which would hide them
     labels = list(dict.fromkeys(run["label"] for run in sorted(runs, key=lambda run: not run["baseline"])))
-    style = {label: (COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)]) for i, label in enumerate(labels)}
-    counts = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
-    times = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
-    panels = (("Equal FLOPs", "positions", "transformer positions", counts),
-              ("Equal data", "data_tokens", "data tokens", counts), ("Equal time", "seconds", "training time", times))
-    fig = Figure(figsize=(13, 4.8), layout="constrained", dpi=150)
+    style = {}
+    for i, label in enumerate(labels):
+        style[label] = COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
+
+    fig = Figure(figsize=(13, 4.8), layout="constrained", dpi=100)
     axes = fig.subplots(1, 3, sharey=True)
-    for ax, (heading, key, quantity, units) in zip(axes, panels):
-        longest = max((x for run in runs for x, _ in curve(run["rows"], key)), default=0)
+    for ax, (heading, key, quantity, units) in zip(axes, panels_of(runs)):
+        longest = max((x for run in runs for x, _ in curve(run["rows"], key, y)), default=0)
         scale, unit = next((unit for unit in units if longest >= 2 * unit[0]), units[-1])
-        ends = []
+        x_of = lambda row, key=key, scale=scale: row[key] / scale if key in row else None
+        width, ends = 1.22 * longest / scale or 1, []
         for group, mean in zip(groups, means):
             color, marker = style[group[0]["label"]]
-
-            def plot(rows, y, **look):
-                points = curve(rows, key, y)
-                every = len(points) // 20 + 1  # at most 20 markers a curve, one of them at its end
-                ax.plot([x / scale for x, _ in points], [y for _, y in points], color=color,
-                        markevery=((len(points) - 1) % every, every), **look)
-
-            one = group[0]["rows"]  # training loss and switch of one seed stand for all
-            bagged = [row for row in one if row.get("bag_size", 1) > 1]
-            # the training loss of superposition is another quantity, and is not drawn
-            plot([row for row in one if row.get("bag_size", 1) == 1], "loss", lw=0.6, alpha=0.25, zorder=1)
-            if len(group) > 1:
-                for run in group:
-                    plot(run["rows"], "val_loss", lw=0.8, alpha=0.45, zorder=2)
-            plot(mean, "val_loss", lw=1.8, marker=marker, ms=4, zorder=3)
-            if bagged and key in bagged[-1]:
-                ax.axvline(bagged[-1][key] / scale, color=color, ls=":", lw=1.3, zorder=0)
-            ends += [(loss, x / scale, color) for x, loss in curve([final(mean)], key)]
-        right = 1.22 * longest / scale or 1
-        placed = []  # final values stand beside the ends of their curves, pushed up where they would overlap
-        for loss, x, color in sorted(ends):
-            y = min(max(loss, low), high)
-            for other_x, other_y in placed:
-                if abs(other_x - x) < 0.2 * right:
-                    y = max(y, other_y + 0.045 * (high - low))
-            placed.append((x, y))
-            ax.annotate(f"{loss:.3f}", (x, y), (7, 0), textcoords="offset points", va="center", color=color, fontsize=9,
-                        bbox=dict(boxstyle="round,pad=0.1", fc="white", ec="none", alpha=0.7), zorder=4)
-        ax.set(title=heading, xlabel=f"{quantity} ({unit})", xlim=(0, right), ylim=(low, high))
+            draw_group(ax, group, mean, x_of, y, color, marker, noisy)
+            ends += [(loss, x / scale, color) for x, loss in curve([final(mean)], key, y)]
+        label_ends(ax, ends, width, low, high)
+        ax.set(title=heading, xlabel=f"{quantity} ({unit})", xlim=(0, width), ylim=(low, high))
         ax.grid(color="0.92")
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("validation loss (nats per token)")
+    axes[0].set_ylabel(f"validation loss ({'nats per token' if y == 'val_loss' else 'bits per byte'})")
+
     handles = []
     for label, (color, marker) in style.items():
         count = sum(run["label"] == label for run in runs)
-        handles.append(Line2D([], [], color=color, marker=marker, ms=5, lw=1.8,
-                              label=label + (f" ({count} runs)" if count > 1 else "")))
-    handles.append(Line2D([], [], color="0.6", lw=0.8, label="training loss, ordinary steps"))
+        text = label + (f" ({count} runs)" if count > 1 else "")
+        handles.append(Line2D([], [], color=color, marker=marker, ms=5, lw=1.8, label=text))
+    if noisy:
+        handles.append(Line2D([], [], color="0.6", lw=0.8, label="training loss, ordinary steps"))
     if any(bag_size_of(run["rows"]) > 1 for run in runs):
         handles.append(Line2D([], [], color="0.4", lw=1.3, ls=":", label="end of superposition"))
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
+    wide = sum(len(handle.get_label()) + 8 for handle in handles) > 150  # characters that fit in a line
+    fig.legend(handles=handles, loc="outside lower center", ncols=4 if wide else len(handles), frameon=False)
     if title:
         fig.suptitle(title)
-    fig.savefig(out)
+    return fig
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a metrics.jsonl")
-    parser.add_argument("--out", default="curves.png", help="picture; its ending sets the format (default %(default)s)")
-    parser.add_argument("--baseline", metavar="NAME", help="name or label of the baselines (default: bag size 1)")
-    parser.add_argument("--labels", metavar="A,B", help="one label per run; equal labels are seeds of one side")
-    parser.add_argument("--title", help="heading of the picture")
-    parser.add_argument("--table", metavar="FILE", help="write the table as markdown, too")
-    parser.add_argument("--no_plot", action="store_true", help="print the table alone")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        folders = [path.parent if path.is_file() else path for path in map(Path, args.runs)]
-        names = [path.resolve().name for path in folders]
-        names = [str(path) if names.count(name) > 1 else name for path, name in zip(folders, names)]
-        labels = args.labels.split(",") if args.labels else names
-        if len(labels) != len(names):
-            raise ValueError(f"--labels has {len(labels)} labels for {len(names)} runs")
-        if args.baseline and args.baseline not in names + labels:
-            raise ValueError(f"--baseline={args.baseline} is none of {', '.join(dict.fromkeys(names + labels))}")
-        runs = []
-        for path, name, label in zip(args.runs, names, labels):
-            rows = load_metrics(path)
-            if not any("val_loss" in row for row in rows):
-                raise ValueError(f"{path}: no validation rows")
-            baseline = args.baseline in (name, label) if args.baseline else bag_size_of(rows) == 1
-            runs.append(dict(name=name, label=label, rows=rows, baseline=baseline))
-        text = table(runs)
-        print(text)
-        if args.table:
-            Path(args.table).write_text(text + "\n")
-        if not args.no_plot:
-            draw(runs, args.out, args.title)
-            print(f"wrote {args.out}")
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"plot.py: {error}")
+def main(config):
+    runs = read_runs(config.runs)
+    labels = config.labels.split(",") if config.labels else [run["label"] or run["name"] for run in runs]
+    if len(labels) != len(runs):
+        raise UserError(f"--labels has {len(labels)} labels for {len(runs)} runs")
+    names = [run["name"] for run in runs] + labels
+    if config.baseline and config.baseline not in names:
+        raise UserError(f"--baseline={config.baseline} is none of {', '.join(dict.fromkeys(names))}")
+    for run, label in zip(runs, labels):
+        run["label"] = label
+        named = config.baseline in (run["name"], label)
+        run["baseline"] = named if config.baseline else bag_size_of(run["rows"]) == 1
+    text = table(runs)
+    print(text)
+    if config.table:
+        Path(config.table).write_text(text + "\n", encoding="utf-8")
+    if not config.no_plot:
+        draw(runs, config.title).savefig(config.out)
+        print(f"\nwrote {config.out}")
 
 
 if __name__ == "__main__":
-    main()
+    configurator.run(main, Config)

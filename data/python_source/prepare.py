@@ -1,41 +1,109 @@
-"""
-The default corpus: the Python source code on this machine. Needs no download and no vocabulary file.
+"""The default corpus: 200 MB of Python source as bytes, the same on every machine. See Config."""
 
-    python data/python_source/prepare.py [--max_mb=200] [--out_dir=data/python_source]
-
-Takes the .py files of the standard library and of the installed packages, as bytes (vocabulary 256).
-How much there is, and so the losses, depend on what is installed; two machines compare only with the
-same packages. Installed private packages are read too: look before sharing a model or the .bin files.
-
-Files are known by the hash of their content. It gives the order (a shuffle that does not depend on where
-Python is installed), the held-out files, and what is left out beyond --max_mb; so one more installed
-package adds files among the others without moving any between training and validation.
-"""
-import argparse
 import hashlib
 import os
+import re
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
+import zipfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
-from token_files import TokenFiles
-from tokenizer import get_tokenizer
+sys.path.insert(0, str(HERE.parents[1]))
+from data.token_files import TokenFiles  # noqa: E402
+from nanotst import UserError  # noqa: E402
+from nanotst.configurator import run  # noqa: E402
+from nanotst.tokenizer import get_tokenizer  # noqa: E402
 
+WHEELS = HERE / "wheels.txt"
+# What the wheels come to. Whoever changes wheels.txt or a rule below makes another corpus and another value.
+SHA256 = {
+    "train.bin": "e8a93dc0041d26c4716a50ef3f865db89740f86d1038295c181cac2ddee11a9b",
+    "val.bin": "082c54de40b4e67971c43b74789f8dfdbd5a3bb570058ea38ce8f563086548b1",
+}
 MIN_FILE, MAX_FILE = 64, 1_000_000  # bytes: empty __init__.py files, and tables written by programs
-VAL_FRACTION = 0.015                # of the files
-LONG_LINE = 30                      # bytes: shorter lines ("else:", "import os") repeat everywhere
-MAX_SEEN = 0.2                      # of the long lines of a held-out file may occur in training
+GENERATED = re.compile(
+    rb"(?i)auto-?generated|automatically (generated|created)|generated (by|from|using)|do not (edit|modify)"
+)
+HEAD = 1000  # bytes of a file in which it would say that a program wrote it
+WORDS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_# \t\r\n"
+MAX_TABLE = 0.45  # share of other bytes than those: above, a file is mostly numbers
+VAL_FRACTION = 0.015  # of the files
+LONG_LINE = 30  # bytes: shorter lines ("else:", "import os") repeat everywhere
+MAX_SEEN = {"train": 0.5, "val": 0.2}  # of the long lines of a file may stand in training files before it
 
 
-def source_roots() -> list[tuple[str, str]]:
-    """(label, folder) pairs: the standard library, then the package folders of this interpreter and,
-    in a virtual environment, of the one it was made from."""
+@dataclass
+class Config:
+    """The default corpus: Python source code as bytes (vocabulary 256), the same on every machine.
+
+        python data/python_source/prepare.py [--key=value ...]
+
+    pip fetches the wheels that wheels.txt names with their hashes (80 MB, some seconds), and the .py files in them
+    are taken. Where the index cannot be reached, the Python packages of this machine are taken instead, with a
+    warning: losses on them compare with nobody else's, and private packages among them are read too.
+
+    Files are known by the hash of their content. It gives their order, the files held out for validation, and what
+    is left out beyond --max_mb.
+    """
+
+    source: Literal["wheels", "installed"] = "wheels"  # the pinned wheels, or what is installed here
+    max_mb: float = 200.0  # stop at this many MB of source
+    out_dir: str = str(HERE)  # folder to write to
+
+
+def fetch_wheels(folder):
+    """The wheels of wheels.txt in `folder`, by pip, which checks the hashes. -> "" or why there is no network."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--platform", "any", "--implementation", "py", "--abi", "none"]
+    command += ["--python-version", "3.12"]  # or pip would refuse wheels that this Python is too old for
+    command += ["--retries", "1", "--require-hashes", "--requirement", str(WHEELS), "--dest", folder]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if result.returncode == 0:
+        return ""
+    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    last = errors[-1] if errors else (lines or ["no output"])[-1]
+    if "DO NOT MATCH THE HASHES" in result.stderr:
+        wheel = re.search(r"^\s+(\S+==\S+)", result.stderr, re.M)
+        raise UserError(
+            f"{wheel[1] if wheel else 'a wheel'} is not the file that {WHEELS.name} pins (its sha256 differs): "
+            "nothing was taken. Look at the package index that pip uses, or use --source=installed"
+        )
+    unreachable = re.search(r"connection broken by '(\w+)|(\w+Error)\(.*Max retries exceeded", result.stderr)
+    if unreachable:
+        return f"the package index cannot be reached ({unreachable[1] or unreachable[2]})"
+    if "No module named pip" in result.stderr:
+        raise UserError(
+            "pip fetches the wheels, and this Python has none: python -m ensurepip, or --source=installed"
+        )
+    if "No matching distribution found for" in result.stderr:
+        raise UserError(
+            f"{last}: the wheel was withdrawn, or the index that pip uses lacks it; see {WHEELS.name}"
+        )
+    raise UserError(f"pip download failed: {last}")
+
+
+def wheel_files(folder):
+    """Yield (package, name, read) for every .py file in the wheels. A wheel is a zip file and is not installed."""
+    for path in sorted(Path(folder).glob("*.whl")):
+        archive = zipfile.ZipFile(path)  # stays open for `read`
+        for name in archive.namelist():
+            if name.endswith(".py"):
+                yield path.name.split("-")[0], name, lambda archive=archive, name=name: archive.read(name)
+
+
+def source_roots():
+    """(label, folder) pairs: the standard library, then the package folders of this interpreter and, in a virtual
+    environment, of the one it was made from."""
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
     packages = [sysconfig.get_path(kind, vars=v) for kind in ("purelib", "platlib") for v in ({}, base)]
     packages += [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
@@ -45,117 +113,146 @@ def source_roots() -> list[tuple[str, str]]:
     return [(label, path) for path, label in roots.items()]
 
 
-def find_files(roots):
-    """Yield (package, path) of every .py file below the roots."""
+def installed_files(roots):
+    """Yield (package, path, read) for every .py file below the roots."""
     for label, root in roots:
         for folder, subfolders, names in os.walk(root):
             # the package folder lies inside the standard library's and is a root of its own
-            subfolders[:] = [s for s in subfolders if s not in ("site-packages", "dist-packages", "__pycache__")]
+            subfolders[:] = [
+                s for s in subfolders if s not in ("site-packages", "dist-packages", "__pycache__")
+            ]
             top = os.path.relpath(folder, root).split(os.sep)[0]
             for name in names:
                 if name.endswith(".py"):
-                    yield label or (name if top == "." else top), os.path.join(folder, name)
+                    path = os.path.join(folder, name)
+                    yield label or (name if top == "." else top), path, Path(path).read_bytes
 
 
-def long_lines(data: bytes) -> list[bytes]:
-    return [line for line in data.split(b"\n") if len(line) >= LONG_LINE]
-
-
-def read(path: str) -> bytes:
-    with open(path, "rb") as f:
-        return f.read()
-
-
-def unusable(data: bytes) -> str:
-    """Why a file is left out, or ''."""
+def unusable(data):
+    """Why a file is left out, or ""."""
     if not MIN_FILE <= len(data) <= MAX_FILE:
         return "too small" if len(data) < MIN_FILE else "too large"
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
         return "not UTF-8"
-    return "holds NUL" if b"\0" in data else ""  # NUL is the separator
+    if b"\0" in data:  # NUL is the separator
+        return "with NUL bytes"
+    if GENERATED.search(data[:HEAD]):
+        return "generated by programs"
+    return "mostly numbers" if len(data.translate(None, WORDS)) > MAX_TABLE * len(data) else ""
 
 
-def choose_files(roots, max_bytes: int):
-    """-> (list of (hash, package, path) in corpus order, Counter of reasons for leaving files out).
-    Only hashes and paths are kept in memory, not the files."""
-    found, dropped = {}, Counter()
-    for package, path in find_files(roots):
+def distinct_files(files, dropped):
+    """[(hash, package, read)] in the order of the hashes. The files themselves are not kept in memory."""
+    found = {}
+    for package, _, read in files:
         try:
-            data = read(path)
+            data = read()
         except OSError:
             dropped["unreadable"] += 1
             continue
-        reason = unusable(data)
-        key = hashlib.sha256(data).digest()
+        reason, key = unusable(data), hashlib.sha256(data).digest()
         if not reason and key in found:
             reason = "duplicates"
         if reason:
             dropped[reason] += 1
         else:
-            found[key] = (len(data) + 1, package, path)
-    chosen, total = [], 0
-    for key, (size, package, path) in sorted(found.items()):
-        if total + size > max_bytes:
-            dropped["over --max_mb"] = len(found) - len(chosen)
+            found[key] = (package, read)
+    return [(key, *found[key]) for key in sorted(found)]
+
+
+def choose(found, max_bytes, dropped):
+    """Yield (split, package, data) of the corpus in its order, training files first.
+
+    Packages carry files that differ in a few lines only (a model made from another, generated siblings, pip's
+    _vendor folder), which no content hash catches. A training file that mostly repeats those before it is left out.
+    A held-out file would measure memory: it is compared with all training files and the held-out ones before it.
+    """
+    seen, held_out, total = set(), [], 0
+
+    def repeats(data, split):
+        lines = [line for line in data.split(b"\n") if len(line) >= LONG_LINE]
+        if sum(line in seen for line in lines) > MAX_SEEN[split] * len(lines):
+            return True
+        seen.update(lines)
+        return False
+
+    for i, (key, package, read) in enumerate(found):
+        data = read()
+        # by the end of the hash, since its beginning gives the order
+        split = "val" if int.from_bytes(key[-8:], "big") < VAL_FRACTION * 2**64 else "train"
+        if split == "train" and repeats(data, split):
+            dropped["near-copies of others"] += 1
+            continue
+        if total + len(data) + 1 > max_bytes:
+            dropped["over --max_mb"] = len(found) - i
             break
-        chosen.append((key, package, path))
-        total += size
-    return chosen, dropped
+        total += len(data) + 1
+        if split == "train":
+            yield split, package, data
+        else:
+            held_out.append((package, data))
+    for package, data in held_out:
+        if repeats(data, "val"):
+            dropped["held out but nearly in training"] += 1
+        else:
+            yield "val", package, data
 
 
-def main(argv=None, roots=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max_mb", type=float, default=200, help="stop at this many MB of source (default 200)")
-    parser.add_argument("--out_dir", default=str(HERE), help="default: the folder of this script")
-    args = parser.parse_args(argv)
-    start = time.time()
-    roots = roots or source_roots()
-    for label, root in roots:
-        print(f"reading {label or 'packages'}: {root}")
-    chosen, dropped = choose_files(roots, int(args.max_mb * 1e6))
-
-    # Held-out files are chosen by the end of the hash, since its beginning gives the order.
-    held_out = [int.from_bytes(key[-8:], "big") < VAL_FRACTION * 2**64 for key, _, _ in chosen]
-    val = [(package, read(path)) for (_, package, path), held in zip(chosen, held_out) if held]
-    # Packages carry copies of each other's files that differ in a few lines (pip's _vendor folder, two
-    # installed versions, generated siblings), which no content hash catches. A held-out file that mostly
-    # repeats training lines would measure memory, so it is left out of both. The check is against all
-    # training files plus the held-out files already kept.
-    unseen = {line for _, data in val for line in long_lines(data)}
-    seen, packages, n_files = set(), Counter(), Counter()
-    with TokenFiles(args.out_dir, get_tokenizer("bytes")) as files:
-        def add(split: str, package: str, data: bytes):
-            files.add(split, np.frombuffer(data + b"\0", dtype=np.uint8), len(data) + 1)
-            packages[package] += len(data)
-            n_files[split] += 1
-
-        for (_, package, path), held in zip(chosen, held_out):
-            if not held:
-                data = read(path)
-                seen |= unseen.intersection(data.split(b"\n"))
-                add("train", package, data)
-        for package, data in val:
-            lines = long_lines(data)
-            if sum(line in seen for line in lines) > MAX_SEEN * len(lines):
-                dropped["held out but nearly in training"] += 1
-                continue
-            seen.update(lines)
-            add("val", package, data)
-
-        total = sum(packages.values())
-        top = [f"{name} {size / 1e6:.1f} MB" for name, size in packages.most_common(8)]
-        files.source = [f"{n_files.total():,} Python files, {total / 1e6:.1f} MB, of Python "
-                        f"{sys.version.split()[0]}: {len(packages)} packages", "largest: " + ", ".join(top)]
-    print(*files.source, sep="\n")
-    print("files left out: " + (", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common()) or "none"))
-    print(files.summary())
+def main(config, roots=None):
+    start, dropped = time.time(), Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        pinned = config.source == "wheels"
+        if pinned and (problem := fetch_wheels(folder)):
+            print(
+                f"warning: {problem}. Taking the packages of this machine: LOSSES WILL DIFFER from published ones"
+            )
+            pinned = False
+        if pinned:
+            files, of = wheel_files(folder), f"the wheels in {WHEELS.name}"
+        else:
+            roots = roots or source_roots()
+            files, of = installed_files(roots), f"Python {sys.version.split()[0]} as installed"
+            print(*(f"reading {label or 'packages'}: {root}" for label, root in roots), sep="\n")
+        n_files, total = write(config, files, of, pinned, dropped)
+    print(
+        "files left out: " + (", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common()) or "none")
+    )
     if total < 5e6:
-        print("warning: less than 5 MB of source; a model learns it by heart soon. Install more packages, or use "
-              "data/text/prepare.py with text of your own")
+        print(
+            "warning: less than 5 MB of source; a model learns it by heart soon. "
+            "Use data/text/prepare.py with text of your own"
+        )
     print(f"{n_files['val']:,} whole files held out for validation; {time.time() - start:.1f} s")
 
 
+def write(config, files, of, pinned, dropped):
+    """The corpus in out_dir. -> files of each split, bytes in all. Another result than the known one is an error."""
+    packages, n_files = Counter(), Counter()
+    found = distinct_files(files, dropped)
+    with TokenFiles(config.out_dir, get_tokenizer("bytes")) as out:
+        for split, package, data in choose(found, config.max_mb * 1e6, dropped):
+            out.add(split, np.frombuffer(data + b"\0", dtype=np.uint8), len(data) + 1)
+            out.end_document(split)
+            packages[package] += len(data)
+            n_files[split] += 1
+        total = packages.total()
+        out.source = [
+            f"{n_files.total():,} Python files, {total / 1e6:.1f} MB, of {of}: {len(packages)} packages",
+            "largest: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in packages.most_common(8)),
+        ]
+        out.close_shard()
+        if pinned and config.max_mb == Config.max_mb and out.sha256() != SHA256:
+            raise UserError(
+                f"the wheels are the pinned ones, but the corpus has sha256 {out.sha256()} instead of {SHA256}. "
+                f"If {WHEELS.name} or a rule was changed on purpose, put these into {__file__}"
+            )
+    print(*out.source, out.summary(), sep="\n")
+    if pinned:
+        print(*(f"sha256 of {name}: {value}" for name, value in out.sha256().items()), sep="\n")
+    return n_files, total
+
+
 if __name__ == "__main__":
-    main()
+    run(main, Config)

@@ -1,264 +1,157 @@
-"""
-Your own text files as a dataset.
+"""Your own text files as a corpus. See Config."""
 
-    python data/text/prepare.py FILE_OR_FOLDER ... [--encoding=gpt2] [--val=FILE] [--out_dir=data/text]
-
-Files are .txt, .md and .py (documents separated by a line that holds exactly the separator), or .jsonl
-(one object with a text field per line), each also as .gz or .xz; folders are searched for these names,
-hidden ones left out. The line end before a separator and at the end of a file is not part of the document.
-Everything streams: memory does not grow with the input. Documents keep their order, so shuffle them
-beforehand if it means something (all of one author, then all of the next).
-"""
-import argparse
-import gzip
-import hashlib
-import json
-import lzma
 import os
-import re
 import sys
-import time
-import zlib
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
-from token_files import TokenFiles
-from tokenizer import get_tokenizer
+sys.path.insert(0, str(HERE.parents[1]))
+from data.documents import SUFFIXES, Options, kind, read_documents  # noqa: E402
+from data.pipeline import File, Group, prepare, token_count  # noqa: E402
+from nanotst import UserError  # noqa: E402
+from nanotst.configurator import run  # noqa: E402
+from nanotst.tokenizer import get_tokenizer  # noqa: E402
 
-SUFFIXES = tuple(kind + packed for kind in (".txt", ".md", ".py", ".jsonl") for packed in ("", ".gz", ".xz"))
-PIECE = 256 * 1024   # bytes: longer documents are tokenised in pieces of at most this size
-BATCH = 1024 * 1024  # bytes of text handed to a worker at a time
+FEW_DOCUMENTS = 20  # with fewer than these, text is cut into documents by itself
+CUT = 2_000, 64_000  # bytes of such a document, at least and at most
+NAMES = 5  # of files left out that are said
 
 
-def find_files(arguments: list[str]) -> list[str]:
-    """Paths in a fixed order, each file once. SystemExit if one does not exist or none is found."""
-    paths = []
+@dataclass
+class Config:
+    """Your own text files as a corpus.
+
+        python data/text/prepare.py FILE_OR_FOLDER ... [--encoding=gpt2] [--val=FILE] [--out_dir=data/mine]
+
+    Files are .txt, .md and .py (documents separated by a line that holds exactly the separator), .jsonl and .ndjson
+    (an object with a text field per line), each also as .gz, .xz or .zst, and .parquet (a column of text). Folders
+    are searched for these names, hidden ones left out. The line end before a separator and at the end of a file is
+    not part of the document. A text without separators, one book, is cut at empty lines. Memory does not grow with
+    the input, and a large corpus that was stopped goes on when it is started again. Documents keep their order, so
+    shuffle them beforehand if it means something (all of one author, then all of the next).
+    """
+
+    inputs: list[str]  # files and folders
+    encoding: str = "bytes"  # bytes, a name that tiktoken knows such as gpt2, or the path of a rank file
+    out_dir: str = str(HERE)  # folder to write to
+    val: str = ""  # files and folders to validate on, separated by commas
+    val_fraction: float = 0.005  # of the documents to validate on, without --val
+    separator: str = "<|endoftext|>"  # the line between documents; empty: an empty line
+    field: str = "text"  # field of JSON objects, or column of parquet files
+    shard_tokens: str = "100M"  # a larger corpus becomes several files of this many tokens
+    workers: int = 0  # tokenising threads; 0: one a core
+
+
+def find_files(arguments):
+    """Paths in a fixed order, each file once, and {why left out: [paths]}."""
+    paths, left_out = [], {}
     for argument in arguments:
         if not os.path.exists(argument):
-            raise SystemExit(f"error: no such file or folder: {argument}")
-        if os.path.isfile(argument):
+            link = f" (a link to {os.readlink(argument)})" if os.path.islink(argument) else ""
+            raise UserError(f"no such file or folder: {argument}{link}")
+        if not os.path.isdir(argument):
             paths.append(argument)  # named by hand: any suffix will do
             continue
-        for folder, subfolders, names in os.walk(argument):
-            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-            paths += [os.path.join(folder, n) for n in sorted(names) if n.endswith(SUFFIXES) and n[0] != "."]
-    if not paths:
-        raise SystemExit(f"error: no text files in {' '.join(arguments)} (looked for {' '.join(SUFFIXES)})")
-    return list({os.path.realpath(p): p for p in paths}.values())
-
-
-def cut_point(data: bytes) -> int:
-    """data: the next PIECE + 2 bytes of a long document -> where to cut it, at most PIECE.
-
-    Before a single space between two words, because the split patterns of GPT-2, its successors and
-    Llama 3 all start a new piece of text there, so the tokens are those of the uncut document. Text
-    without such a place (base64, Chinese) is cut at a line end, or else between two characters, and its
-    tokens may differ from the uncut ones there."""
-    if match := re.match(rb"(?s).*[A-Za-z](?= [A-Za-z])", data):
-        return match.end()
-    cut = data.rfind(b"\n", 0, PIECE) + 1 or PIECE
-    while cut > 1 and data[cut] & 0xC0 == 0x80:  # inside of a UTF-8 character
-        cut -= 1
-    return cut
-
-
-def text_pieces(file, path: str, separator: bytes):
-    """Yield (text, last piece of its document?), at most PIECE bytes each."""
-    buffer, offset, line_start, started = bytearray(), 0, True, False
-
-    def decode(data: bytes) -> str:
-        try:
-            return data.decode("utf-8-sig" if offset == 0 else "utf-8")
-        except UnicodeDecodeError as e:
-            raise SystemExit(f"error: {path} is not UTF-8 text (byte {offset + e.start:,})") from None
-
-    while True:
-        line = file.readline(PIECE)  # bounded: a file may be one line
-        at_separator = line_start and line.rstrip(b"\r\n") == separator
-        if not line or at_separator:
-            text = decode(bytes(buffer)).removesuffix("\n").removesuffix("\r")
-            if started or text.strip():
-                yield text, True
-            offset, started = offset + len(buffer) + len(line), False
-            buffer.clear()
-        else:
-            buffer += line
-            while len(buffer) > PIECE + 2:
-                cut = cut_point(buffer[:PIECE + 2])
-                yield decode(bytes(buffer[:cut])), False
-                offset, started = offset + cut, True
-                del buffer[:cut]
-        if not line:
-            return
-        line_start = line.endswith(b"\n")
-
-
-def jsonl_pieces(file, path: str, field: str):
-    """Like text_pieces, of a file with one JSON object per line."""
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as e:  # also UnicodeDecodeError
-            raise SystemExit(f"error: {where} is not valid JSON: {e}") from None
-        text = row.get(field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise SystemExit(f"error: {where} has no text in field '{field}' (see --field)")
-        data = text.encode("utf-8", errors="replace")  # JSON can hold half a surrogate pair: becomes "?"
-        start = 0
-        while len(data) - start > PIECE + 2:
-            cut = start + cut_point(data[start:start + PIECE + 2])
-            yield data[start:cut].decode(), False
-            start = cut
-        if start or text.strip():
-            yield data[start:].decode(), True
-
-
-def read_pieces(paths: list[str], args, progress):
-    """Yield (path, text, first, last) of all files: the pieces of each document in order."""
-    separator = args.separator.encode()
-    for path in paths:
-        try:
-            with open(path, "rb") as raw:
-                file = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], lambda f: f)(raw)
-                is_jsonl = path.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz"))
-                pieces = jsonl_pieces(file, path, args.field) if is_jsonl else text_pieces(file, path, separator)
-                first = True
-                for text, last in pieces:
-                    progress(raw.tell(), len(text))
-                    # NUL is no text, and the separator of the byte vocabulary
-                    yield path, text.replace("\0", ""), first, last
-                    first = last
-                progress(os.path.getsize(path), 0, done=True)
-        except (lzma.LZMAError, zlib.error, EOFError, OSError) as e:
-            reason = getattr(e, "strerror", None) or str(e) or "truncated"
-            raise SystemExit(f"error: cannot read {path}: {reason}") from None
-
-
-def assign_splits(paths: list[str], val_paths: list[str], val_fraction: float, args, progress, counts: Counter):
-    """Yield (split, text, last). Documents are chosen for validation by a hash of their first piece, so
-    the choice depends on nothing else, and two copies of a document land on the same side. With --val
-    the copies in training of its documents are left out."""
-    held_out, split = set(), ""
-    for group in (val_paths, paths):
-        for path, text, first, last in read_pieces(group, args, progress):
-            if first:
-                key = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                if group is val_paths:
-                    split = "val"
-                    held_out.add(key)
-                elif val_paths:
-                    split = "" if key in held_out else "train"
+        for folder, subfolders, names in os.walk(argument, onerror=cannot_read):
+            for name in sorted([*subfolders, *names]):
+                path = os.path.join(folder, name)
+                is_folder = name in subfolders
+                if name.startswith("."):
+                    why = "hidden"
+                elif is_folder:
+                    why = "a link to a folder" if os.path.islink(path) else ""
+                elif not name.lower().endswith(SUFFIXES):
+                    why = "another kind of file"
+                elif not os.path.isfile(path):
+                    why = "a broken link" if os.path.islink(path) else "not a regular file"
                 else:
-                    split = "val" if int.from_bytes(key, "big") < val_fraction * 2**64 else "train"
-                counts[split] += 1
-                counts["file", path] += 1
-            if split:
-                yield split, text, last
+                    why = "this program" if os.path.realpath(path) == os.path.realpath(__file__) else ""
+                if why:
+                    left_out.setdefault(why, []).append(path)
+                elif not is_folder:
+                    paths.append(path)
+            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+    return list({os.path.realpath(p): p for p in paths}.values()), left_out
 
 
-def in_batches(pieces):
-    """Group pieces to lists of about BATCH bytes, so that handing over short documents costs little."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[1])
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def cannot_read(error):
+    raise UserError(f"cannot read {error.filename}: {error.strerror}")
 
 
-def encode_batch(tokenizer, batch) -> list[tuple[str, np.ndarray, int]]:
-    """-> (split, ids (T,), bytes) per piece, a separator after each document."""
-    separator = np.array([tokenizer.separator])
-    out = []
-    for split, text, last in batch:
-        ids = tokenizer.encode(text)
-        out.append((split, np.concatenate([ids, separator]) if last else ids, len(text.encode()) + last))
-    return out
+def some(paths):
+    """Names for people: the first few, and how many more."""
+    more = f" and {len(paths) - NAMES:,} more" if len(paths) > NAMES else ""
+    return ", ".join(paths[:NAMES]) + more
 
 
-def map_in_order(function, items, workers: int):
-    """Like map(), in threads, with at most 2 * workers results waiting. Threads are enough, since
-    tiktoken releases the interpreter lock while it works; order, and so the output, stays the same."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def own_documents(paths, options):
+    """Set options.cut if the text has (nearly) no separators. -> the share to hold out then, or 0."""
+    n_documents = n_bytes = n_lines = n_empty = 0
+    if len(paths) >= FEW_DOCUMENTS or any(kind(p) != "text" for p in paths):
+        return 0.0
+    for path in paths:
+        for text, last, _ in read_documents(path, options):
+            n_documents += last
+            n_bytes += len(text.encode())
+            n_lines += text.count("\n")
+            n_empty += text.count("\n\n") + text.count("\n\r\n")
+            if n_documents >= FEW_DOCUMENTS:
+                return 0.0
+    if n_bytes < 2 * CUT[0]:
+        return 0.0
+    size = min(max(n_bytes // 1000, CUT[0]), CUT[1])
+    many = n_bytes // (2 * size)
+    options.cut, options.cut_at = (
+        size,
+        ("empty lines" if n_empty > many else "line ends" if n_lines > many else "words"),
+    )
+    share = min(0.1, FEW_DOCUMENTS * size / max(n_bytes, 1))
+    print(
+        f"{n_documents} documents in {n_bytes / 1e6:,.1f} MB are too few to hold some of them out: the text is cut at "
+        f"{options.cut_at} into documents of {size / 1000:.0f} kB or more, and {share:.1%} of them are held out. "
+        "Give --val=FILE, or a --separator, for another way"
+    )
+    return share
 
 
-class Progress:
-    """A line on stderr: share of the input read (as stored, so known for compressed files), MB of text
-    per second, time left."""
-
-    def __init__(self, paths: list[str]):
-        self.total = max(1, sum(os.path.getsize(p) for p in paths))
-        self.files, self.text, self.start, self.shown = 0, 0, time.time(), time.time()
-
-    def __call__(self, position: int, n_text: int, done: bool = False):
-        """position: in the current file, stored bytes; n_text: characters read since the last call."""
-        self.text += n_text
-        now, share = time.time(), (self.files + position) / self.total
-        if now - self.shown > (0.5 if sys.stderr.isatty() else 10) and share > 0:
-            self.shown, seconds = now, now - self.start
-            print(f"{share:6.1%}  {self.text / 1e6 / seconds:.1f} MB/s  {seconds * (1 / share - 1):.0f} s left  ",
-                  end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
-        if done:
-            self.files += position
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("inputs", nargs="+", metavar="FILE_OR_FOLDER")
-    add("--encoding", default="bytes", help="bytes (default), gpt2 or another name of tiktoken, or a rank file")
-    add("--out_dir", default=str(HERE), help="default: the folder of this script")
-    add("--val", action="append", default=[], help="file or folder to validate on; may be repeated")
-    add("--val_fraction", type=float, default=0.005, help="of the documents, without --val (default 0.005)")
-    add("--separator", default="<|endoftext|>",
-        help="the line between documents (default <|endoftext|>); '' is an empty line")
-    add("--field", default="text", help="field of .jsonl objects (default text)")
-    add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="tokenising threads (default: cores)")
-    args = parser.parse_args(argv)
-    if not 0 < args.val_fraction < 1 or args.workers < 1:
-        parser.error("--val_fraction is between 0 and 1, --workers at least 1")
-
-    val_paths = find_files(args.val) if args.val else []
+def main(config):
+    if not 0 < config.val_fraction < 1 or config.workers < 0:
+        raise UserError("--val_fraction is between 0 and 1, --workers at least 0")
+    val_paths, val_left_out = find_files([v for v in config.val.split(",") if v])
+    found, left_out = find_files(config.inputs)
+    for why, some_paths in val_left_out.items():
+        left_out.setdefault(why, []).extend(some_paths)
     held_out = {os.path.realpath(p) for p in val_paths}
-    paths = [p for p in find_files(args.inputs) if os.path.realpath(p) not in held_out]
-    tokenizer = get_tokenizer(args.encoding)
-    start, counts = time.time(), Counter()
-    with TokenFiles(args.out_dir, tokenizer) as files:
-        pieces = assign_splits(paths, val_paths, args.val_fraction, args, Progress(val_paths + paths), counts)
-        workers = 1 if args.encoding == "bytes" else args.workers  # bytes are a copy, not work
-        for batch in map_in_order(lambda b: encode_batch(tokenizer, b), in_batches(pieces), workers):
-            for split, ids, n_bytes in batch:
-                files.add(split, ids, n_bytes)
-        n_train, n_val = counts["train"], counts["val"]
-        if not n_train or not n_val:
-            raise SystemExit(f"error: {n_train:,} documents for training and {n_val:,} held out for validation: "
-                             "give --val=FILE, another --val_fraction, or a --separator that splits the text")
-        lines = [f"{p}: {counts['file', p]:,} documents{', held out' * (i < len(val_paths))}"
-                 for i, p in enumerate(val_paths + paths)]
-        files.source = lines[:50] + [f"and {len(lines) - 50:,} more files"] * (len(lines) > 50)
-    copies = f", {counts['']:,} left out as copies of those" * bool(counts[""])
-    print(f"{n_train:,} documents for training, {n_val:,} held out{copies}")
-    print(files.summary())
-    print(f"{time.time() - start:.1f} s")
+    paths = [p for p in found if os.path.realpath(p) not in held_out]
+    for why, some_paths in left_out.items():
+        print(f"left out, {why}: {len(some_paths):,}: {some(some_paths)}")
+    for arguments, some_paths in ((config.inputs, paths), (config.val.split(","), val_paths)):
+        if arguments != [""] and not some_paths:
+            raise UserError(f"no text files in {' '.join(arguments)} (looked for {' '.join(SUFFIXES)})")
+    kinds = ", ".join(f"{n:,} {k}" for k, n in Counter(kind(p) for p in paths).items())
+    print(f"reading {kinds}: {some(paths)}" + f"; held out: {some(val_paths)}" * bool(val_paths))
+
+    tokenizer = get_tokenizer(config.encoding)
+    options, val_fraction = Options(config.separator, config.field), config.val_fraction
+    if not val_paths:
+        val_fraction = max(val_fraction, own_documents(paths, options))
+    files, val_files = (
+        [File(os.path.abspath(p), os.path.getsize(p), str(os.stat(p).st_mtime_ns)) for p in some_paths]
+        for some_paths in (paths, val_paths)
+    )
+    groups = [Group("val", val_files), Group("train", files)] if val_files else [Group("", files)]
+    prepare(
+        groups,
+        tokenizer,
+        config.out_dir,
+        options,
+        val_fraction=val_fraction,
+        workers=config.workers,
+        shard_tokens=token_count(config.shard_tokens, "shard_tokens"),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run(main, Config)

@@ -1,0 +1,40 @@
+"""DCLM-baseline as tokens. See Config."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from data.hub import prepare_from_hub  # noqa: E402
+from nanotst.configurator import run  # noqa: E402
+
+
+@dataclass
+class Config:
+    """DCLM-baseline (Hugging Face hub, jsonl.zst) as tokens, in shards of 100M.
+
+        pip install huggingface_hub zstandard
+        python data/dclm/prepare.py --tokens=10B [--encoding=path/to/llama-3/tokenizer.model]
+
+    Files are taken in an order of the seed, documents are shuffled within a shard,
+    and the first file is kept for validation. Stopped and started again, it goes on.
+    """
+
+    tokens: str = "10B"  # to train on; 0: all there are
+    val_tokens: str = "10M"  # to validate on
+    encoding: str = "gpt2"  # bytes, a name that tiktoken knows, or the path of a rank file
+    folder: str = ""  # of the repository; empty: all of it
+    seed: int = 0  # order of files and documents
+    shard_tokens: str = "100M"  # tokens of a file of the corpus
+    workers: int = 0  # tokenising threads; 0: one a core
+    keep: bool = False  # leave the files in the hub's cache instead of removing each when it is done
+    out_dir: str = str(HERE)  # folder to write to
+
+
+def main(config):
+    prepare_from_hub("mlfoundations/dclm-baseline-1.0", ".jsonl.zst", config)
+
+
+if __name__ == "__main__":
+    run(main, Config)

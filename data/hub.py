@@ -1,0 +1,99 @@
+"""Corpora on the Hugging Face hub: whole files, fetched one ahead of the one being read.
+
+huggingface_hub does the fetching: it goes on where a connection broke, tries again, and checks what came. Reading rows
+from the hub instead is refused after a while (HTTP 429). HF_ENDPOINT, HF_TOKEN and HF_HOME mean what they always do.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+from data.documents import Options, needs
+from data.pipeline import File, Group, prepare, token_count
+from data.token_files import UNFINISHED
+from nanotst import UserError
+from nanotst.tokenizer import get_tokenizer
+
+
+@dataclass
+class HubFile(File):
+    repo: str = ""
+    revision: str = ""
+    folder: str = ""  # to fetch to, or "" for the hub's own cache, where files stay
+
+    must_be_fetched = True
+
+    def fetch(self):
+        hub = needs("huggingface_hub", self.repo)
+        needs("tqdm", "the progress bar").tqdm.write(f"fetching {self.name} ({self.size / 1e9:.2f} GB)")
+        return ask(
+            f"fetching {self.name} of {self.repo}",
+            hub.hf_hub_download,
+            self.repo,
+            self.name,
+            repo_type="dataset",
+            revision=self.revision,
+            local_dir=self.folder or None,
+        )
+
+    def release(self):
+        if self.folder:
+            os.remove(os.path.join(self.folder, self.name))
+
+
+def prepare_from_hub(repo, suffix, config):
+    """The corpus of a prepare script over a repository of the hub. `config` is its Config."""
+    if os.path.exists(os.path.join(config.out_dir, "meta.json")):
+        print(f"{config.out_dir} is prepared already; remove its meta.json to do it again")
+        return
+    tokens, val_tokens = token_count(config.tokens, "tokens"), token_count(config.val_tokens, "val_tokens")
+    tokenizer = get_tokenizer(config.encoding)
+    files = list_files(repo, suffix, config)
+    size = sum(f.size for f in files)
+    print(
+        f"{repo}/{config.folder}: {len(files):,} files, {size / 1e9:,.1f} GB; {files[0].name} is validated on"
+    )
+    if not config.keep:
+        print("each file is removed when its tokens are written (--keep leaves it in the hub's cache)")
+    groups = [Group("val", files[:1], val_tokens), Group("train", files[1:], tokens)]
+    prepare(
+        groups,
+        tokenizer,
+        config.out_dir,
+        Options(seed=config.seed),
+        workers=config.workers,
+        shard_tokens=token_count(config.shard_tokens, "shard_tokens"),
+        seed=config.seed,
+    )
+
+
+def list_files(repo, suffix, config):
+    """The HubFiles of a folder in an order that depends on the seed: the first ones are a sample of all."""
+    hub = needs("huggingface_hub", repo)
+    hub.utils.disable_progress_bars()  # two bars at once are unreadable
+    api, doing = hub.HfApi(), f"listing {repo}/{config.folder}"
+    revision = ask(doing, api.dataset_info, repo).sha
+    tree = ask(
+        doing,
+        lambda: list(
+            api.list_repo_tree(
+                repo, config.folder or None, recursive=True, revision=revision, repo_type="dataset"
+            )
+        ),
+    )
+    folder = "" if config.keep else os.path.join(config.out_dir, UNFINISHED, "files")
+    files = [
+        HubFile(f.path, f.size, f.blob_id, repo, revision, folder) for f in tree if f.path.endswith(suffix)
+    ]
+    if len(files) < 2:
+        raise UserError(f"{repo}/{config.folder} has {len(files)} files *{suffix}; two or more are needed")
+    return sorted(files, key=lambda f: hashlib.sha256(f"{config.seed} {f.name}".encode()).digest())
+
+
+def ask(doing, function, *args, **kwargs):
+    """A call of huggingface_hub. Its errors are of many classes and all the network's or the hub's."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{doing} failed ({type(e).__name__}: {reason}); start again to go on") from e

@@ -1,0 +1,332 @@
+"""From files to a corpus: documents, tokens, shards. All prepare scripts but the default corpus' one use this.
+
+    prepare([Group("val", files, limit), Group("train", files, limit)], tokenizer, out_dir, options)
+
+Files are read one after the other, documents are tokenised on all cores, and every `shard_tokens` tokens a shard is
+written and the place in the input is noted. A preparation that is stopped and started again goes on from there:
+shards are neither made again nor different, whatever the number of workers.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from threading import Thread
+from typing import NamedTuple
+
+import numpy as np
+
+from data.documents import kind, needs, read_documents
+from data.token_files import TokenFiles
+from nanotst import UserError
+
+BATCH = 1024 * 1024  # bytes of text handed to a worker at a time
+FEW_DOCUMENTS, FEW_TOKENS = 20, 1_000_000  # a validation split with less of both is warned about
+BYTES_PER_TOKEN = (
+    6  # more than any vocabulary reaches on text, so that a disk is never called too small wrongly
+)
+
+
+@dataclass
+class File:
+    """A file of documents. One that must be fetched first has methods of its own, see hub.py."""
+
+    name: str
+    size: int  # stored bytes
+    version: str = ""  # differs when the content does
+
+    must_be_fetched = False
+
+    def fetch(self):
+        """-> its path on this machine."""
+        return self.name
+
+    def release(self):
+        """All its documents are in finished shards."""
+
+
+@dataclass
+class Group:
+    """Files that are read for one purpose."""
+
+    split: str  # "train", "val", or "" to choose by a hash of each document
+    files: list
+    limit: int = 0  # tokens; 0: all
+
+
+class Piece(NamedTuple):
+    file: int  # index in the group
+    position: int  # stored bytes of the file read so far
+    split: str  # "" for a copy of a held-out document, which is left out
+    key: bytes  # hash of the first piece of its document
+    text: str
+    last: bool  # of its document
+    n_nul: int  # NUL bytes that were left out: they are no text, and the separator of the byte vocabulary
+
+
+def prepare(groups, tokenizer, out_dir, options, *, val_fraction=0.0, workers=0, shard_tokens=0, seed=None):
+    """Make the corpus, or go on with it. -> Counter of documents by split and by name of file."""
+    workers = workers or n_cores()
+    job = describe(groups, tokenizer, options, val_fraction, shard_tokens, seed)
+    with TokenFiles(out_dir, tokenizer, shard_tokens, seed, job) as out:
+        check_disk(groups, tokenizer, out)
+        state = out.state
+        state.setdefault("place", [0, 0, 0])  # group, file, documents of that file which are done
+        state.setdefault("documents", {})
+        state.setdefault("held_out", [])
+        held_out = {bytes.fromhex(key) for key in state["held_out"]}
+        if state["shards"]:
+            print(f"going on after {len(state['shards'])} finished shards in {out.folder}")
+        for index in range(state["place"][0], 0 if state["meta"] else len(groups)):
+            write_group(out, groups, index, held_out, tokenizer, options, val_fraction, workers)
+        counts = Counter(state["documents"])
+        if not counts["train"] or not counts["val"]:
+            raise UserError(
+                f"{counts['train']:,} documents for training and {counts['val']:,} held out for validation: "
+                "give --val=FILE, another --val_fraction, or a --separator that splits the text"
+            )
+        out.source = source_lines(groups, counts)
+    return report(out, counts, options)
+
+
+def write_group(out, groups, index, held_out, tokenizer, options, val_fraction, workers):
+    """Read, tokenise and write the files of one group, from the place in out.state on."""
+    group, state = groups[index], out.state
+    if state["place"][0] != index:
+        state["place"] = [index, 0, 0]
+    _, file, done = state["place"]
+    if group.limit and out.n_tokens[group.split] >= group.limit:
+        return
+    released = file
+    pieces = read_pieces(group, file, done, held_out if group.split == "train" else (), options, val_fraction)
+    progress = Progress(group, file, out)
+    for batch in map_in_order(
+        lambda b: encode_batch(tokenizer, b, options.separator), in_batches(pieces), workers
+    ):
+        for piece, ids, n_bytes, inline in batch:
+            if piece.file != file:
+                file, done = piece.file, 0
+            if piece.split:
+                out.add(piece.split, ids, n_bytes)
+            name = group.files[file].name
+            if inline and kind(name) == "text":
+                count(state, f"inline {name}", inline)
+            if piece.n_nul:
+                count(state, "nul", piece.n_nul)
+            if not piece.last:
+                continue
+            done += 1
+            count(state, piece.split or "copies")
+            count(state, f"file {name}")
+            if group.split == "val" and piece.key not in held_out:
+                held_out.add(piece.key)
+                state["held_out"].append(piece.key.hex())
+            state["place"] = [index, file, done]
+            if out.end_document(piece.split):
+                while released < file:
+                    group.files[released].release()
+                    released += 1
+            if group.limit and out.n_tokens[group.split] >= group.limit:
+                progress.close()
+                return
+        progress(piece.file, piece.position)
+    progress.close()
+    if group.limit and out.n_tokens[group.split] < group.limit:
+        got = out.n_tokens[group.split]
+        print(
+            f"warning: {group.split} has {got:,} of {group.limit:,} tokens: there are no more",
+            file=sys.stderr,
+        )
+
+
+def count(state, name, n=1):
+    state["documents"][name] = state["documents"].get(name, 0) + n
+
+
+def read_pieces(group, file, skip, left_out, options, val_fraction):
+    """Yield the Pieces of a group's files, from file number `file` and after `skip` of its documents. The next file
+    is fetched meanwhile.
+
+    Documents are chosen for validation by a hash of their first piece: the choice depends on nothing else, and two
+    copies of a document land on the same side. Those in `left_out` are copies of held-out documents.
+    """
+    coming = in_background(group.files[file].fetch) if file < len(group.files) else None
+    for index in range(file, len(group.files)):
+        path = coming.result()
+        if index + 1 < len(group.files):
+            coming = in_background(group.files[index + 1].fetch)
+        first = True
+        for text, last, position in read_documents(path, options):
+            if skip:
+                skip -= last
+                continue
+            n_nul = text.count("\0")
+            text = text.replace("\0", "")
+            if first:
+                key = hashlib.blake2b(text.encode(), digest_size=8).digest()
+                split = group.split
+                if not split:
+                    split = "val" if int.from_bytes(key, "big") < val_fraction * 2**64 else "train"
+                elif key in left_out:
+                    split = ""
+            first = last
+            yield Piece(index, position, split, key, text if split else "", last, n_nul)
+        skip = 0
+
+
+def in_background(function):
+    """Its result as a Future. The thread does not hold up the end of the program."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function())
+        except BaseException as e:
+            future.set_exception(e)
+
+    Thread(target=work, daemon=True).start()
+    return future
+
+
+def in_batches(pieces):
+    """Group pieces to lists of about BATCH bytes, so that handing over short documents costs little."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH or len(batch) >= 10_000:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_batch(tokenizer, batch, separator):
+    """-> [(piece, ids (T,), bytes of text, separators inside of it)], a separator token after each document."""
+    end, none, out = np.array([tokenizer.separator]), np.zeros(0, dtype=np.int64), []
+    for piece in batch:
+        if not piece.split:
+            out.append((piece._replace(text=""), none, 0, 0))
+            continue
+        ids = tokenizer.encode(piece.text)
+        n_bytes = len(piece.text.encode()) + piece.last
+        inline = piece.text.count(separator) if separator else 0
+        out.append(
+            (piece._replace(text=""), np.concatenate([ids, end]) if piece.last else ids, n_bytes, inline)
+        )
+    return out
+
+
+def map_in_order(function, items, workers):
+    """Like map(), in threads, with at most 2 * workers results waiting. Threads are enough, since tiktoken releases
+    the interpreter lock while it works; order, and so the output, stays the same."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class Progress:
+    """A bar with rate and time left: tokens if the group has a limit, else stored bytes of its files."""
+
+    def __init__(self, group, file, out):
+        self.group, self.out = group, out
+        self.before = np.cumsum([0, *(f.size for f in group.files)]).tolist()
+        total = group.limit or self.before[-1]
+        self.bar = needs("tqdm", "the progress bar").tqdm(
+            desc=group.split or "train and val",
+            total=total,
+            initial=out.n_tokens[group.split] if group.limit else self.before[file],
+            unit=" tokens" if group.limit else "B",
+            unit_scale=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+
+    def __call__(self, file, position):
+        done = self.out.n_tokens[self.group.split] if self.group.limit else self.before[file] + position
+        self.bar.update(done - self.bar.n)
+
+    def close(self):
+        self.bar.close()
+
+
+def describe(groups, tokenizer, options, val_fraction, shard_tokens, seed):
+    """What shards depend on, as a hash: an unfinished preparation is gone on with only if all of it is the same."""
+    ranks = ""
+    if tokenizer.rank_file:
+        with open(tokenizer.rank_file, "rb") as f:
+            ranks = hashlib.sha256(f.read()).hexdigest()
+    files = [(g.split, g.limit, [(f.name, f.size, f.version) for f in g.files]) for g in groups]
+    rules = (tokenizer.name, tokenizer.vocab_size, ranks, asdict(options), val_fraction, shard_tokens, seed)
+    return hashlib.sha256(repr((files, rules)).encode()).hexdigest()
+
+
+def check_disk(groups, tokenizer, out):
+    """UserError if what is still to be written cannot fit. How much text there is shows only when it is read, so this
+    is the least that is needed."""
+    per_byte = 1 if tokenizer.name == "bytes" else 1 / BYTES_PER_TOKEN
+    n_tokens = sum(g.limit or per_byte * sum(f.size for f in g.files) for g in groups) - out.n_tokens.total()
+    fetched = sorted(f.size for g in groups for f in g.files if f.must_be_fetched)[
+        -2:
+    ]  # one is read, one comes
+    need = max(n_tokens, 0) * out.dtype.itemsize + sum(fetched)
+    free = shutil.disk_usage(out.folder).free
+    if free < need:
+        raise UserError(
+            f"{out.out_dir} needs {need / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free there"
+        )
+
+
+def n_cores():
+    """Of those this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def source_lines(groups, counts):
+    """What was taken, for meta.json: the first fifty files."""
+    lines = [
+        f"{f.name}: {counts[f'file {f.name}']:,} documents{', held out' * (g.split == 'val')}"
+        for g in groups
+        for f in g.files
+        if counts[f"file {f.name}"]
+    ]
+    return lines[:50] + [f"and {len(lines) - 50:,} more files"] * (len(lines) > 50)
+
+
+def report(out, counts, options):
+    """Say what was made, and what may be wrong with it."""
+    copies = f", {counts['copies']:,} left out as copies of those" * bool(counts["copies"])
+    print(f"{counts['train']:,} documents for training, {counts['val']:,} held out{copies}")
+    print(out.summary())
+    if counts["val"] < FEW_DOCUMENTS and out.n_tokens["val"] < FEW_TOKENS:
+        print(
+            f"warning: only {counts['val']} documents ({out.n_tokens['val']:,} tokens) are held out: validation loss "
+            "will be noisy. A larger --val_fraction or --val=FILE gives more"
+        )
+    if counts["nul"]:
+        print(f"{counts['nul']:,} NUL bytes were left out of the text")
+    inline = {name.removeprefix("inline "): n for name, n in counts.items() if name.startswith("inline ")}
+    for name, n in list(inline.items())[:5]:
+        print(
+            f"warning: {name}: the separator {options.separator} stands inside lines, {n:,} times, and was taken as "
+            "text there: only a line that holds nothing else separates documents"
+        )
+    if len(inline) > 5:
+        print(f"warning: and so in {len(inline) - 5:,} more files")
+    return counts
+
+
+def token_count(text, knob):
+    """ "10B" -> 10_000_000_000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbBtT]?)", text.strip().replace("_", ""))
+    if not match:
+        raise UserError(f"--{knob} takes a number of tokens such as 10B or 500M, got {text!r}")
+    return int(float(match[1]) * 1000 ** " kmbt".index(match[2].lower() or " "))

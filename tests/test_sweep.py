@@ -1,0 +1,419 @@
+"""tools/sweep.py and the runner beneath it, with a trainer that takes no time in the place of train.py."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanotst import UserError
+from nanotst.configurator import parse
+from tools import runner, sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Its loss is lowest at s 4, r 0.3 and rate 0.01; it saves every 10 steps; its "dataset" is a file that must
+# exist.
+STUB = """
+from __future__ import annotations
+import json, os, signal, sys, time
+
+class Config:
+    out_dir: str = "out"
+    resume: bool = False
+    overwrite: bool = False
+    threads: int = 0
+    seed: int = 1337  # of everything
+    bag_size: int | str = 1
+    superposition_ratio: float = 0.3
+    bag_weights: Literal["uniform", "power"] = "uniform"
+    reinit_at_switch: str = ""
+    learning_rate: float = 1e-2
+    max_steps: int = 20
+    dataset: str = ""
+    pause: float = 0.0  # seconds a step
+    eval_interval: int = 10
+
+given = dict(arg[2:].partition("=")[::2] for arg in sys.argv[1:] if arg.startswith("--"))
+for name in (arg for arg in sys.argv[1:] if not arg.startswith("--")):
+    given = dict(line.split(" = ") for line in open(name)) | given  # a config file
+at = lambda name: os.path.join(given["out_dir"], name)
+steps, pause = int(given.get("max_steps", 20)), float(given.get("pause", 0))
+seed, s = int(given.get("seed", 1337)), int(given.get("bag_size", 1))
+r, rate = float(given.get("superposition_ratio", 0.3)), float(given.get("learning_rate", 1e-2))
+if given.get("dataset") and not os.path.exists(given["dataset"]):
+    print("reading", flush=True)
+    sys.exit(f"error: no corpus {given['dataset']}")
+os.makedirs(given["out_dir"], exist_ok=True)
+with open(at("starts.jsonl"), "a") as f:
+    names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    f.write(json.dumps([sys.argv[1:], {name: os.environ.get(name) for name in names}]) + chr(10))
+step = int(open(at("last.pt")).read()) if "resume" in given else 0
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+rows = open(at("metrics.jsonl")).readlines()[:step] if step else []  # one a step
+f = open(at("metrics.jsonl"), "w")
+f.writelines(rows)
+while step < steps:
+    step += 1
+    time.sleep(pause)
+    bad = 0.02 * abs(s - 4) ** 1.5 + abs(r - 0.3) + 10 * abs(rate - 0.01)
+    loss = 3 + bad + 0.001 * seed + 5 / step
+    if s == 1:
+        loss = 3.5 + 0.001 * seed + 5 / step
+    row = dict(step=step, bag_size=s, loss=loss, flops=step * 1e9, positions=step)
+    if step % 10 == 0 or step == steps:
+        row["val_loss"] = loss
+    f.write(json.dumps(row) + chr(10))
+    f.flush()
+    if step % 10 == 0 or stopped:
+        open(at("last.pt"), "w").write(str(step))
+    if stopped:
+        print(f"stopped after step {step}")
+        sys.exit(1)
+"""
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    path = tmp_path / "stub.py"
+    path.write_text(STUB)
+    return path
+
+
+@pytest.fixture
+def swept(tmp_path, trainer):
+    """swept("--key=a,b", ...) runs a sweep in this process -> its folder."""
+
+    def start(*arguments):
+        argv = ["--plot=no", f"--out_dir={tmp_path}/sweep", *arguments]
+        sweep.main(parse(sweep.Config, runner.places(argv, sweep.Config)), trainer)
+        return tmp_path / "sweep"
+
+    return start
+
+
+def starts(folder):
+    """[(arguments, environment)] of every start of the stub in a run folder."""
+    return [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+
+
+def names(folder):
+    return sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
+
+
+def cells(text):
+    """The table in a text as {first cell: the other cells}, without the line under the head."""
+    lines = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("|")]
+    return {
+        line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines if not line[0].startswith("-")
+    }
+
+
+# ------------------------------------------------------------------------------------------------- the grid
+
+
+def test_a_grid_trains_each_distinct_run_once(swept):
+    out = swept(
+        "--bag_size=1,2", "--superposition_ratio=0.2,0.3", "--seed=1,2", "--bag_weights=uniform,power"
+    )
+    ordinary = ["s1_seed1", "s1_seed2"]
+    bagged = [
+        f"s2_r{r}_bag_weights={w}_seed{i}"
+        for r in ("0.2", "0.3")
+        for w in ("power", "uniform")
+        for i in (1, 2)
+    ]
+    assert names(out) == sorted(ordinary + bagged)
+    arguments, _ = starts(out / "s1_seed1")[0]
+    assert "--bag_size=1" in arguments and not any("ratio" in arg or "weights" in arg for arg in arguments)
+
+
+def test_no_superposition_is_ordinary_training_too(swept):
+    assert names(swept("--bag_size=4", "--superposition_ratio=0,0.3")) == ["r0.3", "s1"]
+    assert names(swept("--bag_size=1,4", "--superposition_ratio=0")) == ["r0.3", "s1"]  # nothing new
+
+
+def test_equal_values_are_one(trainer, tmp_path):
+    members, varied = sweep.plan(["learning_rate=1e-2,0.01,0.02"], tmp_path, trainer)
+    assert [member.name for member in members] == ["lr0.01", "lr0.02"] and varied == ["learning_rate"]
+
+
+def test_values_with_commas_stand_between_semicolons(swept):
+    out = swept("--reinit_at_switch=;embedding,head;optimizer", "--bag_size=2")
+    assert names(out) == [
+        "reinit_at_switch=",
+        "reinit_at_switch=embedding-head",
+        "reinit_at_switch=optimizer",
+    ]
+    assert "--reinit_at_switch=embedding,head" in starts(out / "reinit_at_switch=embedding-head")[0][0]
+    assert runner.alternatives("a,b;") == ["a,b"]  # a single value with a comma
+
+
+def test_config_files_are_handed_on_and_known(swept, tmp_path):
+    (tmp_path / "c.py").write_text("max_steps = 30\nbag_size = 3\n")
+    out = swept(f"{tmp_path}/c.py", "--seed=1,2")
+    settings = json.loads((out / "seed1" / "sweep.json").read_text())
+    assert (settings["max_steps"], settings["bag_size"], settings["seed"]) == (30, 3, 1)
+    assert "threads" not in settings and "eval_interval" not in settings  # nothing is learned otherwise
+    assert '"step": 30' in (out / "seed1" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--bag_sizes=1,2"], "unknown key 'bag_sizes', did you mean bag_size"),
+        (["--job=2"], "unknown key 'job', did you mean jobs"),
+        (["--max_steps=10,many"], "max_steps takes int, got 'many'"),
+        (["--max_steps"], "write --max_steps=VALUE"),
+        (["--resume", "--seed=1,2"], "leave --resume out"),
+        (["--seed=1,2", "--rows=bag_size"], "bag_size does not vary here; what varies: seed"),
+        (["--dataset=a/c,b/c"], "two runs would be called dataset=c"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_runs(swept, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        swept(*arguments)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_the_knobs_of_train_py_are_read():
+    knobs = runner.knobs_of(runner.TRAINER)
+    assert {"bag_size", "superposition_ratio", "seed", "max_steps", "out_dir", "threads"} <= knobs.keys()
+    assert (knobs["max_steps"].type, knobs["superposition_ratio"].default) == (int, 0.3)
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+def test_what_is_done_is_skipped_and_a_grid_may_grow(swept, capsys):
+    out = swept("--bag_size=2", "--seed=1,2")
+    swept("--bag_size=2,4", "--seed=1,2")
+    assert "2 of 4 runs are done already" in capsys.readouterr().out
+    assert names(out) == ["s4_seed1", "s4_seed2", "seed1", "seed2"]  # a run is known by its settings
+    assert all(len(starts(out / name)) == 1 for name in names(out))
+
+
+def test_what_was_cut_goes_on_and_what_has_no_checkpoint_starts_anew(swept, tmp_path):
+    out = swept("--seed=1,2,3")
+    for seed, steps in ((1, 14), (2, 4)):
+        log = out / f"seed{seed}" / "metrics.jsonl"
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:steps]) + '{"step": 15, "lo')
+    (out / "seed1" / "last.pt").write_text("10")
+    (out / "seed2" / "last.pt").unlink()
+    swept("--seed=1,2,3")
+    flags = [[arg for arg in starts(out / f"seed{i}")[-1][0] if "=" not in arg] for i in (1, 2, 3)]
+    assert flags == [["--resume"], ["--overwrite"], []] and len(starts(out / "seed3")) == 1
+
+
+def test_a_failed_run_is_survived_reported_and_tried_again(swept, tmp_path, capsys):
+    missing, there = tmp_path / "missing", tmp_path / "there"
+    there.write_text("")
+    with pytest.raises(UserError, match="1 of 2 runs failed; the same command tries them again"):
+        swept(f"--dataset={missing},{there}")
+    printed = capsys.readouterr().out
+    assert (
+        f"failed (exit 1, {tmp_path}/sweep/" in printed
+        and f"log.txt): error: no corpus {missing}\n" in printed
+    )
+    assert "failed" in cells(printed)["val loss"][0]
+    missing.write_text("")
+    swept(f"--dataset={missing},{there}")
+    assert "failed" not in cells(capsys.readouterr().out)["val loss"][0]
+
+
+def test_nothing_done_gives_the_reason(swept, tmp_path):
+    with pytest.raises(UserError, match="none of 2 runs is done: error: no corpus"):
+        swept(f"--dataset={tmp_path}/missing", "--seed=1,2")
+
+
+def test_damaged_metrics_are_one_failed_run(swept, tmp_path, capsys):
+    out = swept("--seed=1,2")
+    (out / "seed1" / "metrics.jsonl").write_text("x\n{}\n")
+    (out / "seed1" / "last.pt").write_text("20")
+    with pytest.raises(UserError, match="1 of 2 runs failed"):
+        swept("--seed=1,2")
+    assert "(1 of 2)" in capsys.readouterr().out
+
+
+def test_another_run_in_the_folder_is_not_touched(swept, tmp_path):
+    swept("--seed=1,2", "--max_steps=10")
+    with pytest.raises(
+        UserError, match="seed1 holds another run, with max_steps 10 instead of 20: give another"
+    ):
+        swept("--seed=1,2")
+    (tmp_path / "sweep" / "s2").mkdir()
+    (tmp_path / "sweep" / "s2" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="s2 holds another run: give another"):
+        swept("--bag_size=2,3")
+
+
+def test_a_knob_that_is_younger_than_a_run_had_its_default(swept, trainer, capsys):
+    swept("--seed=1,2")
+    trainer.write_text(STUB.replace("    max_steps:", "    young: int = 5\n    max_steps:"))
+    swept("--seed=1,2")
+    assert "2 of 2 runs are done already" in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_the_runs_at_a_checkpoint_and_the_next_start_goes_on(swept, trainer, tmp_path):
+    arguments = ["--seed=1,2", "--jobs=2", "--pause=0.02", "--max_steps=40"]
+    code = f"""
+import sys
+from functools import partial
+from nanotst.configurator import run
+from tools import runner, sweep
+run(partial(sweep.main, trainer={str(trainer)!r}), sweep.Config, runner.places(sys.argv[1:], sweep.Config))
+"""
+    command = [sys.executable, "-c", code, *arguments, f"--out_dir={tmp_path}/sweep"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    logs = [tmp_path / "sweep" / f"seed{i}" / "metrics.jsonl" for i in (1, 2)]
+    while not all(log.exists() and log.stat().st_size for log in logs):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate()[0]
+    assert process.returncode == 130 and "stopping 2 at a checkpoint" in printed
+    for log in logs:
+        assert "stopped after step" in (log.parent / "log.txt").read_text()
+        assert 0 < int((log.parent / "last.pt").read_text()) < 40
+    swept(*arguments[:1], "--pause=0.02", "--max_steps=40")
+    for log in logs:
+        assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 41))
+        assert "--resume" in starts(log.parent)[-1][0]
+
+
+# ------------------------------------------------------------------------------------------------ machine
+
+
+def test_each_job_has_its_share_of_the_cores(swept, monkeypatch):
+    monkeypatch.setattr(runner, "cores", lambda: 12)
+    out = swept("--seed=1,2,3", "--jobs=3", "--gpus=none")
+    for name in names(out):
+        arguments, environment = starts(out / name)[0]
+        assert "--threads=4" in arguments and environment["OMP_NUM_THREADS"] == "4"
+
+
+def test_jobs_at_a_time_have_a_gpu_each(swept, monkeypatch):
+    out = swept("--seed=1,2,3,4", "--gpus=0,3", "--pause=0.01")
+    ends = [starts(out / f"seed{i}")[0][1]["CUDA_VISIBLE_DEVICES"] for i in (1, 2)]
+    assert ends == ["0", "3"]
+    assert {starts(out / f"seed{i}")[0][1]["CUDA_VISIBLE_DEVICES"] for i in (3, 4)} <= {"0", "3"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert runner.find_gpus("auto") == ["2", "5"] and runner.find_gpus("none") == []
+
+
+def test_progress_counts_steps(trainer, tmp_path, monkeypatch):
+    members, _ = sweep.plan(["seed=1,2,3,4", "max_steps=100"], tmp_path, trainer)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    progress = runner.Progress(members)
+    assert progress.line([]) == "0 of 4 done | eta unknown"
+    for member, step in zip(members, (100, 50)):
+        member.folder.mkdir()
+        (member.folder / "metrics.jsonl").write_text(f'{{"step": 1}}\n{{"step": {step}, "loss": 1}}\n')
+    clock[0] = 3600.0  # 150 steps an hour, 250 are left
+    assert progress.line([members[1]]) == "1 of 4 done | seed2 50% | eta 1h40m"
+    progress.failed["seed4"] = "why"
+    assert progress.line([members[1]]) == "1 of 4 done | 1 failed | seed2 50% | eta 1h00m"
+
+
+# ----------------------------------------------------------------------------------------- table and picture
+
+
+def test_table_has_r_by_s_with_the_best_marked(swept, capsys):
+    out = swept("--bag_size=1,2,4,8", "--superposition_ratio=0.2,0.3", "--seed=1,3", "--plot")
+    printed = capsys.readouterr().out
+    table = cells(printed)
+    assert table["superposition_ratio \\ bag_size"] == ["2", "4", "8"]
+    assert table["0.3"][1] == "**3.2520 ± 0.0014 (2)**" and table["0.2"][1] == "3.3520 ± 0.0014 (2)"
+    assert "ordinary training: 3.7520 ± 0.0014 (2)" in printed and printed.count("**") == 2
+    written = (out / "table.md").read_text()
+    assert cells(written) == table and "`python -m tools.sweep" in written
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_csv_has_a_line_for_every_run(swept):
+    out = swept("--bag_size=1,4", "--superposition_ratio=0.2,0.3")
+    with open(out / "runs.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [(row["run"], row["bag_size"], row["superposition_ratio"]) for row in rows] == [
+        ("s1", "1", ""),
+        ("s4_r0.2", "4", "0.2"),
+        ("s4_r0.3", "4", "0.3"),
+    ]
+    end = json.loads((out / "s4_r0.3" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert float(rows[2]["val_loss"]) == end["val_loss"] and int(rows[2]["step"]) == 20
+
+
+def test_each_cell_is_taken_at_its_best_rate(swept, capsys):
+    swept("--bag_size=1,2,4", "--learning_rate=0.005,0.01,0.02", "--seed=1,2")
+    printed = capsys.readouterr().out
+    assert cells(printed)["val loss"][2] == "**3.2515 ± 0.0007 (2, lr 0.01)**"
+    assert (
+        "Each cell at its best learning_rate; for 1 that is the lowest or highest tried" in printed
+    )  # ordinary
+    swept("--bag_size=1,2,4", "--learning_rate=0.005,0.01,0.02", "--seed=1,2", "--best_of=none")
+    table = cells(capsys.readouterr().out)
+    assert table["learning_rate \\ bag_size"] == ["1", "2", "4"] and table["0.02"][2] == "3.3515 ± 0.0007 (2)"
+
+
+def test_any_two_knobs_and_a_table_for_each_value_of_a_third(swept, capsys):
+    swept("--bag_size=1,4,8", "--bag_weights=uniform,power", "--max_steps=10,20", "--rows=bag_weights")
+    printed = capsys.readouterr().out
+    assert "**max_steps 10**" in printed and "**max_steps 20**" in printed
+    assert printed.count("bag_weights \\ bag_size") == 2
+    ten = printed[printed.index("max_steps 10") : printed.index("max_steps 20")]
+    assert ten.count("ordinary training") == 1 and "ordinary training, max_steps 10" in ten
+
+
+def test_a_missing_seed_is_shown_and_never_the_best(swept, trainer, tmp_path, capsys):
+    trainer.write_text(
+        STUB.replace("stopped = []", "stopped = []\nif (s, seed) == (4, 2): sys.exit('diverged')")
+    )
+    with pytest.raises(UserError, match="1 of 4 runs failed"):
+        swept("--bag_size=2,4", "--seed=1,2")
+    two, four = cells(capsys.readouterr().out)["val loss"]
+    assert two.startswith("**") and four == "3.2510 (1 of 2)"
+
+
+def test_only_tabulate(swept, tmp_path, capsys):
+    out = swept("--bag_size=2", "--seed=1,2")
+    before = capsys.readouterr().out
+    swept("--bag_size=2", "--seed=1,2,3", "--train=no")
+    after = capsys.readouterr().out
+    assert "(2)" in cells(before)["val loss"][0] and "(2 of 3)" in cells(after)["val loss"][0]
+    assert names(out) == ["seed1", "seed2"]
+
+
+def test_without_matplotlib_the_table_is_there_all_the_same(swept, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="needs the package matplotlib; --plot=no"):
+        swept("--seed=1,2", "--plot")
+    assert cells(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--bag_size=1,2,4", "--superposition_ratio=0.1,0.2,0.3,0.4", "--seed=1,2"],
+        ["--bag_weights=uniform,power", "--bag_size=4,8"],
+        ["--learning_rate=0.0001,0.01", "--bag_size=1"],
+        ["--seed=1,2"],
+    ],
+)
+def test_every_kind_of_grid_has_a_picture(swept, arguments):
+    assert os.path.getsize(swept(*arguments, "--plot") / "sweep.png") > 10_000
+
+
+def test_an_outlier_does_not_press_the_picture_together():
+    group = lambda mean: sweep.Group({}, [mean], 1)
+    usual = {(r, s): group(3 + r / 10 + s / 100) for r in range(5) for s in range(1, 5)}
+    table = lambda cells, *baselines: sweep.Table("", "r", "s", cells, [group(b) for b in baselines])
+    assert table(usual).limits == pytest.approx((3.01, 3.44))
+    assert table(usual | {(9, 9): group(9.0)}).limits[1] < 4.1
+    assert table(usual | {(9, 9): group(9.0)}, 5.0).limits[1] == 5.0  # ordinary training is always shown

@@ -1,0 +1,76 @@
+"""Vocabularies: bytes, tiktoken's, rank files."""
+
+import base64
+import os
+
+import numpy as np
+import pytest
+
+from nanotst import UserError
+from nanotst.tokenizer import get_tokenizer
+
+
+def write_ranks(path, n_filler=0):
+    """A rank file: the 256 bytes, a few merges, and n_filler tokens that no text has."""
+    tokens = [bytes([b]) for b in range(256)] + [b"th", b" t", b"he", b" th", b" the", b"in", b"er", b"\n\n"]
+    tokens += [b"\xff" + i.to_bytes(3, "big") for i in range(n_filler)]
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
+    return str(path)
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    return write_ranks(tmp_path / "tiny.model")
+
+
+HARD = "the caf\u00e9 \u4e2d\u6587 \U0001f600 <|endoftext|> <|end_of_text|>\n\n\ttabs\r\n" + "a" * 50
+
+
+def test_bytes_round_trip():
+    t = get_tokenizer("bytes")
+    assert (t.vocab_size, t.separator, t.name) == (256, 0, "bytes")
+    ids = t.encode(HARD)
+    assert ids.tolist() == list(HARD.encode()) and ids.dtype == np.int64
+    assert t.decode(ids) == HARD
+    assert t.encode("a\0b").tolist() == [97, 98]  # the separator never comes from text
+    assert t.decode([0xE4, 0xB8]) == "\ufffd" and t.decode_bytes([0xE4, 0xB8]) == b"\xe4\xb8"
+    assert len(t.encode("")) == 0 and t.encode("\ud800").tolist() == [ord("?")]
+
+
+def test_rank_file_round_trip(ranks):
+    t = get_tokenizer(ranks)
+    assert (t.vocab_size, t.separator, t.rank_file) == (265, 264, ranks)
+    ids = t.encode(HARD)
+    assert t.decode(ids) == HARD and len(ids) < len(HARD.encode())
+    assert t.separator not in ids  # "<|endoftext|>" in the text is ordinary text
+    assert t.encode(" the").tolist() == [260]
+    assert t.decode([264]) == "<|endoftext|>"
+    assert t.decode([97, 300, 98]) == "a\ufffdb"  # a padded row of a model
+    assert get_tokenizer("tiny.model", folder=os.path.dirname(ranks)).encode(HARD).tolist() == ids.tolist()
+
+
+def test_llama3_special_tokens(tmp_path):
+    t = get_tokenizer(write_ranks(tmp_path / "tokenizer.model", n_filler=128000 - 264))
+    assert (t.vocab_size, t.separator) == (128256, 128001)
+    assert t.decode([128000, 128001, 128006, 128007, 128009]) == (
+        "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|>")
+    assert t.decode([128010, 128255]) == "<|reserved_special_token_5|><|reserved_special_token_250|>"
+
+
+def test_tokenizer_errors(tmp_path, monkeypatch):
+    import tiktoken
+    (tmp_path / "bad.model").write_bytes(b"\n\x0e\x0a\x05<unk>\x15 0 0\n")
+    (tmp_path / "short.model").write_text("YQ== 0\n")
+
+    def offline(name):
+        raise ConnectionError("no route")
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    for name, message in [(str(tmp_path / "bad.model"), "not a tiktoken rank file"),
+                          (str(tmp_path / "short.model"), "all 256 bytes"),
+                          (str(tmp_path / "none.model"), "no such rank file"),
+                          ("gpt3", "unknown encoding 'gpt3'"), ("gpt2", "TIKTOKEN_CACHE_DIR")]:
+        with pytest.raises(UserError, match=message) as e:
+            get_tokenizer(name)
+        assert "\n" not in str(e.value)
+
+
