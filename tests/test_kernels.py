@@ -180,6 +180,30 @@ def test_bag_embedding_under_autocast_is_that_of_tst(s, V):
 
 
 @pytest.mark.parametrize("V, dtype", CASES)
+@pytest.mark.parametrize("s", [1, 2, 5, 8])
+def test_weighted_bag_embedding_is_that_of_tst_in_value_and_gradient(s, V, dtype):
+    bags, share = torch.randint(5, (2, 16, s)), torch.rand(2, 16, s) * (torch.rand(2, 16, s) < 0.7)
+    share[..., -1] += 0.1
+    share = share / share.sum(-1, keepdim=True)
+    inputs, upstream = leaves((V, C), dtype=dtype), torch.randn(2, 16, C, dtype=dtype)
+    got, grad = value_and_gradients(lambda w: embed_bags(bags, w, share), inputs, upstream=upstream)
+    wanted, wanted_grad = value_and_gradients(
+        lambda w: tst.embed_bags(bags, w, share), inputs, upstream=upstream
+    )
+    tolerance = {torch.float64: 1e-7, torch.float32: 2e-6, torch.bfloat16: 0}[dtype]  # of bags of one: 1e-8
+    assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert_close(grad, wanted_grad, rtol=tolerance, atol=tolerance)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow, narrow_grad = value_and_gradients(
+            lambda w: embed_bags(bags, w, share), inputs, upstream=upstream.bfloat16()
+        )
+    assert narrow.dtype == torch.bfloat16 and narrow_grad.dtype == dtype
+    assert_close(narrow, wanted.bfloat16(), rtol=2**-7, atol=1e-6)
+    assert_close(narrow_grad, wanted_grad, rtol=3e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("V, dtype", CASES)
 def test_bag_of_one_is_an_embedding_look_up_bit_for_bit(V, dtype):
     tokens, table = torch.randint(V, (2, 5)), torch.randn(V, C, dtype=dtype)
     assert torch.equal(embed_bags(tokens[..., None], table), F.embedding(tokens, table))

@@ -147,6 +147,8 @@ def test_initialisation():
         (dict(n_kv_head=3), "n_kv_head"),
         (dict(n_expert=4), "top_k"),
         (dict(n_expert=4, top_k=5), "top_k"),
+        (dict(n_expert=4, top_k=2, ff_dim=52), "multiples of 8"),
+        (dict(n_expert=4, top_k=2, n_embd=36, head_dim=8), "multiples of 8"),
     ],
 )
 def test_impossible_shapes_are_refused(wrong, word):
@@ -267,6 +269,13 @@ def exact_rotary(block_size, head_dim, theta):
     return angle.cos(), angle.sin()
 
 
+def test_a_checkpoint_holds_parameters_and_the_balancing_bias_alone():
+    """Rotary tables follow from the configuration; stored, they would tie it to one block_size."""
+    model = gpt(balance_bias=True, **EXPERTS)
+    biases = {f"blocks.{n}.mlp.bias" for n in range(2)}
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()} | biases
+
+
 def test_rotary_tables_are_computed_in_float32_and_rounded_once():
     """At position 4,095 an angle in bfloat16 is off by whole turns. A model in bfloat16 holds the rounded
     cosine of the exact angle."""
@@ -287,7 +296,7 @@ def test_blocks_are_given_the_rotary_tables_of_their_positions_in_the_dtype_of_t
     model.blocks[1].register_forward_pre_hook(lambda _, args: seen.extend(args))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model(tokens(2, 7))
-    x, cos, sin = seen
+    x, cos, sin, *_ = seen
     assert x.dtype == (torch.bfloat16 if autocast else torch.float32)
     for table, wanted in zip((cos, sin), exact_rotary(7, 8, 10000.0)):
         assert_close(table, wanted.to(x.dtype), rtol=0, atol=0 if autocast else 1e-6)
@@ -345,6 +354,15 @@ def test_every_loss_is_that_of_the_logits_for_bags_and_labels_of_any_size(kind, 
     grads = torch.autograd.grad(got, parameters, allow_unused=True)
     for grad, exact in zip(grads, torch.autograd.grad(wanted, parameters, allow_unused=True), strict=True):
         assert_close(grad, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_of_a_bag_that_count_nothing_change_nothing():
+    model, bags, share = gpt(), tokens(2, 12, 3), torch.tensor([0.0, 0.25, 0.75]).expand(2, 12, 3)
+    x = (model.embed.weight[bags] * share[..., None]).sum(2)
+    model.embed.register_forward_hook(lambda _, args, out: assert_close(out, x))
+    logits = model(bags, bag_share=share)
+    bags[..., 0] = tokens(2, 12)
+    assert torch.equal(model(bags, bag_share=share), logits)
 
 
 def test_embedding_and_head_work_in_their_own_forward():
@@ -549,6 +567,21 @@ def test_router_statistics_by_loop():
     }
     for key in wanted:
         assert_close(router[key].double(), wanted[key], rtol=1e-5, atol=0)
+
+
+def test_balance_loss_by_shares_of_experts_that_are_given():
+    """Those of earlier steps, say: only the mean probabilities are this batch's."""
+    model, x, y = gpt(**EXPERTS), tokens(2, 12), tokens(2, 12, 1)
+    shares, seen = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.5, 0.25, 0.25, 1.0]]), []
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda layer, args: seen.append(args[0] @ layer.router.weight.T))
+    router = model(x, y, shares=shares)[1]
+    probs = [z.softmax(-1).mean((0, 1)) for z in seen]
+    assert_close(router["balance_loss"], torch.stack([4 * (s * p).sum() for s, p in zip(shares, probs)]))
+    own = model(x, y)[1]
+    given = model(x, y, shares=own["load"] / 24)[1]
+    assert_close(given["balance_loss"], own["balance_loss"])
+    assert torch.equal(given["load"], own["load"])
 
 
 def test_balance_loss_is_top_k_when_balanced_and_more_when_not():
