@@ -43,6 +43,7 @@ class GPTConfig:
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    attention_window: int = 0  # positions that a position sees, itself included; 0: all before it
     n_expert: int = 0  # 0: dense
     top_k: int = 0  # experts per position
     balance_bias: bool = False  # MoE: choose experts by probability plus a bias that evens out their load
@@ -54,6 +55,8 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.ff_dim = self.ff_dim or math.ceil(8 / 3 * self.n_embd / 64) * 64
+        if self.attention_window < 0:
+            raise ValueError(f"attention_window must not be negative, got {self.attention_window}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         if self.n_head % self.n_kv_head:
@@ -116,7 +119,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.n_head, config.n_kv_head, config.n_kv_head
-        self.head_dim = config.head_dim
+        self.head_dim, self.window = config.head_dim, config.attention_window
         self.qkv = Linear(config.n_embd, sum(self.heads) * config.head_dim)
         self.out = Linear(config.n_head * config.head_dim, config.n_embd)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -127,7 +130,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split(self.heads, dim=2)  # (B, L, H, D), (B, L, K, D) twice
         q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # (B, H, L, D)
         k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # (B, K, L, D)
-        y = kernels.causal_attention(q, k, v.transpose(1, 2))  # (B, H, L, D)
+        y = kernels.causal_attention(q, k, v.transpose(1, 2), self.window)  # (B, H, L, D)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, L, C)
 
 
@@ -264,10 +267,13 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin[:, None], persistent=False)
         self.init_weights()
 
-    def init_weights(self):
-        """Draw all weights anew, as in the table at the top of this file."""
+    def init_weights(self, parts=("",)):
+        """Draw the weights anew, as in the table at the top of this file: all, or those whose names begin
+        so."""
         std = 0.5 / math.sqrt(self.config.n_embd)
         for name, p in self.named_parameters():
+            if not name.startswith(tuple(parts)):
+                continue
             if p.dim() == 1:  # norms
                 nn.init.ones_(p)
             elif name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.down")):
@@ -322,15 +328,14 @@ class GPT(nn.Module):
 
     def flops_per_position(self):
         """FLOPs of one position of a training step, forward and backward: 6 per active weight of a matrix
-        product (the embedding is a look-up) and 12 * H * D * L per layer for attention, as in the PaLM
-        paper's appendix B, causality not deducted. The same for bags and tokens: a bag's mean adds about
-        6*s*C, under 0.1 %."""
+        product (the embedding is a look-up) and 12 * H * D * L per layer for attention (of a window, its
+        length), as in the PaLM paper's appendix B, causality not deducted. The same for bags and tokens: a
+        bag's mean adds about 6*s*C, under 0.1 %."""
         c = self.config
         norms = sum(p.numel() for p in self.parameters() if p.dim() == 1)
-        return (
-            6 * (self.n_params(active=True, embedding=False) - norms)
-            + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
-        )
+        return 6 * (
+            self.n_params(active=True, embedding=False) - norms
+        ) + 12 * c.n_layer * c.n_head * c.head_dim * min(c.block_size, c.attention_window or c.block_size)
 
     @torch.no_grad()
     def generate(self, tokens, n, temperature=1.0, top_k=None, generator=None):

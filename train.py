@@ -8,6 +8,7 @@ superposition is in tst.py and in the lines marked TST below.
 """
 
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -73,7 +74,12 @@ class Config:
     document_bags: bool = (
         False  # bags that mix no documents: of each, the tokens of its last token's document
     )
-    fitted_c0: float = 3.63  # the constant of the fitted weights c0 + 1.35 i^-1.25; 0 leaves the decay alone
+    reinit_at_switch: str = (
+        ""  # of embedding,head,optimizer: what ordinary training begins anew (the paper: don't)
+    )
+    fitted: str = (
+        ""  # a file of tools.fit_mi with c0, a, k of the fitted weights c0 + a i^k; empty: the paper's
+    )
 
     # Model
     n_layer: int = 2  # blocks
@@ -86,6 +92,7 @@ class Config:
     tie_embeddings: bool = False  # one matrix for embedding and head
     rope_theta: float = 10000.0  # base of the rotary angles
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    attention_window: int = 0  # positions that a position sees, itself included; 0: all before it
     checkpoint_activations: bool = False  # less memory for a third more FLOPs
 
     # Mixture of experts
@@ -138,6 +145,31 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+def read_fit(path):
+    """{"c0", "a", "k"} of a file that tools.fit_mi wrote."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            fit = json.load(f)
+        fit = {key: float(fit[key]) for key in ("c0", "a", "k")}
+        if not all(0 <= fit["c0"] + fit["a"] * i ** fit["k"] < math.inf for i in range(1, 65)):
+            raise ValueError("its weights are no weights")
+        return fit
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"fitted={path} is not a file of tools.fit_mi ({type(e).__name__}: {e})") from None
+
+
+REINIT = {"embedding": "embed.", "head": "head.", "optimizer": None}  # names of weights
+
+
+def reinitialise(model, optimizer, parts, seed):
+    """Draw the named parts of the model anew, forget the optimizer's moments: what one had better not do."""
+    torch.manual_seed(seed)
+    if names := [REINIT[part] for part in parts if REINIT[part]]:
+        model.init_weights(names)
+    if "optimizer" in parts:
+        optimizer.forget()
+
+
 def check(c, world_size):
     """The phases of the run. Raises UserError for a combination of knobs that cannot work."""
     validate(c)
@@ -149,8 +181,7 @@ def check(c, world_size):
         if not 0 <= getattr(c, key) <= 1:
             raise UserError(f"{key} must lie in 0..1, got {getattr(c, key)}")
     for key in ("seed", "batch_size", "n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps",
-                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate",
-                "fitted_c0"):  # fmt: skip
+                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate"):  # fmt: skip
         if not getattr(c, key) >= 0:
             raise UserError(f"{key} must not be negative, got {getattr(c, key)}")
     for key in ("beta1", "beta2"):
@@ -161,6 +192,8 @@ def check(c, world_size):
             raise UserError(f"{key} must be positive, got {getattr(c, key)}")
     if not c.out_dir:
         raise UserError("out_dir must name a folder")
+    if unknown := set(filter(None, c.reinit_at_switch.split(","))) - REINIT.keys():
+        raise UserError(f"reinit_at_switch takes {', '.join(REINIT)}, between commas, got {min(unknown)!r}")
     if c.loss != "mce" and c.bag_weights != "uniform":
         raise UserError(f"bag_weights={c.bag_weights} belongs to loss=mce, not to loss={c.loss}")
     if c.n_embd % c.n_head and not c.head_dim:
@@ -194,6 +227,10 @@ def main(c):
     machine = Machine.start(c)
     device, world_size, say = machine.device, machine.world_size, machine.say
     corpus = open_mixture(c.dataset)
+    if c.document_bags and corpus.meta["separator"] is None:
+        raise UserError(
+            f"document_bags needs a corpus with a separator of documents, and {c.dataset} names none"
+        )
     n_rows = c.total_batch // c.block_size  # rows of a global batch
     rows = range(
         machine.rank * n_rows // world_size, (machine.rank + 1) * n_rows // world_size
@@ -238,10 +275,9 @@ def main(c):
     folder.describe(described, c.wandb_project)
 
     # ---------------------------------------------------------------------- compilation, warmed up, and ranks
+    fit = read_fit(c.fitted) if c.fitted else {}
     kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases)  # each is a graph of its own
-    weights = {
-        n: bag_weights(c.bag_weights, n, c.fitted_c0).to(device) for _, n in kinds if n > 1
-    }  # (n_out,)
+    weights = {n: bag_weights(c.bag_weights, n, **fit).to(device) for _, n in kinds if n > 1}  # (n_out,)
 
     def forward(run, tokens, n_in, n_out):
         """Rows (B, L*n_in + n_out) -> what is minimised, the loss of tokens in it, the routers'
@@ -294,6 +330,8 @@ def main(c):
     signals, stopping, clock, logged_at = StopSignals(machine), False, time.perf_counter(), step
     while step < c.max_steps:
         phase = phase_at(phases, step)  # TST
+        if c.reinit_at_switch and step == phase.start > 0 and phase.bag_size == 1:
+            reinitialise(raw_model, optimizer, c.reinit_at_switch.split(","), c.seed + 1)
         set_rates(optimizer, rate_multiplier(step, c))
         loss_sum, load, entropy = 0.0, 0.0, 0.0
         micro_batches = stream.batch(step).split(batch_size)  # (B, L*n_in + n_out) each

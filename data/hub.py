@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from data.documents import Options, needs
 from data.pipeline import File, Group, prepare, token_count
-from data.token_files import UNFINISHED
+from data.token_files import FETCHED, UNFINISHED
 from nanotst import UserError
 from nanotst.tokenizer import get_tokenizer
 
@@ -70,7 +70,7 @@ def prepare_from_hub(repo, suffix, config):
 def list_files(repo, suffix, config):
     """The HubFiles of a folder in an order that depends on the seed: the first ones are a sample of all."""
     hub = needs("huggingface_hub", repo)
-    hub.utils.disable_progress_bars()  # two bars at once are unreadable
+    needs("huggingface_hub.utils", repo).disable_progress_bars()  # two bars at once are unreadable
     api, doing = hub.HfApi(), f"listing {repo}/{config.folder}"
     revision = ask(doing, api.dataset_info, repo).sha
     tree = ask(
@@ -81,7 +81,7 @@ def list_files(repo, suffix, config):
             )
         ),
     )
-    folder = "" if config.keep else os.path.join(config.out_dir, UNFINISHED, "files")
+    folder = "" if config.keep else os.path.join(config.out_dir, UNFINISHED, FETCHED)
     files = [
         HubFile(f.path, f.size, f.blob_id, repo, revision, folder) for f in tree if f.path.endswith(suffix)
     ]

@@ -99,52 +99,50 @@ def write_group(out, groups, index, held_out, tokenizer, options, val_fraction, 
     if state["place"][0] != index:
         state["place"] = [index, 0, 0]
     _, file, done = state["place"]
+    released = file
     if group.limit and out.n_tokens[group.split] >= group.limit:
         return
-    released = file
     pieces = read_pieces(group, file, done, held_out if group.split == "train" else (), options, val_fraction)
-    progress = Progress(group, file, out)
-    for batch in map_in_order(
-        lambda b: encode_batch(tokenizer, b, options.separator), in_batches(pieces), workers
-    ):
-        for piece, ids, n_bytes, inline in batch:
-            if piece.file != file:
-                file, done = piece.file, 0
-            if piece.split:
-                out.add(piece.split, ids, n_bytes)
-            name = group.files[file].name
-            if inline and kind(name) == "text":
-                count(state, f"inline {name}", inline)
-            if piece.n_nul:
-                count(state, "nul", piece.n_nul)
-            if not piece.last:
-                continue
-            done += 1
-            count(state, piece.split or "copies")
-            count(state, f"file {name}")
-            if group.split == "val" and piece.key not in held_out:
-                held_out.add(piece.key)
-                state["held_out"].append(piece.key.hex())
-            state["place"] = [index, file, done]
-            if out.end_document(piece.split):
-                while released < file:
-                    group.files[released].release()
-                    released += 1
-            if group.limit and out.n_tokens[group.split] >= group.limit:
-                progress.close()
-                return
-        progress(piece.file, piece.position)
-    progress.close()
-    if group.limit and out.n_tokens[group.split] < group.limit:
-        got = out.n_tokens[group.split]
-        print(
-            f"warning: {group.split} has {got:,} of {group.limit:,} tokens: there are no more",
-            file=sys.stderr,
-        )
+    batches = map_in_order(
+        lambda batch: encode_batch(tokenizer, batch, options.separator), in_batches(pieces), workers
+    )
+    with Progress(group, file, out) as progress:
+        for batch in batches:
+            for piece, ids, n_bytes, inline in batch:
+                if piece.split:
+                    out.add(piece.split, ids, n_bytes)
+                note(state, group, piece, inline)
+                if not piece.last:
+                    continue
+                file, done = piece.file, done + 1 if piece.file == file else 1
+                state["place"] = [index, file, done]
+                if group.split == "val" and piece.key not in held_out:
+                    held_out.add(piece.key)
+                    state["held_out"].append(piece.key.hex())
+                if out.end_document(piece.split):
+                    while released < file:
+                        group.files[released].release()
+                        released += 1
+                if group.limit and out.n_tokens[group.split] >= group.limit:
+                    return
+            progress.show(piece.file, piece.position)
+    if group.limit:
+        n = out.n_tokens[group.split]
+        print(f"warning: {n:,} tokens for {group.split} instead of {group.limit:,}: there are no more")
 
 
-def count(state, name, n=1):
-    state["documents"][name] = state["documents"].get(name, 0) + n
+def note(state, group, piece, inline):
+    """Count what will be said at the end."""
+    name, counts = group.files[piece.file].name, state["documents"]
+
+    def count(what, n):
+        if n:
+            counts[what] = counts.get(what, 0) + n
+
+    count(f"inline {name}", inline if kind(name) == "text" else 0)
+    count("nul", piece.n_nul)
+    count(piece.split or "copies", int(piece.last))
+    count(f"file {name}", int(piece.last))
 
 
 def read_pieces(group, file, skip, left_out, options, val_fraction):
@@ -250,11 +248,14 @@ class Progress:
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
 
-    def __call__(self, file, position):
+    def show(self, file, position):
         done = self.out.n_tokens[self.group.split] if self.group.limit else self.before[file] + position
         self.bar.update(done - self.bar.n)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         self.bar.close()
 
 

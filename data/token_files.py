@@ -35,6 +35,9 @@ except ImportError:  # Windows: nothing keeps two preparations apart there
     fcntl = None
 
 UNFINISHED = "unfinished.tmp"
+FETCHED = (
+    "files"  # in there: the input, if it was fetched. Who fetches knows whether it is still the right one
+)
 SPLITS = ("train", "val")
 OURS = re.compile(r"(train|val)(_\d{5,})?\.(bin|crc)|tokenizer\.model")
 
@@ -61,6 +64,7 @@ class TokenFiles:
     def __init__(self, out_dir, tokenizer, shard_tokens=0, seed=None, job=None):
         self.out_dir, self.tokenizer = out_dir, tokenizer
         self.folder = os.path.join(out_dir, UNFINISHED)
+        self.fetched = os.path.join(self.folder, FETCHED)
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.shard_tokens, self.seed = shard_tokens, seed
         self.state = {"job": json.loads(json.dumps(job)), "shards": [], "meta": None}
@@ -135,7 +139,8 @@ class TokenFiles:
         finally:
             for shard in self.open.values():
                 shard.abandon()
-            if self.state["job"] is None or self.state["meta"] is None and not self.state["shards"]:
+            done = self.state["meta"] is not None or bool(self.state["shards"]) or os.path.isdir(self.fetched)
+            if self.state["job"] is None or not done:
                 self._clear(and_folder=True)  # nobody could go on from it
             elif os.path.isdir(self.folder):
                 n = len(self.state["shards"])
@@ -235,17 +240,13 @@ class TokenFiles:
         sync_folder(self.folder)
 
     def _clear(self, and_folder=False):
-        if not os.path.isdir(self.folder):
-            return
-        for name in os.listdir(self.folder):
-            path = os.path.join(self.folder, name)
-            if os.path.isdir(path):
-                shutil.rmtree(path, ignore_errors=True)
-            elif name != "lock":
-                os.remove(path)
         if and_folder:
             self._unlock()
             shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for name in os.listdir(self.folder):
+            if name not in ("lock", FETCHED):
+                os.remove(os.path.join(self.folder, name))
 
     def _lock(self):
         self.lock = open(os.path.join(self.folder, "lock"), "w")  # noqa: SIM115 (held open on purpose)

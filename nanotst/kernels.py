@@ -119,15 +119,26 @@ class EmbedBagsOfSmallVocabulary(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------- attention
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, window=0):
     """Equals F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).
 
-    q (B, H, L, D), k and v (B, K, L, D), query head h with key/value head h * K // H -> (B, H, L, D)."""
-    if q.device.type != "cpu" or q.size(2) > 512:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    q (B, H, L, D), k and v (B, K, L, D), query head h with key/value head h * K // H -> (B, H, L, D). window:
+    a position sees itself and the window - 1 positions before it, 0: all of them."""
+    L = q.size(2)
+    if q.device.type != "cpu" or L > 512:
+        mask = visible(L, window, q.device) if 0 < window < L else None  # (L, L)
+        causal, gqa = mask is None, q.size(1) != k.size(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
     if q.size(1) != k.size(1):
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    return ShortAttention.apply(q, k, v)
+    return ShortAttention.apply(q, k, v, window)
+
+
+def visible(L, window, device):
+    """Whether position i sees position j: (L, L) bool."""
+    i = torch.arange(L, device=device)
+    back = i[:, None] - i  # (L, L)
+    return (back >= 0) & (back < (window or L))
 
 
 class ShortAttention(torch.autograd.Function):
@@ -136,15 +147,13 @@ class ShortAttention(torch.autograd.Function):
     exponentials."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, window):
         wide = torch.promote_types(q.dtype, torch.float32)
-        q, k, v = (
-            (q * q.size(-1) ** -0.5).contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-        )  # or in each product again
-        future = torch.full((q.size(2), q.size(2)), -torch.inf, dtype=wide, device=q.device).triu(1)  # (L, L)
-        z = q @ k.transpose(-2, -1) + future  # (B, H, L, L)
+        q = (q * q.size(-1) ** -0.5).contiguous()  # all three here, or in each product again
+        k, v = k.contiguous(), v.contiguous()
+        hidden = torch.zeros(q.size(2), q.size(2), dtype=wide, device=q.device)  # (L, L)
+        hidden = hidden.masked_fill(~visible(q.size(2), window, q.device), -torch.inf)
+        z = q @ k.transpose(-2, -1) + hidden  # (B, H, L, L)
         p = (z - z.amax(-1, keepdim=True)).exp().to(q.dtype)  # not yet divided by their sum
         scale = 1 / p.sum(-1, keepdim=True, dtype=wide)  # (B, H, L, 1)
         ctx.save_for_backward(q, k, v, p, scale)
@@ -157,7 +166,7 @@ class ShortAttention(torch.autograd.Function):
         dy = (dy * scale).to(p.dtype)
         dp = dy @ v.transpose(-2, -1)  # (B, H, L, L)
         dz = (p * (dp - (p * dp).sum(-1, keepdim=True, dtype=scale.dtype) * scale)).to(p.dtype)
-        return dz @ k * q.size(-1) ** -0.5, dz.transpose(-2, -1) @ q, p.transpose(-2, -1) @ dy
+        return dz @ k * q.size(-1) ** -0.5, dz.transpose(-2, -1) @ q, p.transpose(-2, -1) @ dy, None
 
 
 # ------------------------------------------------------------------------------- rows of a mixture of experts

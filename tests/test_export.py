@@ -1,6 +1,7 @@
 """tools/export.py against transformers and lm-eval: the same logits, tokens and ids, both ways."""
 
 import base64
+import contextlib
 import json
 import math
 import os
@@ -207,6 +208,7 @@ def test_another_shape_names_the_knob(knob, value, tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_size": "absent"}, "hidden_size"),
         ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
 )
 def test_what_the_model_lacks_is_refused(changes, said, tmp_path):
@@ -215,6 +217,25 @@ def test_what_the_model_lacks_is_refused(changes, said, tmp_path):
     with pytest.raises(UserError, match=said) as e:
         export.load_hf(model, str(tmp_path))
     assert "\n" not in str(e.value)
+
+
+def test_a_sliding_window_is_refused_where_it_is_used(tmp_path):
+    """Mixtral's is on if it is given; the others' only by a switch."""
+    for name, refused in (("mixtral", True), ("qwen3_moe", False)):
+        model = build(SHAPES[name])
+        edit(save(model, tmp_path / name), sliding_window=32)
+        with pytest.raises(UserError, match="sliding_window=32") if refused else contextlib.nullcontext():
+            export.load_hf(model, str(tmp_path / name))
+
+
+def test_a_tied_model_may_hold_its_head_twice(tmp_path):
+    model, other = build(SHAPES["llama_tied"]), build(SHAPES["llama_tied"], seed=1)
+    folder = save(model, tmp_path)
+    tensors = tensors_of(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    export.load_hf(other, folder)
+    assert torch.equal(model(torch.arange(9)[None]), other(torch.arange(9)[None]))
 
 
 def test_configs_of_older_transformers(tmp_path):
@@ -578,6 +599,8 @@ def test_rank_file_tokenizer(llama3, tmp_path, monkeypatch):
     tokenizer = get_tokenizer(rank_file(tmp_path / "tiny.model"))
     assert tokenizer.vocab_size == 273 + (256 if llama3 else 1)
     theirs = check_tokenizer(tokenizer, [*TEXTS, "quux quuxx abcabc bcab interther the\n\n\nthe 1212 日日"])
+    for name in ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>") if llama3 else ("<|endoftext|>",):
+        assert len(theirs.encode(f"a{name}a").ids) == 3  # a special token, not its letters
     assert theirs.token_to_id("<|end_of_text|>" if llama3 else "<|endoftext|>") == tokenizer.separator
 
 
@@ -636,7 +659,7 @@ def test_command_line(checkpoint, tmp_path, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("Hi Ā!").input_ids
     assert ids == list("Hi Ā!".encode()) and tokenizer.decode(ids) == "Hi Ā!"
-    assert tokenizer.bos_token_id == tokenizer.eos_token_id == 0
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == 0 and tokenizer.model_max_length == 128
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert theirs.config.eos_token_id == 0 and theirs.config.max_position_embeddings == 128
     command(path, folder, "--overwrite", "--dtype=bfloat16")

@@ -704,3 +704,24 @@ def test_cost_does_not_grow_with_the_bag(with_grad, products):
     assert all(c == counts[0] for c in counts)
     assert sum(n for (name, _), n in counts[0].items() if "mm" in name) == products
     assert max(size for _, size in counts[0]) == N * V
+
+
+@pytest.mark.parametrize("L", [7, 600])  # both codes on a CPU
+@pytest.mark.parametrize("window", [1, 3, 6, 7, 100])
+def test_a_window_is_attention_to_the_positions_in_it(L, window):
+    """Against a softmax over the visible positions of each query, in float64; window positions, the query's own among
+    them."""
+    q, k, v = (torch.randn(1, 2, L, 4, requires_grad=True) for _ in range(3))
+    out, upstream = kernels.causal_attention(q, k, v, window), torch.randn(1, 2, L, 4)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    rows = []
+    for i in range(L):
+        seen = slice(max(0, i - window + 1), i + 1)
+        p = (exact[1][:, :, seen] @ exact[0][:, :, i, :, None] / 2).softmax(2)  # (1, H, n, 1)
+        rows.append((p * exact[2][:, :, seen]).sum(2))
+    wanted = torch.stack(rows, 2)
+    assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    out.backward(upstream)
+    wanted.backward(upstream.double())
+    for x, y in zip((q, k, v), exact):
+        assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)

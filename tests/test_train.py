@@ -180,12 +180,24 @@ def test_gradients_are_clipped_to_their_norm_and_the_norm_before_is_logged(run, 
     [
         (dict(bag_weights="power"), lambda i: 1 / i),
         (dict(bag_weights="fitted"), lambda i: 3.63 + 1.35 * i**-1.25),
-        (dict(bag_weights="fitted", fitted_c0=0.0), lambda i: i**-1.25),
+        (dict(bag_weights="fitted", fitted={"c0": 0.0, "a": 2.0, "k": -2}), lambda i: i**-2),
     ],
 )
-def test_weights_of_a_bag_reach_the_loss(run, tiny, knobs, weigh):
+def test_weights_of_a_bag_reach_the_loss(run, tiny, tmp_path, knobs, weigh):
+    if "fitted" in knobs:
+        (tmp_path / "fit.json").write_text(json.dumps(knobs["fitted"]))
+        knobs = knobs | {"fitted": str(tmp_path / "fit.json")}
     weights = [weigh(i) for i in (1, 2, 3)]
     assert_plain(run(**knobs), plain_training(tiny(), weights=[w / sum(weights) for w in weights]))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"c0": 1}', '{"c0": 1, "a": NaN, "k": 0}', '{"c0": -9, "a": 1, "k": 0}']
+)
+def test_a_file_that_is_no_fit_is_one_line(run, tmp_path, text):
+    (tmp_path / "fit.json").write_text(text)
+    with pytest.raises(UserError, match="fit.json is not a file of tools.fit_mi"):
+        run(bag_weights="fitted", fitted=str(tmp_path / "fit.json"))
 
 
 def test_muon_equals_a_plain_loop(run, tiny):
@@ -1128,3 +1140,65 @@ def test_run_can_be_resumed_after_the_disk_was_full(run, tiny, tmp_path, monkeyp
         run(save_interval=3, eval_interval=100)
     assert load(tiny().out_dir)["step"] == 3
     assert run(resume=True)[-1]["loss"] == unbroken[-1]["loss"]
+
+
+# ---- what one had better not do at the switch
+
+
+@pytest.mark.parametrize("parts", ["embedding", "head", "optimizer", "embedding,head", "head,optimizer"])
+def test_parts_that_begin_anew_at_the_switch(run, tiny, tmp_path, monkeypatch, parts):
+    """Just before the first ordinary step: the named weights are those of another draw, the others those that
+    superposition left, and the optimizer has forgotten its moments or not. A run resumed there does the
+    same."""
+    seen, forward = [], train.reinitialise
+
+    def watch(model, optimizer, *args):
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        forward(model, optimizer, *args)
+        changed = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
+        seen.append((changed, len(list(optimizer.moments()))))
+
+    monkeypatch.setattr(train, "reinitialise", watch)
+    rows = run(reinit_at_switch=parts)
+    wanted = {name for name in ("embed.weight", "head.weight") if name[:4] in parts}
+    assert len(seen) == 1 and seen[0][0] == wanted and (seen[0][1] == 0) == ("optimizer" in parts)
+    assert column(rows[:4], "loss") == column(run(out_dir=str(tmp_path / "plain")), "loss")[:4]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        ask_to_stop(patch, 4)
+        run(out_dir=str(tmp_path / "b"), reinit_at_switch=parts)
+    assert column(run(out_dir=str(tmp_path / "b"), reinit_at_switch=parts, resume=True), *LEARNED) == column(
+        rows, *LEARNED
+    )
+
+
+def test_bags_within_documents_equal_a_plain_loop(run, tiny, tmp_path):
+    """Of a bag the tokens of its last token's document are averaged, of its labels those count: a loop over
+    them."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, 50, 6500)
+    tokens[rng.random(6500) < 0.2] = 0  # the separator, which begins a document
+    folder = write_corpus(tmp_path / "documents", tokens[:6000], tokens[6000:], 50)
+    meta = json.loads(Path(folder, "meta.json").read_text())
+    Path(folder, "meta.json").write_text(json.dumps(meta | {"separator": 0}))
+    row = run(dataset=folder, document_bags=True, max_steps=2, superposition_ratio=0.5)[0]
+    torch.manual_seed(tiny().seed)
+    model = tiny_model(tiny())
+    at = [48 * i for i in shuffled((6000 - 3) // 48, (tiny().seed, 0, 0, 0))][:8]
+    sums, counts = [0.0] * 3, [0] * 3
+    for start in at:
+        text = tokens[start : start + 51].tolist()
+        document = np.cumsum([token == 0 for token in text]).tolist()
+        x = []
+        for j in range(16):
+            bag = [i for i in range(3 * j, 3 * j + 3) if document[i] == document[3 * j + 2]]
+            x.append(sum(model.embed.weight[text[i]] for i in bag) / len(bag))
+        handle = model.embed.register_forward_hook(lambda *_, x=x: torch.stack(x)[None])
+        log_p = model(torch.zeros(1, 16, dtype=torch.long))[0].log_softmax(-1)  # (16, V)
+        handle.remove()
+        for j in range(16):
+            for k in range(3):
+                i = 3 * j + 3 + k
+                if document[i] == document[3 * j + 2]:
+                    sums[k] -= log_p[j, text[i]].item()
+                    counts[k] += 1
+    assert row["loss"] == pytest.approx(sum(s / n for s, n in zip(sums, counts)) / 3, rel=1e-5)

@@ -28,7 +28,7 @@ from tools.runs import FREE, load_metrics
 TRAINER = Path(__file__).resolve().parents[1] / "train.py"
 # without superposition, these knobs change nothing
 SUPERPOSITION = {"bag_size", "superposition_ratio", "superposition", "loss", "bag_weights", "fitted"}
-SUPERPOSITION |= {"fitted_c0", "document_bags", "reinit_at_switch"}
+SUPERPOSITION |= {"document_bags", "reinit_at_switch"}
 OURS = {"resume", "overwrite", "allow_changes"}  # a member's folder decides these
 SHORT = {"bag_size": "s", "superposition_ratio": "r", "learning_rate": "lr", "seed": "seed"}  # in names
 
