@@ -188,7 +188,7 @@ def test_what_is_cut_short_goes_on_from_its_checkpoint(dry, monkeypatch, capsys)
     assert left == [540, 540] and "stopped by SIGTERM after step 10" in capsys.readouterr().out
     monkeypatch.setattr(gpu, "launch", launch_here)
     results = dry("pair", minutes=9)
-    assert "going on after step 10 of 30" in capsys.readouterr().out
+    assert "after step 10 of 30" in capsys.readouterr().out
     assert [row["steps"] for row in kept(results).values()] == ["30", "30"]
 
 
