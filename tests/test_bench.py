@@ -152,7 +152,9 @@ def test_trainers_are_compared_by_their_steps_after_the_first_ones(figures, monk
     monkeypatch.setattr(bench, "ROOT", folders["ours"])
     monkeypatch.setattr(Machine, "peak_flops", property(lambda self: 1e9))
     monkeypatch.setattr(bench, "write_words", lambda folder, vocab_size: None)
-    [(title, (theirs, ours))] = figures(parts="nanogpt", rows=2, nanogpt=str(folders["theirs"])).items()
+    [(title, (theirs, ours))] = figures(
+        parts="nanogpt", rows=2, repeats=3, nanogpt=str(folders["theirs"])
+    ).items()
     assert title.endswith("curves: 2 layers, width 64, context 128, 2 rows")
     assert (theirs["trainer"], theirs["ms a step"], theirs["tokens/s"]) == ("nanoGPT", 4, 2 * 128 * 250)
     assert (ours["trainer"], ours["ms a step"], ours["tokens/s"]) == ("nanoTST", 2, 2 * 128 * 500)

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +58,7 @@ class Config:
     bag_sizes: str = "1,2,4,8,16"  # of step
     positions: int = 0  # of loss; 0: 8192 on cuda, else 4096
     losses: str = ""  # of loss: further ones of tst.LOSSES, such as mce_alt,bce,hinge
-    repeats: int = 7  # of each variant
+    repeats: int = 7  # of each variant; in nanogpt, runs of each trainer, at most 3
     threads: int = 0  # CPU threads; 0: PyTorch's choice
     profile: str = ""  # write a trace of steps at all bag sizes here, for chrome://tracing or Perfetto
     json: str = ""  # write all figures to this file
@@ -340,7 +341,7 @@ def loader(b):
         reads = {}
         for s in (1, 4, 16):
             phases, number = phase_list(10**6, [s], 1.0), itertools.count()
-            stream = TokenStream(tokens, L, phases, rows, range(rows), device=b.device)
+            stream = TokenStream([(tokens, Fraction(1))], L, phases, rows, range(rows), device=b.device)
             reads[s] = lambda stream=stream, number=number: stream.read(next(number)).to(b.device)
         t = b.seconds(reads, repeats=20)
         rate = lambda s: rows * L * s / t[s] / 1e6
@@ -409,7 +410,7 @@ def nanogpt(b):
                 "--bag_size=1", f"--total_batch={rows * context}", "--batch_size=0", "--max_steps=40",
                 "--eval_positions=1", "--save_interval=0", f"--dtype={b.c.dtype}",
                 f"--compile={b.c.compile}"]  # fmt: skip
-        for _ in range(3):
+        for _ in range(min(3, b.c.repeats)):
             runs = {"nanoGPT": time_trainer(theirs, b.c.nanogpt, r"^iter (\d+):.*time ([\d.]+)ms"),
                     "nanoTST": time_trainer(ours, ROOT, r"^step +(\d+)/.*\| ([\d.]+) ms \|")}  # fmt: skip
             for label, (ms, memory[label]) in runs.items():
