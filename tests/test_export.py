@@ -1,7 +1,6 @@
 """tools/export.py against transformers and lm-eval: the same logits, tokens and ids, both ways."""
 
 import base64
-import contextlib
 import json
 import math
 import os
@@ -40,6 +39,11 @@ SHAPES = {
     "qwen3": DENSE | {"qk_norm": True},
     "qwen3_moe": DENSE | {"qk_norm": True, "n_expert": 6, "top_k": 2, "ff_dim": 32},
     "mixtral": DENSE | {"n_expert": 4, "top_k": 3, "ff_dim": 32},
+    "mistral": DENSE | {"attention_window": 7},
+    "mixtral_window": DENSE | {"n_expert": 4, "top_k": 3, "ff_dim": 32, "attention_window": 7},
+    "qwen3_window": DENSE | {"qk_norm": True, "attention_window": 7},
+    "qwen3_moe_window": DENSE
+    | {"qk_norm": True, "n_expert": 6, "top_k": 2, "ff_dim": 32, "attention_window": 7},
 }
 ARCHITECTURE = {
     "llama": "LlamaForCausalLM",
@@ -47,6 +51,7 @@ ARCHITECTURE = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "mistral": "MistralForCausalLM",
 }
 TEXTS = [
     "Hello world, it's 12345 o'clock.  Two  spaces\n\n\tand a tab ",
@@ -99,7 +104,9 @@ def test_transformers_computes_the_same(name, tmp_path):
         save(model, tmp_path), output_loading_info=True
     )
     assert not any(info.values()), info  # no missing, unexpected or mismatched tensor
-    assert type(theirs).__name__ == ARCHITECTURE[name] and theirs.dtype == torch.float32
+    assert (
+        type(theirs).__name__ == ARCHITECTURE[name.removesuffix("_window")] and theirs.dtype == torch.float32
+    )
     for length in (1, 7, 64):
         tokens = torch.randint(100, (3, length), generator=torch.Generator().manual_seed(length))
         with torch.no_grad():
@@ -207,7 +214,7 @@ def test_another_shape_names_the_knob(knob, value, tmp_path):
         ({"model_type": "gpt2"}, "model_type gpt2"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_size": "absent"}, "hidden_size"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"use_sliding_window": True, "sliding_window": "x"}, "sliding_window"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
 )
@@ -219,13 +226,21 @@ def test_what_the_model_lacks_is_refused(changes, said, tmp_path):
     assert "\n" not in str(e.value)
 
 
-def test_a_sliding_window_is_refused_where_it_is_used(tmp_path):
-    """Mixtral's is on if it is given; the others' only by a switch."""
-    for name, refused in (("mixtral", True), ("qwen3_moe", False)):
-        model = build(SHAPES[name])
-        edit(save(model, tmp_path / name), sliding_window=32)
-        with pytest.raises(UserError, match="sliding_window=32") if refused else contextlib.nullcontext():
-            export.load_hf(model, str(tmp_path / name))
+@pytest.mark.parametrize("name", ["mistral", "mixtral_window", "qwen3_window", "qwen3_moe_window"])
+def test_the_window_is_compared(name, tmp_path):
+    """It changes no shape; where a folder has another one, or one in some layers only, that is said."""
+    shape = SHAPES[name]
+    folder = save(build(shape), tmp_path)
+    for window in (0, 8):
+        with pytest.raises(UserError, match=rf"set --attention_window=7 \(now {window}\)"):
+            export.load_hf(build(shape | {"attention_window": window}), folder)
+    edit(folder, layer_types=["sliding_attention", "full_attention"])
+    with pytest.raises(UserError, match="some layers only"):
+        export.load_hf(build(shape), folder)
+    edit(folder, layer_types="absent", max_window_layers=1, sliding_window=7 if "qwen" in name else "absent")
+    if name in ("qwen3_window", "mistral"):
+        with pytest.raises(UserError, match="some layers only|no sliding_window"):
+            export.load_hf(build(shape), folder)
 
 
 def test_a_tied_model_may_hold_its_head_twice(tmp_path):
@@ -421,7 +436,7 @@ WRONG = ["x", "12", -1, 0, 1.5, True, [], {"a": 1}, 10**400, math.nan, math.inf]
 @pytest.mark.parametrize("value", WRONG, ids=lambda v: str(v)[:8])
 def test_values_of_wrong_type_are_one_line(value):
     """Each key of config.json in turn, for each kind of model: refused in one line, or of no consequence."""
-    fine = [("rms_norm_eps", 1.5), ("tie_word_embeddings", True)]
+    fine = [("rms_norm_eps", 1.5), ("tie_word_embeddings", True), ("use_sliding_window", True)]
     for name, shape in SHAPES.items():
         config = export.hf_config(GPTConfig(**shape))
         knobs = export.knobs_of(config)

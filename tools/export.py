@@ -5,6 +5,7 @@
 
                             dense                    MoE
     without qk_norm         LlamaForCausalLM         MixtralForCausalLM
+    the same, windowed      MistralForCausalLM       MixtralForCausalLM
     with qk_norm            Qwen3ForCausalLM         Qwen3MoeForCausalLM
 
 The numbers stay what they are: nothing is permuted or rescaled, fused matrices are only cut (q|k|v, gate|up,
@@ -26,11 +27,12 @@ from nanotst.configurator import run
 from nanotst.tokenizer import LLAMA3_PATTERN
 from nanotst.vocabulary import tokenizer_of
 
-KINDS = {  # (qk_norm, MoE?)
-    (False, False): ("llama", "LlamaForCausalLM"),
-    (True, False): ("qwen3", "Qwen3ForCausalLM"),
-    (False, True): ("mixtral", "MixtralForCausalLM"),
-    (True, True): ("qwen3_moe", "Qwen3MoeForCausalLM"),
+KINDS = {  # model_type: qk_norm, MoE?, class
+    "llama": (False, False, "LlamaForCausalLM"),
+    "mistral": (False, False, "MistralForCausalLM"),
+    "qwen3": (True, False, "Qwen3ForCausalLM"),
+    "mixtral": (False, True, "MixtralForCausalLM"),
+    "qwen3_moe": (True, True, "Qwen3MoeForCausalLM"),
 }
 LIST = "nanotst_export.json"  # names every file of an export: what may be replaced
 INSTALL = 'pip install "transformers>=4.57,<6"'
@@ -64,11 +66,18 @@ def import_packages():
 # ----------------------------------------------------------------------------------------- config and tensors
 
 
+def kind_of(c):
+    """The model_type of a GPTConfig."""
+    if c.attention_window and not c.qk_norm and not c.n_expert:
+        return "mistral"
+    return next(kind for kind, (*key, _) in KINDS.items() if key == [c.qk_norm, c.n_expert > 0])
+
+
 def hf_config(c, dtype="float32", separator=None, balance_coef=0.001):
     """The config.json of a GPTConfig c, a dict. separator: id of the token between documents, if known."""
-    kind, architecture = KINDS[c.qk_norm, c.n_expert > 0]
+    kind = kind_of(c)
     config = {
-        "architectures": [architecture],
+        "architectures": [KINDS[kind][2]],
         "model_type": kind,
         "torch_dtype": dtype,
         "vocab_size": c.vocab_size,
@@ -88,12 +97,15 @@ def hf_config(c, dtype="float32", separator=None, balance_coef=0.001):
         "bos_token_id": separator,
         "eos_token_id": separator,
     }
+    window = c.attention_window or None
     if kind == "llama":
         config |= {"attention_bias": False, "mlp_bias": False}
-    elif kind == "mixtral":
-        config |= {"sliding_window": None, "num_local_experts": c.n_expert}
-    else:
-        config |= {"attention_bias": False, "use_sliding_window": False}
+    elif c.qk_norm:
+        config |= {"attention_bias": False, "use_sliding_window": bool(window), "max_window_layers": 0}
+    if kind != "llama":
+        config |= {"sliding_window": window}
+    if kind == "mixtral":
+        config |= {"num_local_experts": c.n_expert}
     if kind == "qwen3_moe":
         config |= {
             "num_experts": c.n_expert,
@@ -265,12 +277,11 @@ def number(config, *keys, kind=int, default=None):
 def knobs_of(config):
     """A Hugging Face config.json as our knobs, a dict. Raises ValueError for what this model cannot do. What
     it does not say is not guessed, but for what configurations of the first Llamas leave out."""
-    kinds = {kind: key for key, (kind, _) in KINDS.items()}
     if not isinstance(config, dict):
         raise ValueError("its config.json holds no {...}")
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"model_type {str(kind):.40} is none of {', '.join(kinds)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"model_type {str(kind):.40} is none of {', '.join(KINDS)}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"its rope_parameters are {rope!r:.40}")
@@ -281,7 +292,6 @@ def knobs_of(config):
     plain = {
         "attention_bias": False,
         "mlp_bias": False,
-        "use_sliding_window": False,
         "hidden_act": "silu",
         "mlp_only_layers": [],
         "decoder_sparse_step": 1,
@@ -290,15 +300,13 @@ def knobs_of(config):
         "norm_topk_prob": True,
         "quantization_config": None,
     }
-    if kind == "mixtral":
-        plain["sliding_window"] = None
     found = {"norm_topk_prob": kind != "qwen3_moe", "rope_type": rope.get("type")} | rope | config
     for key, value in plain.items():
         if found.get(key, value) not in (value, None):
             raise ValueError(
                 f"{key}={str(found[key]):.40} has no counterpart in this model, which has {key}={value}"
             )
-    qk_norm, moe = kinds[kind]
+    qk_norm, moe, _ = KINDS[kind]
     first = kind == "llama"
     n_embd, n_head = number(config, "hidden_size"), number(config, "num_attention_heads")
     if type(tie := config.get("tie_word_embeddings", False)) is not bool:
@@ -311,6 +319,7 @@ def knobs_of(config):
         "n_kv_head": number(config, "num_key_value_heads", default=n_head if first else None),
         "ff_dim": number(config, "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"),
         "head_dim": number(config, "head_dim", default=None if qk_norm else n_embd // n_head),
+        "attention_window": window_of(config, kind),
         "qk_norm": qk_norm,
         "tie_embeddings": tie,
         "rope_theta": number(found, "rope_theta", kind=float, default=1e4 if first else None),
@@ -319,6 +328,24 @@ def knobs_of(config):
         "n_expert": number(config, "num_experts", "num_local_experts") if moe else 0,
         "top_k": number(config, "num_experts_per_tok") if moe else 0,
     }
+
+
+def window_of(config, kind):
+    """The attention window of a config.json, 0 for none. Raises ValueError unless all layers have it."""
+    switch = config.get("use_sliding_window", False) if kind.startswith("qwen3") else kind != "llama"
+    if type(switch) is not bool:
+        raise ValueError(f"its use_sliding_window is {str(switch):.40}")
+    if switch and kind != "mixtral" and "sliding_window" not in config:
+        raise ValueError("its config.json has no sliding_window")
+    if not switch or config.get("sliding_window") is None:
+        return 0
+    layers = config.get("layer_types") or []
+    some = isinstance(layers, list) and "full_attention" in layers
+    if some or kind == "qwen3" and config.get("max_window_layers") != 0:
+        raise ValueError(
+            "by its layer_types or max_window_layers some layers only have its sliding_window, here all do"
+        )
+    return number(config, "sliding_window")
 
 
 def load_hf(model, folder, say=print):
@@ -492,10 +519,7 @@ def main(config):
     save_hf(saved["model"], shape, c.folder, c.dtype, c.overwrite, files, **options)
     for note in notes:
         print(note)
-    print(
-        f"{c.folder}: {KINDS[shape.qk_norm, shape.n_expert > 0][1]}, {c.dtype}, for texts of up to "
-        f"{shape.block_size} tokens"
-    )
+    print(f"{c.folder}: {KINDS[kind_of(shape)][2]}, {c.dtype}, for texts of up to {shape.block_size} tokens")
 
 
 if __name__ == "__main__":
