@@ -52,7 +52,7 @@ def kind(path):
 
 
 def read_documents(path, options):
-    """Yield (text, last, position) of the documents in a file. UserError names the file and the place in it."""
+    """Yield (text, last, position) of the documents in a file. UserError names file and place."""
     if kind(path) == "parquet":
         yield from parquet_documents(path, options)
         return
@@ -77,8 +77,8 @@ def unpacked(stored, path):
 
 
 class ZstdFile(io.RawIOBase):
-    """The text of a .zst file of any number of frames. zstandard's own reader takes a file that is cut short for a
-    whole one."""
+    """The text of a .zst file of any number of frames. zstandard's own reader takes a file that is cut short
+    for a whole one."""
 
     def __init__(self, stored, path):
         self.stored, self.zstd = stored, needs("zstandard", path)
@@ -116,10 +116,10 @@ def without_mark(line, path):
 def cut_point(data, limit):
     """data: the next limit + 2 bytes of a long document -> where to cut it, at most limit.
 
-    Before a single space between two words, because the split patterns of GPT-2, its successors and Llama 3 all
-    start a new piece of text there, so the tokens are those of the uncut document. Text without such a place
-    (base64, Chinese) is cut at a line end, or else between two characters, and its tokens may differ from the
-    uncut ones there.
+    Before a single space between two words, because the split patterns of GPT-2, its successors and Llama 3
+    all start a new piece of text there, so the tokens are those of the uncut document. Text without such a
+    place (base64, Chinese) is cut at a line end, or else between two characters, and its tokens may differ
+    from the uncut ones there.
     """
     if match := re.match(rb"(?s).*[A-Za-z](?= [A-Za-z])", data):
         return match.end()
@@ -130,7 +130,7 @@ def cut_point(data, limit):
 
 
 def blocks(file, path):
-    """Yield (block, offset, line_start): a text file in blocks of whole lines, but for lines longer than PIECE."""
+    """Yield (block, offset, line_start): a text file in blocks of whole lines (of PIECE or less)."""
     offset, line_start = 0, True
     while block := file.read(PIECE) + file.readline(PIECE):
         n_stored, block = len(block), block if offset else without_mark(block, path)
@@ -139,7 +139,7 @@ def blocks(file, path):
 
 
 def text_documents(file, path, options):
-    """Yield (text, last). The line end before a separator and at the end of the file is not part of a document."""
+    """Yield (text, last). The line end before a separator or the end of the file belongs to no document."""
     separator = options.separator.encode()
     end = re.escape(separator) + rb"\r*(?:\n|\Z)" if separator else rb"\r*\n"
     cut_here = {"empty lines": rb"|[ \t\r]*\n", "line ends": rb"|"}.get(options.cut_at, b"")
@@ -211,7 +211,7 @@ def parquet_documents(path, options):
     """Yield (text, last, position), row group by row group."""
     parquet, arrow = needs("pyarrow.parquet", path), needs("pyarrow", path)
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             if options.field not in file.schema_arrow.names:
                 raise UserError(f"{path} has no column '{options.field}' (see --field)")
             size, n_rows, rows = os.path.getsize(path), file.metadata.num_rows, 0

@@ -1,11 +1,13 @@
 """Corpora on the Hugging Face hub: whole files, fetched one ahead of the one being read.
 
-huggingface_hub does the fetching: it goes on where a connection broke, tries again, and checks what came. Reading rows
-from the hub instead is refused after a while (HTTP 429). HF_ENDPOINT, HF_TOKEN and HF_HOME mean what they always do.
+huggingface_hub does the fetching: it goes on where a connection broke, tries again, and checks what came.
+Reading rows from the hub instead is refused after a while (HTTP 429). HF_ENDPOINT, HF_TOKEN and HF_HOME mean
+what they always do.
 """
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 from data.documents import Options, needs
@@ -38,14 +40,18 @@ class HubFile(File):
 
     def release(self):
         if self.folder:
-            os.remove(os.path.join(self.folder, self.name))
+            with suppress(FileNotFoundError):  # before the last stop
+                os.remove(os.path.join(self.folder, self.name))
 
 
 def prepare_from_hub(repo, suffix, config):
     """The corpus of a prepare script over a repository of the hub. `config` is its Config."""
-    if os.path.exists(os.path.join(config.out_dir, "meta.json")):
+    ready, unfinished = (os.path.exists(os.path.join(config.out_dir, n)) for n in ("meta.json", UNFINISHED))
+    if ready and not unfinished:
         print(f"{config.out_dir} is prepared already; remove its meta.json to do it again")
         return
+    if config.seed < 0:
+        raise UserError("--seed is at least 0")
     tokens, val_tokens = token_count(config.tokens, "tokens"), token_count(config.val_tokens, "val_tokens")
     tokenizer = get_tokenizer(config.encoding)
     files = list_files(repo, suffix, config)

@@ -1,10 +1,10 @@
-"""From files to a corpus: documents, tokens, shards. All prepare scripts but the default corpus' one use this.
+"""From files to a corpus: documents, tokens, shards. What all prepare scripts but python_source's stand on.
 
     prepare([Group("val", files, limit), Group("train", files, limit)], tokenizer, out_dir, options)
 
-Files are read one after the other, documents are tokenised on all cores, and every `shard_tokens` tokens a shard is
-written and the place in the input is noted. A preparation that is stopped and started again goes on from there:
-shards are neither made again nor different, whatever the number of workers.
+Files are read one after the other, documents are tokenised on all cores, and every `shard_tokens` tokens a
+shard is written and the place in the input is noted. A preparation that is stopped and started again goes on
+from there: shards are neither made again nor different, whatever the number of workers.
 """
 
 import hashlib
@@ -26,9 +26,7 @@ from nanotst import UserError
 
 BATCH = 1024 * 1024  # bytes of text handed to a worker at a time
 FEW_DOCUMENTS, FEW_TOKENS = 20, 1_000_000  # a validation split with less of both is warned about
-BYTES_PER_TOKEN = (
-    6  # more than any vocabulary reaches on text, so that a disk is never called too small wrongly
-)
+BYTES_PER_TOKEN = 6  # of text: more than any vocabulary reaches, so that no disk is called too small wrongly
 
 
 @dataclass
@@ -99,7 +97,11 @@ def write_group(out, groups, index, held_out, tokenizer, options, val_fraction, 
     if state["place"][0] != index:
         state["place"] = [index, 0, 0]
     _, file, done = state["place"]
-    released = file
+    files, n_earlier, n_released = (
+        [f for g in groups for f in g.files],
+        sum(len(g.files) for g in groups[:index]),
+        0,
+    )
     if group.limit and out.n_tokens[group.split] >= group.limit:
         return
     pieces = read_pieces(group, file, done, held_out if group.split == "train" else (), options, val_fraction)
@@ -120,9 +122,9 @@ def write_group(out, groups, index, held_out, tokenizer, options, val_fraction, 
                     held_out.add(piece.key)
                     state["held_out"].append(piece.key.hex())
                 if out.end_document(piece.split):
-                    while released < file:
-                        group.files[released].release()
-                        released += 1
+                    for f in files[n_released : n_earlier + file]:
+                        f.release()
+                    n_released = n_earlier + file
                 if group.limit and out.n_tokens[group.split] >= group.limit:
                     return
             progress.show(piece.file, piece.position)
@@ -146,11 +148,11 @@ def note(state, group, piece, inline):
 
 
 def read_pieces(group, file, skip, left_out, options, val_fraction):
-    """Yield the Pieces of a group's files, from file number `file` and after `skip` of its documents. The next file
-    is fetched meanwhile.
+    """Yield the Pieces of a group's files, from file number `file` and after `skip` of its documents. The
+    next file is fetched meanwhile.
 
-    Documents are chosen for validation by a hash of their first piece: the choice depends on nothing else, and two
-    copies of a document land on the same side. Those in `left_out` are copies of held-out documents.
+    Documents are chosen for validation by a hash of their first piece: the choice depends on nothing else,
+    and two copies of a document land on the same side. Those in `left_out` are copies of held-out documents.
     """
     coming = in_background(group.files[file].fetch) if file < len(group.files) else None
     for index in range(file, len(group.files)):
@@ -204,7 +206,7 @@ def in_batches(pieces):
 
 
 def encode_batch(tokenizer, batch, separator):
-    """-> [(piece, ids (T,), bytes of text, separators inside of it)], a separator token after each document."""
+    """-> [(piece, ids (T,), bytes of text, separators inside of it)], a separator token after documents."""
     end, none, out = np.array([tokenizer.separator]), np.zeros(0, dtype=np.int64), []
     for piece in batch:
         if not piece.split:
@@ -220,8 +222,8 @@ def encode_batch(tokenizer, batch, separator):
 
 
 def map_in_order(function, items, workers):
-    """Like map(), in threads, with at most 2 * workers results waiting. Threads are enough, since tiktoken releases
-    the interpreter lock while it works; order, and so the output, stays the same."""
+    """Like map(), in threads, with at most 2 * workers results waiting. Threads are enough, since tiktoken
+    releases the interpreter lock while it works; order, and so the output, stays the same."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         for item in items:
@@ -260,25 +262,24 @@ class Progress:
 
 
 def describe(groups, tokenizer, options, val_fraction, shard_tokens, seed):
-    """What shards depend on, as a hash: an unfinished preparation is gone on with only if all of it is the same."""
+    """What shards depend on, as a hash. An unfinished preparation of the same is gone on with."""
     ranks = ""
     if tokenizer.rank_file:
         with open(tokenizer.rank_file, "rb") as f:
             ranks = hashlib.sha256(f.read()).hexdigest()
-    files = [(g.split, g.limit, [(f.name, f.size, f.version) for f in g.files]) for g in groups]
+    files = [(g.split, [(f.name, f.size, f.version) for f in g.files]) for g in groups]
+    limits = [g.limit for g in groups[:-1]]  # that of the last group ends the corpus but changes no shard
     rules = (tokenizer.name, tokenizer.vocab_size, ranks, asdict(options), val_fraction, shard_tokens, seed)
-    return hashlib.sha256(repr((files, rules)).encode()).hexdigest()
+    return hashlib.sha256(repr((files, limits, rules)).encode()).hexdigest()
 
 
 def check_disk(groups, tokenizer, out):
-    """UserError if what is still to be written cannot fit. How much text there is shows only when it is read, so this
-    is the least that is needed."""
+    """UserError if what is still to be written cannot fit. How much text there is shows only when it is read,
+    so this is the least that is needed."""
     per_byte = 1 if tokenizer.name == "bytes" else 1 / BYTES_PER_TOKEN
     n_tokens = sum(g.limit or per_byte * sum(f.size for f in g.files) for g in groups) - out.n_tokens.total()
-    fetched = sorted(f.size for g in groups for f in g.files if f.must_be_fetched)[
-        -2:
-    ]  # one is read, one comes
-    need = max(n_tokens, 0) * out.dtype.itemsize + sum(fetched)
+    fetched = sorted(f.size for g in groups for f in g.files if f.must_be_fetched)
+    need = max(n_tokens, 0) * out.dtype.itemsize + sum(fetched[-2:])  # while one is read, another comes
     free = shutil.disk_usage(out.folder).free
     if free < need:
         raise UserError(
@@ -309,16 +310,16 @@ def report(out, counts, options):
     print(out.summary())
     if counts["val"] < FEW_DOCUMENTS and out.n_tokens["val"] < FEW_TOKENS:
         print(
-            f"warning: only {counts['val']} documents ({out.n_tokens['val']:,} tokens) are held out: validation loss "
-            "will be noisy. A larger --val_fraction or --val=FILE gives more"
+            f"warning: only {counts['val']} documents ({out.n_tokens['val']:,} tokens) are held out: "
+            "validation loss will be noisy. A larger --val_fraction or --val=FILE gives more"
         )
     if counts["nul"]:
         print(f"{counts['nul']:,} NUL bytes were left out of the text")
     inline = {name.removeprefix("inline "): n for name, n in counts.items() if name.startswith("inline ")}
     for name, n in list(inline.items())[:5]:
         print(
-            f"warning: {name}: the separator {options.separator} stands inside lines, {n:,} times, and was taken as "
-            "text there: only a line that holds nothing else separates documents"
+            f"warning: {name}: the separator {options.separator} stands inside lines, {n:,} times, and was "
+            "taken as text there: only a line that holds nothing else separates documents"
         )
     if len(inline) > 5:
         print(f"warning: and so in {len(inline) - 5:,} more files")
@@ -326,7 +327,7 @@ def report(out, counts, options):
 
 
 def token_count(text, knob):
-    """ "10B" -> 10_000_000_000."""
+    """The number that is written as 10B, 500M, 1e9 or 100_000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbBtT]?)", text.strip().replace("_", ""))
     if not match:
         raise UserError(f"--{knob} takes a number of tokens such as 10B or 500M, got {text!r}")

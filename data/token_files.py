@@ -5,7 +5,7 @@
                          train_00001.bin ... instead, and val_00000.bin ... if there are several of those
     meta.json            vocab_size, dtype, train_tokens, val_tokens, train_bytes, val_bytes (UTF-8 bytes of
                          text, a separator counted as one), bytes_per_token (of val), encoding, separator,
-                         source (lines for people: what was taken), sha256 (of every other file, by name), seal
+                         source (lines for people: what was taken), sha256 (of the other files), seal
     tokenizer.model      only with encoding "tokenizer.model": a copy of the rank file
     train.crc, val.crc   only of a large corpus: checksums of the parts of each token file (nanotst/corpus.py)
 
@@ -35,9 +35,7 @@ except ImportError:  # Windows: nothing keeps two preparations apart there
     fcntl = None
 
 UNFINISHED = "unfinished.tmp"
-FETCHED = (
-    "files"  # in there: the input, if it was fetched. Who fetches knows whether it is still the right one
-)
+FETCHED = "files"  # in there: the input, where it is fetched. Who fetches checks whether it is still right
 SPLITS = ("train", "val")
 OURS = re.compile(r"(train|val)(_\d{5,})?\.(bin|crc)|tokenizer\.model")
 
@@ -51,14 +49,15 @@ def token_dtype(vocab_size):
 
 
 class TokenFiles:
-    """with TokenFiles(out_dir, tokenizer) as files: files.add(split, ids, n_bytes); files.end_document(split) ...
+    """with TokenFiles(out_dir, tokenizer) as files: files.add(split, ids, n_bytes); files.end_document(split)
 
-    Leaving the block without an error moves the files into place, meta.json last, and a folder without meta.json
-    is no corpus: a preparation that fails, is killed or fills the disk leaves either the corpus before it or none.
+    Leaving the block without an error moves the files into place, meta.json last, and a folder without
+    meta.json is no corpus: a preparation that fails, is killed or fills the disk leaves either the corpus
+    before it or none.
 
-    With `shard_tokens`, end_document() closes the shard once it has that many tokens. What is in `state` is kept
-    with it, and the next TokenFiles with the same `job` goes on from there. With a `seed`, the documents of a shard
-    are shuffled.
+    With `shard_tokens`, end_document() closes the shard once it has that many tokens. What is in `state` is
+    kept with it, and the next TokenFiles with the same `job` goes on from there. With a `seed`, the documents
+    of a shard are shuffled.
     """
 
     def __init__(self, out_dir, tokenizer, shard_tokens=0, seed=None, job=None):
@@ -119,7 +118,7 @@ class TokenFiles:
             self._write_whole("progress.json", json.dumps(self.state))
 
     def sha256(self):
-        """{name of a token file: sha256} of the closed shards, and of the checksums that a large corpus gets."""
+        """{name: sha256} of the closed shards, and of the checksums that a large corpus gets."""
         hashes, large = {}, self.n_tokens.total() * self.dtype.itemsize > LARGE
         for split in SPLITS:
             shards = [s for s in self.state["shards"] if s["split"] == split]
@@ -212,22 +211,26 @@ class TokenFiles:
         return "\n".join(lines)
 
     def _unfinished(self):
-        """The state of an unfinished preparation of the same job, or None."""
+        """The state of an unfinished preparation of the same job, or None. UserError for another job's."""
         try:
             with open(os.path.join(self.folder, "progress.json"), encoding="utf-8") as f:
                 state = json.load(f)
-            counts = dict.fromkeys(SPLITS, 0)
-            for shard in state["shards"]:
-                name = f"{shard['split']}_{counts[shard['split']]:05d}.bin"
-                counts[shard["split"]] += 1
-                size = shard["tokens"] * self.dtype.itemsize
-                if not state["meta"] and os.path.getsize(os.path.join(self.folder, name)) != size:
-                    return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except FileNotFoundError:
             return None
-        if state["job"] is None or state["job"] != self.state["job"]:
-            print(f"{self.folder} held the shards of another preparation: they are removed", file=sys.stderr)
+        if state["job"] is None:  # of a script that does not go on
             return None
+        if state["job"] != self.state["job"]:
+            raise UserError(
+                f"{self.folder} holds {len(state['shards'])} finished shards of other input or other knobs: "
+                "give the same ones to go on with it, or remove that folder"
+            )
+        counts = Counter()
+        for shard in state["shards"] if state["meta"] is None else []:
+            path = os.path.join(self.folder, f"{shard['split']}_{counts[shard['split']]:05d}.bin")
+            counts[shard["split"]] += 1
+            if not os.path.exists(path) or os.path.getsize(path) != shard["tokens"] * self.dtype.itemsize:
+                print(f"{path} is damaged: all shards are made again", file=sys.stderr)
+                return None
         return state
 
     def _write_whole(self, name, content):

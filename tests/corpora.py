@@ -12,7 +12,19 @@ SEPARATOR = "\n<|endoftext|>\n"
 
 def make_documents(n=300, seed=0):
     rng = random.Random(seed)
-    words = "the then in other winter \u00e9t\u00e9 \u4e2d\u6587 x=1; 12345 don't \n \n\n   \t".split(" ")
+    words = [
+        "the",
+        "then",
+        "in",
+        "other",
+        "winter",
+        "\u00e9t\u00e9",
+        "\u4e2d\u6587",
+        "x=1;",
+        "12345",
+        "don't",
+    ]
+    words += ["\n", "\n\n\n", "", "", "\t"]
     return [
         f"document {i} of {seed} " + " ".join(rng.choices(words, k=rng.randrange(5, 200))) + "."
         for i in range(n)

@@ -135,7 +135,11 @@ def test_all_formats_agree(tmp_path):
     files |= {"bom.txt": b"\xef\xbb\xbf" + joined, "bom.jsonl": b"\xef\xbb\xbf" + rows}
     files |= {"crlf.txt": joined.replace(SEPARATOR.encode(), b"\r\n<|endoftext|>\r\n")}
     frames = [zstandard.ZstdCompressor().compress(part) for part in (rows[:999], rows[999:])]
-    files |= {"a.jsonl.ZST": b"".join(frames), "a.txt.gz": gzip.compress(joined), "b.jsonl.XZ": lzma.compress(rows)}
+    files |= {
+        "a.jsonl.ZST": b"".join(frames),
+        "a.txt.gz": gzip.compress(joined),
+        "b.jsonl.XZ": lzma.compress(rows),
+    }
     table = pyarrow.table({"id": list(range(40)), "body": texts})
     pyarrow.parquet.write_table(table, tmp_path / "a.Parquet", row_group_size=7)
     for name, content in files.items():
@@ -155,7 +159,9 @@ def test_all_formats_agree(tmp_path):
 def test_a_missing_package_is_named(tmp_path, monkeypatch, package, name):
     (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"{name} needs the package .*: pip install {package.split('.')[0]}$"):
+    with pytest.raises(
+        UserError, match=rf"{name} needs the package .*: pip install {package.split('.')[0]}$"
+    ):
         prepare(tmp_path / name, out=tmp_path / "out")
 
 
@@ -177,7 +183,7 @@ def test_what_is_read_and_left_out_is_said(tmp_path, capsys):
         "left out, a link to a folder: 1: .*linked",
         "left out, not a regular file: 1: .*pipe.txt",
         "left out, this program: 1: .*prepare.py",
-        "reading 3 text: .*B.TXT, .*a.txt, .*c.md",
+        "reading 3 text files: .*B.TXT, .*a.txt, .*c.md",
     ):
         assert re.search(line, said), line
     splits = byte_documents(tmp_path / "out")

@@ -131,10 +131,9 @@ def test_a_kill_while_the_files_move_into_place(tmp_path, inputs, monkeypatch):
     assert contents(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("change", ["input", "knob", "shard"])
-def test_an_unfinished_preparation_of_something_else_is_not_gone_on_with(
-    tmp_path, inputs, monkeypatch, capsys, change
-):
+@pytest.fixture
+def stopped(tmp_path, inputs, monkeypatch):
+    """A preparation in tmp_path / "out" that was stopped after its first shard."""
     close = TokenFiles.close_shard
 
     def close_and_stop(self):
@@ -145,22 +144,33 @@ def test_an_unfinished_preparation_of_something_else_is_not_gone_on_with(
         patch.setattr(TokenFiles, "close_shard", close_and_stop)
         with pytest.raises(Stop):
             prepare(inputs, tmp_path / "out")
-    knobs = {}
-    if change == "input":
-        (inputs / "0.jsonl").write_text(json_lines(make_documents(60, 77)))
-    elif change == "knob":
-        knobs = dict(val_fraction=0.2)
-    else:  # the finished shard was cut short
-        shard = tmp_path / "out" / "unfinished.tmp" / "train_00000.bin"
-        shard.write_bytes(shard.read_bytes()[:-1])
-    prepare(inputs, tmp_path / "whole", **knobs)
-    prepare(inputs, tmp_path / "out", **knobs)
+    return tmp_path / "out" / "unfinished.tmp"
+
+
+def test_an_unfinished_preparation_of_something_else_is_neither_gone_on_with_nor_lost(inputs, stopped):
+    before, knobs = contents(stopped), {}
+    for change in ("knob", "input"):
+        if change == "knob":
+            knobs = dict(val_fraction=0.2)
+        else:
+            (inputs / "0.jsonl").write_text(json_lines(make_documents(60, 77)))
+        with pytest.raises(UserError, match="holds 2 finished shards of other input or other knobs"):
+            prepare(inputs, stopped.parent, **knobs)
+        assert contents(stopped) == before
+
+
+def test_a_damaged_shard_is_not_gone_on_with(tmp_path, inputs, stopped, capsys):
+    shard = stopped / "train_00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    prepare(inputs, tmp_path / "whole")
+    prepare(inputs, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert ("held the shards of another preparation" in capsys.readouterr().err) == (change != "shard")
+    assert "train_00000.bin is damaged: all shards are made again" in capsys.readouterr().err
 
 
 def test_limits_and_shuffled_shards(tmp_path, inputs):
-    """Documents of a shard change their order, by the seed; reading ends with the document that fills the limit."""
+    """Documents of a shard change their order, by the seed; reading ends with the document that fills the
+    limit."""
     files = [File(str(p), p.stat().st_size) for p in sorted(inputs.iterdir())]
     groups = [Group("val", files[:1], 5_000), Group("train", files[1:], 70_000)]
     found = {}
@@ -185,7 +195,13 @@ def test_limits_and_shuffled_shards(tmp_path, inputs):
 
 
 def test_token_counts_in_words():
-    for written, n in (("10B", 10**10), ("2.5M", 2_500_000), ("100_000", 10**5), ("1e9", 10**9), ("3 k", 3000)):
+    for written, n in (
+        ("10B", 10**10),
+        ("2.5M", 2_500_000),
+        ("100_000", 10**5),
+        ("1e9", 10**9),
+        ("3 k", 3000),
+    ):
         assert token_count(written, "tokens") == n
     for wrong in ("", "ten", "-1", "10X", "1e", "nan"):
         with pytest.raises(UserError, match="--tokens takes a number of tokens such as 10B"):
@@ -258,7 +274,9 @@ class HubHandler(BaseHTTPRequestHandler):
     def send_file(self, name):
         hub = self.server
         data, start = hub.files[name], 0
-        headers = dict(ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=hub.sha, Accept_Ranges="bytes")
+        headers = dict(
+            ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=hub.sha, Accept_Ranges="bytes"
+        )
         if wanted := self.headers.get("Range"):
             start = int(wanted.removeprefix("bytes=").split("-")[0])
             headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"

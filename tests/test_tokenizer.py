@@ -53,24 +53,28 @@ def test_llama3_special_tokens(tmp_path):
     t = get_tokenizer(write_ranks(tmp_path / "tokenizer.model", n_filler=128000 - 264))
     assert (t.vocab_size, t.separator) == (128256, 128001)
     assert t.decode([128000, 128001, 128006, 128007, 128009]) == (
-        "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|>")
+        "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|>"
+    )
     assert t.decode([128010, 128255]) == "<|reserved_special_token_5|><|reserved_special_token_250|>"
 
 
 def test_tokenizer_errors(tmp_path, monkeypatch):
     import tiktoken
+
     (tmp_path / "bad.model").write_bytes(b"\n\x0e\x0a\x05<unk>\x15 0 0\n")
     (tmp_path / "short.model").write_text("YQ== 0\n")
 
     def offline(name):
         raise ConnectionError("no route")
+
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    for name, message in [(str(tmp_path / "bad.model"), "not a tiktoken rank file"),
-                          (str(tmp_path / "short.model"), "all 256 bytes"),
-                          (str(tmp_path / "none.model"), "no such rank file"),
-                          ("gpt3", "unknown encoding 'gpt3'"), ("gpt2", "TIKTOKEN_CACHE_DIR")]:
+    for name, message in [
+        (str(tmp_path / "bad.model"), "not a tiktoken rank file"),
+        (str(tmp_path / "short.model"), "all 256 bytes"),
+        (str(tmp_path / "none.model"), "no such rank file"),
+        ("gpt3", "unknown encoding 'gpt3'"),
+        ("gpt2", "TIKTOKEN_CACHE_DIR"),
+    ]:
         with pytest.raises(UserError, match=message) as e:
             get_tokenizer(name)
         assert "\n" not in str(e.value)
-
-

@@ -17,8 +17,8 @@ class Config:
         pip install huggingface_hub pyarrow
         python data/fineweb_edu/prepare.py --tokens=10B [--encoding=path/to/llama-3/tokenizer.model]
 
-    Files are taken in an order of the seed, documents are shuffled (row groups within a file, documents within a
-    shard), and the first file is kept for validation. Stopped and started again, it goes on.
+    Files are taken in an order of the seed, documents are shuffled (row groups within a file, documents
+    within a shard), and the first file is kept for validation. Stopped and started again, it goes on.
     """
 
     tokens: str = "10B"  # to train on; 0: all there are

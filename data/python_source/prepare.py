@@ -47,12 +47,12 @@ class Config:
 
         python data/python_source/prepare.py [--key=value ...]
 
-    pip fetches the wheels that wheels.txt names with their hashes (80 MB, some seconds), and the .py files in them
-    are taken. Where the index cannot be reached, the Python packages of this machine are taken instead, with a
-    warning: losses on them compare with nobody else's, and private packages among them are read too.
+    pip fetches the wheels that wheels.txt names with their hashes (80 MB, some seconds), and the .py files in
+    them are taken. Where the index cannot be reached, the Python packages of this machine are taken instead,
+    with a warning: losses on them compare with nobody else's, and private packages among them are read too.
 
-    Files are known by the hash of their content. It gives their order, the files held out for validation, and what
-    is left out beyond --max_mb.
+    Files are known by the hash of their content. It gives their order, the files held out for validation, and
+    what is left out beyond --max_mb.
     """
 
     source: Literal["wheels", "installed"] = "wheels"  # the pinned wheels, or what is installed here
@@ -61,7 +61,7 @@ class Config:
 
 
 def fetch_wheels(folder):
-    """The wheels of wheels.txt in `folder`, by pip, which checks the hashes. -> "" or why there is no network."""
+    """The wheels of wheels.txt, by pip, which checks the hashes. -> "" or why there is no network."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--platform", "any", "--implementation", "py", "--abi", "none"]
     command += ["--python-version", "3.12"]  # or pip would refuse wheels that this Python is too old for
@@ -75,8 +75,8 @@ def fetch_wheels(folder):
     if "DO NOT MATCH THE HASHES" in result.stderr:
         wheel = re.search(r"^\s+(\S+==\S+)", result.stderr, re.M)
         raise UserError(
-            f"{wheel[1] if wheel else 'a wheel'} is not the file that {WHEELS.name} pins (its sha256 differs): "
-            "nothing was taken. Look at the package index that pip uses, or use --source=installed"
+            f"{wheel[1] if wheel else 'a wheel'} is not the file that {WHEELS.name} pins (its sha256 "
+            "differs), so nothing was taken: look at the package index that pip uses, or use --source=installed"
         )
     unreachable = re.search(r"connection broken by '(\w+)|(\w+Error)\(.*Max retries exceeded", result.stderr)
     if unreachable:
@@ -93,7 +93,7 @@ def fetch_wheels(folder):
 
 
 def wheel_files(folder):
-    """Yield (package, name, read) for every .py file in the wheels. A wheel is a zip file and is not installed."""
+    """Yield (package, name, read) for every .py file in the wheels, which are zip files."""
     for path in sorted(Path(folder).glob("*.whl")):
         archive = zipfile.ZipFile(path)  # stays open for `read`
         for name in archive.namelist():
@@ -102,8 +102,8 @@ def wheel_files(folder):
 
 
 def source_roots():
-    """(label, folder) pairs: the standard library, then the package folders of this interpreter and, in a virtual
-    environment, of the one it was made from."""
+    """(label, folder) pairs: the standard library, then the package folders of this interpreter and, in a
+    virtual environment, of the one it was made from."""
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
     packages = [sysconfig.get_path(kind, vars=v) for kind in ("purelib", "platlib") for v in ({}, base)]
     packages += [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
@@ -166,8 +166,9 @@ def choose(found, max_bytes, dropped):
     """Yield (split, package, data) of the corpus in its order, training files first.
 
     Packages carry files that differ in a few lines only (a model made from another, generated siblings, pip's
-    _vendor folder), which no content hash catches. A training file that mostly repeats those before it is left out.
-    A held-out file would measure memory: it is compared with all training files and the held-out ones before it.
+    _vendor folder), which no content hash catches. A training file that mostly repeats those before it is
+    left out. A held-out file would measure memory: it is compared with all training files and the held-out
+    ones before it.
     """
     seen, held_out, total = set(), [], 0
 
@@ -202,12 +203,10 @@ def choose(found, max_bytes, dropped):
 
 def main(config, roots=None):
     start, dropped = time.time(), Counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         pinned = config.source == "wheels"
         if pinned and (problem := fetch_wheels(folder)):
-            print(
-                f"warning: {problem}. Taking the packages of this machine: LOSSES WILL DIFFER from published ones"
-            )
+            print(f"warning: {problem}. Taking the packages of this machine instead: LOSSES WILL DIFFER")
             pinned = False
         if pinned:
             files, of = wheel_files(folder), f"the wheels in {WHEELS.name}"
@@ -228,7 +227,7 @@ def main(config, roots=None):
 
 
 def write(config, files, of, pinned, dropped):
-    """The corpus in out_dir. -> files of each split, bytes in all. Another result than the known one is an error."""
+    """The corpus in out_dir. -> files of each split, bytes in all. An error if it is not the known one."""
     packages, n_files = Counter(), Counter()
     found = distinct_files(files, dropped)
     with TokenFiles(config.out_dir, get_tokenizer("bytes")) as out:
@@ -245,7 +244,7 @@ def write(config, files, of, pinned, dropped):
         out.close_shard()
         if pinned and config.max_mb == Config.max_mb and out.sha256() != SHA256:
             raise UserError(
-                f"the wheels are the pinned ones, but the corpus has sha256 {out.sha256()} instead of {SHA256}. "
+                f"the wheels are the pinned ones, but the corpus has sha256 {out.sha256()} and not {SHA256}. "
                 f"If {WHEELS.name} or a rule was changed on purpose, put these into {__file__}"
             )
     print(*out.source, out.summary(), sep="\n")

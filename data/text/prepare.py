@@ -25,12 +25,13 @@ class Config:
 
         python data/text/prepare.py FILE_OR_FOLDER ... [--encoding=gpt2] [--val=FILE] [--out_dir=data/mine]
 
-    Files are .txt, .md and .py (documents separated by a line that holds exactly the separator), .jsonl and .ndjson
-    (an object with a text field per line), each also as .gz, .xz or .zst, and .parquet (a column of text). Folders
-    are searched for these names, hidden ones left out. The line end before a separator and at the end of a file is
-    not part of the document. A text without separators, one book, is cut at empty lines. Memory does not grow with
-    the input, and a large corpus that was stopped goes on when it is started again. Documents keep their order, so
-    shuffle them beforehand if it means something (all of one author, then all of the next).
+    Files are .txt, .md and .py (documents separated by a line that holds exactly the separator), .jsonl and
+    .ndjson (an object with a text field per line), each also as .gz, .xz or .zst, and .parquet (a column of
+    text). Folders are searched for these names, hidden ones left out. The line end before a separator and at
+    the end of a file is not part of the document. A text without separators, one book, is cut at empty lines.
+    Memory does not grow with the input, and a large corpus that was stopped goes on when it is started again.
+    Documents keep their order, so shuffle them beforehand if it means something (all of one author, then all
+    of the next).
     """
 
     inputs: list[str]  # files and folders
@@ -91,27 +92,26 @@ def own_documents(paths, options):
     n_documents = n_bytes = n_lines = n_empty = 0
     if len(paths) >= FEW_DOCUMENTS or any(kind(p) != "text" for p in paths):
         return 0.0
-    for path in paths:
-        for text, last, _ in read_documents(path, options):
-            n_documents += last
-            n_bytes += len(text.encode())
-            n_lines += text.count("\n")
-            n_empty += text.count("\n\n") + text.count("\n\r\n")
-            if n_documents >= FEW_DOCUMENTS:
-                return 0.0
+    for text, last in (piece[:2] for path in paths for piece in read_documents(path, options)):
+        n_documents += last
+        n_bytes += len(text.encode())
+        n_lines += text.count("\n")
+        n_empty += text.count("\n\n") + text.count("\n\r\n")
+        if n_documents >= FEW_DOCUMENTS:
+            return 0.0
+        if n_bytes >= 1000 * CUT[1]:
+            break
     if n_bytes < 2 * CUT[0]:
         return 0.0
     size = min(max(n_bytes // 1000, CUT[0]), CUT[1])
     many = n_bytes // (2 * size)
-    options.cut, options.cut_at = (
-        size,
-        ("empty lines" if n_empty > many else "line ends" if n_lines > many else "words"),
-    )
-    share = min(0.1, FEW_DOCUMENTS * size / max(n_bytes, 1))
+    where = "empty lines" if n_empty > many else "line ends" if n_lines > many else "words"
+    options.cut, options.cut_at = size, where
+    share = min(0.1, FEW_DOCUMENTS * size / max(n_bytes, sum(map(os.path.getsize, paths))))
     print(
-        f"{n_documents} documents in {n_bytes / 1e6:,.1f} MB are too few to hold some of them out: the text is cut at "
-        f"{options.cut_at} into documents of {size / 1000:.0f} kB or more, and {share:.1%} of them are held out. "
-        "Give --val=FILE, or a --separator, for another way"
+        f"{n_documents} documents in {n_bytes / 1e6:,.1f} MB or more are too few to hold some of them out: "
+        f"the text is cut at {where} into documents of {size / 1000:.0f} kB or more, and {share:.1%} of them are "
+        "held out. Give --val=FILE, or a --separator, for another way"
     )
     return share
 
@@ -130,7 +130,7 @@ def main(config):
     for arguments, some_paths in ((config.inputs, paths), (config.val.split(","), val_paths)):
         if arguments != [""] and not some_paths:
             raise UserError(f"no text files in {' '.join(arguments)} (looked for {' '.join(SUFFIXES)})")
-    kinds = ", ".join(f"{n:,} {k}" for k, n in Counter(kind(p) for p in paths).items())
+    kinds = ", ".join(f"{n:,} {k} file{'s' * (n > 1)}" for k, n in Counter(map(kind, paths)).items())
     print(f"reading {kinds}: {some(paths)}" + f"; held out: {some(val_paths)}" * bool(val_paths))
 
     tokenizer = get_tokenizer(config.encoding)
