@@ -8,6 +8,7 @@ Needs torch and numpy; without matplotlib there are tables and no pictures.
 import csv
 import importlib.util
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -42,13 +43,11 @@ class Config:
     """
 
     text: str  # a file or folder
-    parts: str = "pair"  # comma-separated, done in this order; all: every part
+    parts: str = "pair"  # comma-separated, done in the order above; all: every part
     val: str = ""  # held-out text; empty: some of TEXT's documents are held out
     nanogpt: str = ""  # folder of a clone of karpathy/nanoGPT, for bench
     minutes: float = 0.0  # stop after so long, with a checkpoint; the same command then goes on; 0: never
-    dry_run: str = (
-        ""  # a folder: see whether every part still works, on the CPU in tiny settings, all files there
-    )
+    dry_run: str = ""  # a folder: try every step on the CPU in tiny settings, with all files there
 
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, ff_dim=32, block_size=16, total_batch=256, batch_size=0,
@@ -58,7 +57,7 @@ TINY_BENCH = dict(device="cpu", dtype="float32", compile="off", shape="curves", 
                   bag_sizes="1,2", repeats=1)  # fmt: skip
 TINY_STEPS = 200  # divides the steps
 
-BENCHES = {  # in the order of what is wanted most; each stays within ten minutes, compilation included
+BENCHES = {  # what is wanted most comes first; each is meant to take under ten minutes, compiling included
     "bench_nanogpt": dict(parts="nanogpt", shape="gpt2_124m"),
     "bench_270m": dict(parts="step", shape="dense_270m", bag_sizes="1,8,16"),
     "bench_600m": dict(parts="step", shape="dense_600m", bag_sizes="1,8,16"),
@@ -102,23 +101,18 @@ class Session:
         self.c, self.dry, self.started = c, bool(c.dry_run), time.monotonic()
         if not self.dry and not torch.cuda.is_available():
             raise UserError(
-                "PyTorch sees no CUDA GPU; --dry_run=FOLDER tries every part on the CPU, in tiny settings"
+                "PyTorch sees no CUDA GPU; --dry_run=FOLDER tries everything on the CPU, in tiny settings"
             )
-        self.out, self.results, self.corpus = (
-            Path("out/gpu"),
-            Path("results/gpu_english"),
-            Path("data/english"),
-        )
+        folders = ("out/gpu", "results/gpu_english", "data/english")
         if self.dry:
-            self.out, self.results, self.corpus = (
-                Path(c.dry_run, kind) for kind in ("runs", "results", "corpus")
-            )
+            folders = (Path(c.dry_run, kind) for kind in ("runs", "results", "corpus"))
+        self.out, self.results, self.corpus = map(Path, folders)
         self.results.mkdir(parents=True, exist_ok=True)
         self.say(f"\ncommand: python -m tools.gpu {shlex.join(sys.argv[1:])}")
         gpu = (
-            f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}"
-            if not self.dry
-            else "dry run on the CPU"
+            "a dry run on the CPU"
+            if self.dry
+            else f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}"
         )
         self.say(f"torch {torch.__version__}, {gpu}, Python {platform.python_version()}")
 
@@ -136,9 +130,7 @@ class Session:
         if status and self.c.minutes and time.monotonic() >= self.started + 60 * self.c.minutes:
             raise TimeIsUp(f"stopped after {self.c.minutes:g} minutes; the same command goes on from there")
         if status:
-            raise UserError(
-                f"`python {shlex.join(command[:3])} ...` failed, see above or {self.results}/log.txt"
-            )
+            raise UserError(f"{' '.join(command[:2])} failed, see above or {self.results}/log.txt")
 
     def prepare(self):
         """The corpus, once."""
@@ -209,8 +201,9 @@ class Session:
 def launch(command, say, seconds=math.inf):
     """Run `python COMMAND` in the repository's root and `say` each line of its output. After `seconds` it is
     sent SIGTERM, upon which train.py writes a checkpoint. -> exit status"""
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, errors="replace")  # fmt: skip
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | {"TQDM_DISABLE": "1"},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               errors="replace")  # fmt: skip
     alarm = threading.Timer(min(seconds, threading.TIMEOUT_MAX), process.terminate)
     alarm.start()
     try:
