@@ -27,6 +27,7 @@ from model import GPT
 from nanotst import UserError
 from nanotst.checkpoint import load_initial, model_config, resume, save_checkpoint
 from nanotst.configurator import run, validate
+from nanotst.huggingface import load_hf
 from nanotst.log import RunFolder, progress, router_metrics
 from nanotst.machine import Machine, StopSignals
 from nanotst.mixture import open_mixture
@@ -249,9 +250,7 @@ def main(c):
     with torch.device(device):
         model = GPT(model_config(dataclasses.asdict(c), corpus.meta))
     if c.init_from.startswith("hf:") and not c.resume:
-        from tools.export import load_hf  # needs a package that training does not
-
-        load_hf(model, c.init_from[3:])
+        load_hf(model, c.init_from[3:], say)
     elif c.init_from and not c.resume:
         load_initial(c.init_from, model, corpus)
     optimizer = make_optimizer(model, c, machine.device_type)

@@ -27,6 +27,7 @@ from nanotst.mixture import Pattern
 from tst import Phase, check_phases, phase_at
 
 ROUNDS = 6  # of the Feistel network
+AT_ONCE = 16  # steps whose places are computed together
 
 
 @lru_cache(64)
@@ -151,6 +152,7 @@ class TokenStream:
             self.rows_before.append(self.rows_before[-1] + (p.stop - p.start) * n_rows)
         self.orders = [self._order(i, seed) for i in range(len(sources))]
         self.epoch_tokens = min(int(order.epoch_tokens / share) for order, share in zip(self.orders, shares))
+        self.known = None, None  # a phase and a block of its steps, and the places of their rows
         self.worker = ThreadPoolExecutor(1)
         self.ahead = None, None  # a step, and what the thread reads for it
 
@@ -213,25 +215,32 @@ class TokenStream:
         of a row are only a target; some other row has them as input."""
         phase = phase_at(self.phases, step)
         n = self.block_size * phase.n_in + phase.n_out
-        p = self.phases.index(phase)
-        rows = (
-            np.asarray(self.rows, np.int64) + self.rows_before[p] + (step - phase.start) * self.n_rows
-        )  # (m,)
-        corpora = self.pattern.corpus_of(rows)  # (m,)
-        first = self.pattern.rows_before(
-            self.rows_before[p], corpora
-        )  # (m,) rows of that corpus before the phase
-        numbers = (
-            self.pattern.rows_before(rows, corpora) - first
-        )  # (m,) of the rows of that corpus in the phase
-        out = torch.empty(len(rows), n, dtype=torch.int32, pin_memory=self.device.startswith("cuda"))
-        lines = out.numpy()
-        for i, (tokens, order) in enumerate(zip(self.tokens, self.orders)):
-            here = np.flatnonzero(corpora == i)
-            starts = order.starts(p, numbers[here]).tolist() if len(here) else []
-            for row, start in zip(here.tolist(), starts):
-                lines[row] = tokens[start : start + n]
+        out = torch.empty(len(self.rows), n, dtype=torch.int32, pin_memory=self.device.startswith("cuda"))
+        for row, (corpus, start) in zip(out.numpy(), self._places(phase, step)):
+            row[:] = self.tokens[corpus][start : start + n]
         return out
+
+    def _places(self, phase, step):
+        """[(corpus, start)] of the rows of this process. They are computed for AT_ONCE steps together, since
+        calls of numpy cost more than the numbers in them."""
+        block = (step - phase.start) // AT_ONCE
+        key, places = self.known
+        if key != (phase, block):
+            p = self.phases.index(phase)
+            steps = np.arange(block * AT_ONCE, (block + 1) * AT_ONCE)[:, None]  # since the phase began
+            before = self.rows_before[p]
+            rows = (before + steps * self.n_rows + np.asarray(self.rows, np.int64)).ravel()  # (m,) in the run
+            corpora = self.pattern.corpus_of(rows)  # (m,)
+            starts = np.empty_like(rows)
+            for i, order in enumerate(self.orders):
+                here = np.flatnonzero(corpora == i)
+                if len(here):  # numbers of the rows among those of that corpus in the phase
+                    numbers = self.pattern.rows_before(rows[here], i) - self.pattern.rows_before(before, i)
+                    starts[here] = order.starts(p, numbers)
+            places = list(zip(corpora.tolist(), starts.tolist()))
+            self.known = (phase, block), places
+        first = (step - phase.start) % AT_ONCE * len(self.rows)
+        return places[first : first + len(self.rows)]
 
     def batch(self, step):
         """The rows of `step` on the device, (rows, L*n_in + n_out), while a thread reads those of the next

@@ -13,6 +13,7 @@ from examples import hf_tst
 from model import GPT, GPTConfig
 from nanotst import UserError
 from nanotst.configurator import parse
+from nanotst.huggingface import read_json
 from nanotst.tokenizer import get_tokenizer
 from tools import export
 
@@ -141,7 +142,7 @@ def test_text_that_the_model_cannot_read_is_one_line(text, tmp_path):
     with pytest.raises(UserError, match="is not UTF-8 text"):
         example(**knobs)
     text.write_text("i" * 3000)
-    tokenizer = export.read_json(folder, "tokenizer.json")
+    tokenizer = read_json(folder, "tokenizer.json")
     tokenizer["model"]["vocab"]["i"] = 300
     export.write_json(folder, "tokenizer.json", tokenizer)
     with pytest.raises(UserError, match="gives id 300, the model's embedding has 256 rows"):

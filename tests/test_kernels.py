@@ -733,8 +733,8 @@ def test_cost_does_not_grow_with_the_bag(with_grad, products):
 @pytest.mark.parametrize("L", [7, 600])  # both codes on a CPU
 @pytest.mark.parametrize("window", [1, 3, 6, 7, 100])
 def test_a_window_is_attention_to_the_positions_in_it(L, window):
-    """Against a softmax over the visible positions of each query, in float64; window positions, the query's own among
-    them."""
+    """Against a softmax over the visible positions of each query, in float64; window positions, the query's
+    own among them."""
     q, k, v = (torch.randn(1, 2, L, 4, requires_grad=True) for _ in range(3))
     out, upstream = kernels.causal_attention(q, k, v, window), torch.randn(1, 2, L, 4)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]

@@ -573,7 +573,8 @@ def test_router_statistics_by_loop():
 
 
 def test_router_is_computed_in_float32_under_autocast():
-    """Only what it reads is rounded. In bfloat16 it would send some positions to other experts than Qwen3-MoE."""
+    """Only what it reads is rounded. In bfloat16 it would send some positions to other experts than
+    Qwen3-MoE."""
     layer, x = moe(n_expert=16), torch.randn(2, 50, 32)
     with torch.autocast("cpu", torch.bfloat16):
         _, router = layer(x)
