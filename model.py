@@ -8,10 +8,11 @@ Dimensions: B rows, L positions, C width (n_embd), H heads, K key/value heads, D
 
 Initialisation, all without biases:
 
-    parameter                           distribution              why embed, head                         N(0,
-    0.5 / sqrt(C))       0.02 at C = 576, and it follows the width qkv, gate_up, router                N(0,
-    0.5 / sqrt(C)) attention out, MLP down             the same / sqrt(2 n_layer)  the residual stream keeps
-    its scale with depth norms                               1
+    parameter                 distribution               why
+    embed, head               N(0, 0.5 / sqrt(C))        0.02 at C = 576, and it follows the width
+    qkv, gate_up, router      N(0, 0.5 / sqrt(C))
+    attention out, MLP down   the same / sqrt(2 n_layer) the residual stream keeps its scale with depth
+    norms                     1
 """
 
 import math
@@ -160,8 +161,7 @@ class MoE(nn.Module):
 
     forward returns (y (B, L, C), statistics), the statistics being float32 tensors:
         balance_loss  E * sum_e f_e P_e, f_e the share of positions that chose expert e (they sum to k), P_e
-        its
-                      mean probability; k when balanced, as in Qwen3, where its coefficient is 0.001
+                      its mean probability; k when balanced, as in Qwen3, where its coefficient is 0.001
         z_loss        mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)
         load          (E,) positions that chose each expert, sum B*L*k
         entropy       mean entropy of the router's probabilities at a position, nats
