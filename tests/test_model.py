@@ -449,6 +449,9 @@ def test_activation_checkpointing_gives_the_same_gradients(kind):
     model.config.checkpoint_activations = True
     assert_close(gradients(model, x, y), wanted)
     assert len(calls) == 2  # it did run twice
+    model.eval()
+    assert_close(gradients(model, x, y), wanted)
+    assert len(calls) == 3  # once more: only training is short of memory
 
 
 # ---- compilation
@@ -567,6 +570,22 @@ def test_router_statistics_by_loop():
     }
     for key in wanted:
         assert_close(router[key].double(), wanted[key], rtol=1e-5, atol=0)
+
+
+def test_router_is_computed_in_float32_under_autocast():
+    """Only what it reads is rounded. In bfloat16 it would send some positions to other experts."""
+    layer, x = moe(n_expert=16), torch.randn(2, 50, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, router = layer(x)
+    logits = x.bfloat16().double() @ layer.router.weight.double().T
+    load = logits.topk(2).indices.flatten().bincount(minlength=16)
+    assert torch.equal(router["load"], load.float())
+    assert_close(router["z_loss"].double(), logits.logsumexp(-1).square().mean(), rtol=1e-5, atol=0)
+
+
+def test_losses_of_the_router_train_it_and_what_is_logged_does_not():
+    _, router = moe()(torch.randn(2, 7, 32))
+    assert {key for key, value in router.items() if value.requires_grad} == {"balance_loss", "z_loss"}
 
 
 def test_balance_loss_by_shares_of_experts_that_are_given():
