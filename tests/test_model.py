@@ -108,6 +108,11 @@ EXPERT = 3 * C * F_
     [
         (dict(), 2 * V * C + 2 * (ATTENTION + EXPERT + 2 * C) + C, V * C + 2 * (ATTENTION + EXPERT)),
         (
+            dict(head_dim=2 * D),
+            2 * V * C + 2 * (2 * ATTENTION + EXPERT + 2 * C) + C,
+            V * C + 2 * (2 * ATTENTION + EXPERT),
+        ),
+        (
             dict(tie_embeddings=True),
             V * C + 2 * (ATTENTION + EXPERT + 2 * C) + C,
             V * C + 2 * (ATTENTION + EXPERT),
@@ -118,13 +123,14 @@ EXPERT = 3 * C * F_
             V * C + 2 * (ATTENTION + C * E + TOP * EXPERT),
         ),
     ],
-    ids=["dense", "tied", "moe"],
+    ids=["dense", "head_dim", "tied", "moe"],
 )
 def test_parameters_and_flops_by_hand(changes, total, in_products):
     """FLOPs of a position know nothing of bags. Padding rows are not counted."""
     model = gpt(**changes)
     assert model.n_params() == total
-    attention = 2 * 2 * (2 * 4 * D * L)  # layers, (scores, sum), 2 FLOPs for each of H*D*L multiply-adds
+    width = 4 * model.config.head_dim  # H*D
+    attention = 2 * 2 * (2 * width * L)  # layers, (scores, sum), 2 FLOPs for each of H*D*L multiply-adds
     assert model.flops_per_position() == 3 * (2 * in_products + attention)  # backward is twice the forward
 
 
@@ -573,8 +579,7 @@ def test_router_statistics_by_loop():
 
 
 def test_router_is_computed_in_float32_under_autocast():
-    """Only what it reads is rounded. In bfloat16 it would send some positions to other experts than
-    Qwen3-MoE."""
+    """Only what it reads is rounded. In bfloat16 it would send some positions to other experts."""
     layer, x = moe(n_expert=16), torch.randn(2, 50, 32)
     with torch.autocast("cpu", torch.bfloat16):
         _, router = layer(x)
