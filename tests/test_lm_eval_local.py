@@ -1,4 +1,5 @@
-"""examples/lm_eval_local: what the tasks are made of, and lm-eval's scores of an exported model against our own."""
+"""examples/lm_eval_local: what the tasks are made of, and lm-eval's scores of an exported model against our
+own."""
 
 import json
 import os
@@ -19,7 +20,26 @@ from nanotst.configurator import parse
 from nanotst.tokenizer import get_tokenizer
 from tools import export
 
-WORDS = "tree river stone é {{word}} $folder naïve walks walked sleeps a an of 中文 x_1 don't mother Brother".split()
+WORDS = [
+    "tree",
+    "river",
+    "stone",
+    "é",
+    "{{word}}",
+    "$folder",
+    "naïve",
+    "walks",
+    "walked",
+    "sleeps",
+    "a",
+    "an",
+    "of",
+    "中文",
+    "x_1",
+    "don't",
+    "mother",
+    "Brother",
+]
 
 
 def make_text(n_sentences, seed):
