@@ -88,21 +88,15 @@ def swapped_words(text, max_bytes, rng):
             yield {"choices": [sentence, f"{before}{match[2]} {match[1]}{after}"]}
 
 
-def write_task(name, items, config):
-    """Write the items that are chosen, and the task file."""
-    if not items:
-        raise UserError(
-            f"{name}: the validation split of {config.dataset} has nothing for it; try a larger --max_bytes"
-        )
-    chosen = random.Random(config.seed).sample(items, min(config.n_items, len(items)))
-    folder = Path(config.out_dir).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+def write_task(name, items, folder):
+    """Write the data of a task, and the task file."""
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as f:
-        f.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in chosen)
+        f.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     task = string.Template((Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8"))
-    place = json.dumps(folder.as_posix(), ensure_ascii=False)[1:-1]
+    place = json.dumps(folder.as_posix(), ensure_ascii=False)[
+        1:-1
+    ]  # as it stands between quotes in YAML, too
     (folder / f"{name}.yaml").write_text(task.substitute(folder=place), encoding="utf-8")
-    print(f"{name}: {len(chosen):,} of {len(items):,} that were found")
 
 
 def main(config):
@@ -113,9 +107,18 @@ def main(config):
     for text in documents(open_corpus(c.dataset)):
         passages |= {item["context"]: item for item in last_words(text, c.max_bytes)}
         sentences |= {item["choices"][0]: item for item in swapped_words(text, c.max_bytes, rng)}
-    write_task("last_word", list(passages.values()), c)
-    write_task("swapped_words", list(sentences.values()), c)
-    tasks = f"--include_path {c.out_dir} --tasks last_word,swapped_words"
+    found = {"last_word": list(passages.values()), "swapped_words": list(sentences.values())}
+    if empty := [name for name, items in found.items() if not items]:
+        raise UserError(
+            f"{empty[0]}: the validation split of {c.dataset} has nothing for it; try a larger --max_bytes"
+        )
+    folder = Path(c.out_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, items in found.items():
+        chosen = random.Random(c.seed).sample(items, min(c.n_items, len(items)))
+        write_task(name, chosen, folder)
+        print(f"{name}: {len(chosen):,} of {len(items):,} that were found")
+    tasks = f"--include_path {c.out_dir} --tasks {','.join(found)}"
     print(f"HF_HUB_OFFLINE=1 lm_eval --model hf --model_args pretrained=EXPORTED_FOLDER {tasks}")
 
 
