@@ -88,8 +88,8 @@ def bucket_losses(losses, buckets):
 
 def mean_and_error(values):
     """Mean over rows (n, ...) -> (...), and its standard error. Neighbouring rows are often of one document
-    and so alike: the error is that of the means of BLOCKS blocks of them, of single rows if there are
-    fewer. NaN for one row."""
+    and so alike: the error is that of the means of BLOCKS blocks of them (of single rows if there are fewer),
+    on the default corpus three times what single rows would claim. NaN for one row."""
     parts = np.array_split(values, min(BLOCKS, len(values)))
     mean, share = values.mean(0), [len(part) / len(values) for part in parts]
     if len(parts) == 1:
@@ -153,21 +153,16 @@ def build(path, checkpoint, block_size, device):
 
 def open_text(c, sides):
     """[(name, Corpus)] to evaluate on (several, if the checkpoints read a mixture), and lines to say."""
-    path, first = next(iter(sides.values()))[0]
-    text = open_mixture(c.dataset or first["config"].get("dataset", ""))
-    notes = []
-    for label, side in sides.items():
-        for path, checkpoint in side:
-            check_vocabulary(text, checkpoint["meta"], path)
-        others = sum(checkpoint["meta"].get("fingerprint") != text.fingerprint for _, checkpoint in side)
-        if others:
-            notes.append(f"{label} was trained on another corpus than this one.")
-    return [
-        (name or c.dataset or first["config"]["dataset"], corpus) for name, corpus, _ in text.parts
-    ], notes
-
-
-# ------------------------------------------------------------------------------------------------- for people
+    first = next(iter(sides.values()))[0][1]
+    spec = c.dataset or first["config"].get("dataset", "")
+    text = open_mixture(spec)
+    for path, checkpoint in (each for side in sides.values() for each in side):
+        check_vocabulary(text, checkpoint["meta"], path)
+    notes = [corpus.note for _, corpus, _ in text.parts if corpus.note]
+    same = lambda side: all(saved["meta"].get("fingerprint") == text.fingerprint for _, saved in side)
+    if strange := [label for label, side in sides.items() if not same(side)]:
+        notes.append(f"Trained on another corpus than {spec}: {', '.join(strange)}.")
+    return [(name or spec, corpus) for name, corpus, _ in text.parts], notes
 
 
 def evaluate(sides, baseline, corpus, block_size, positions, device):
@@ -198,7 +193,7 @@ def evaluate(sides, baseline, corpus, block_size, positions, device):
         entry = {
             "checkpoints": [path for path, _ in sides[label]],
             "bag_size": first["config"].get("bag_size"),
-            "steps": [checkpoint.get("step") for _, checkpoint in sides[label]],
+            "steps": [checkpoint.get("step", 0) for _, checkpoint in sides[label]],
             "loss": mean,
             "error_of_text": error,
             "loss_of_seeds": losses.mean(1),
@@ -224,6 +219,9 @@ def plain(value):
     return value
 
 
+# ------------------------------------------------------------------------------------------------- for people
+
+
 def markdown(cells):
     """Rows of cells, the first being the header, as a table."""
     cells = [cells[0], ["-:"] * len(cells[0]), *cells[1:]]
@@ -245,7 +243,7 @@ def table(result, by_position):
     cells[0] += [f"minus {base}"] * (len(sides) > 1)
     for label, side in sides.items():
         bpb = f"{side['bits_per_byte'][-1]:.4f}" if "bits_per_byte" in side else "-"
-        steps = "-".join(f"{n:,}" for n in sorted(set(side["steps"]) - {None})) or "-"
+        steps = " to ".join(f"{n:,}" for n in sorted({min(side["steps"]), max(side["steps"])}))
         difference = with_error(side["difference"], -1, "+") if "difference" in side else ""
         row = [label, str(len(side["checkpoints"])), str(side["bag_size"]), steps, with_error(side, -1)]
         cells.append([*row, bpb, difference][: len(cells[0])])
