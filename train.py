@@ -232,6 +232,9 @@ def main(c):
         raise UserError(
             f"document_bags needs a corpus with a separator of documents, and {c.dataset} names none"
         )
+    for _, part, _ in corpus.parts:
+        if part.note:  # what was guessed of it
+            say(part.note)
     n_rows = c.total_batch // c.block_size  # rows of a global batch
     rows = range(
         machine.rank * n_rows // world_size, (machine.rank + 1) * n_rows // world_size
