@@ -37,6 +37,7 @@ from tools.runner import (
     run_members,
     shown,
 )
+from tools.runs import markdown_table
 from tools.sweep import Group, write_csv
 
 DRAWS = 4000  # of the means, for the intervals
@@ -253,9 +254,7 @@ def table(tst, baselines, equal_data, higher):
         ratios = [f"{side.of(key) / tst.of(key):.3g}x" for key in ("flops", "data_tokens")]
         against = "" if side is tst else f"{higher[side.steps].value:+.4f}"
         cells.append([name, f"{side.steps:,}", *ratios, side.group.text(), against])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "\n".join("| " + " | ".join(c.rjust(w) for c, w in zip(row, widths)) + " |" for row in cells)
+    return markdown_table(cells)
 
 
 # ------------------------------------------------------------------------------------------------ the picture

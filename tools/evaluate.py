@@ -28,7 +28,7 @@ from nanotst.machine import pick_device
 from nanotst.mixture import open_mixture
 from nanotst.stream import validation_rows
 from tools.plot import COLORS, MARKERS
-from tools.runs import CORPUS, differences
+from tools.runs import CORPUS, differences, markdown_table
 
 BLOCKS = 50  # of neighbouring rows, whose means count as independent
 LOGITS = 2**25  # at once, at most
@@ -222,14 +222,6 @@ def plain(value):
 # ------------------------------------------------------------------------------------------------- for people
 
 
-def markdown(cells):
-    """Rows of cells, the first being the header, as a table."""
-    cells = [cells[0], ["-:"] * len(cells[0]), *cells[1:]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    justify = lambda cell, width: cell.rjust(width, "-" if cell == "-:" else " ")
-    return "\n".join("| " + " | ".join(map(justify, row, widths)) + " |" for row in cells)
-
-
 def with_error(entry, i, sign=""):
     """A loss and its standard error, of text and of seeds together, in one bucket."""
     errors = [entry[key][i] for key in ("error_of_text", "error_of_seeds") if entry[key][i] is not None]
@@ -247,7 +239,7 @@ def table(result, by_position):
         difference = with_error(side["difference"], -1, "+") if "difference" in side else ""
         row = [label, str(len(side["checkpoints"])), str(side["bag_size"]), steps, with_error(side, -1)]
         cells.append([*row, bpb, difference][: len(cells[0])])
-    text = markdown(cells)
+    text = markdown_table(cells)
     if by_position:
         others = [label for label in sides if label != base]
         cells = [["context", *sides, *(f"{label} - {base}" for label in others)]]
@@ -255,7 +247,7 @@ def table(result, by_position):
             row = [f"{first:,}" if first == last else f"{first:,}-{last:,}"]
             row += [with_error(side, i) for side in sides.values()]
             cells.append([*row, *(with_error(sides[label]["difference"], i, "+") for label in others)])
-        text += "\n\n" + markdown(cells)
+        text += "\n\n" + markdown_table(cells)
     return text
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nanotst import UserError, configurator
-from tools.runs import differences, final, measure_of, read_runs
+from tools.runs import differences, final, markdown_table, measure_of, read_runs
 
 
 @dataclass
@@ -220,7 +220,7 @@ def table(runs):
     baselines = [mean_of(group) for group in grouped(finite)]  # seeds averaged, then the best
     header = ["run", "bag size", "r", "steps", "val loss", "bits/byte", "data tokens", "FLOPs"]
     header += ["time", "speed-up"]
-    cells = [header, ["-:"] * len(header)]
+    cells = [header]
     for run in runs:
         label = "" if run["label"] == run["name"] else f" ({run['label']})"
         cells.append(table_line(run["name"] + label, run["rows"], run, baselines, y))
@@ -229,9 +229,7 @@ def table(runs):
         spread = f" (sd {np.std(losses, ddof=1):.4f}, range {max(losses) - min(losses):.4f})"
         name = f"{group[0]['label']}, mean of {len(group)}"
         cells.append(table_line(name, mean_of(group), group[0], baselines, y, spread))
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    justify = lambda cell, width: cell.rjust(width, "-" if cell == "-:" else " ")
-    lines = ["| " + " | ".join(map(justify, row, widths)) + " |" for row in cells]
+    lines = [markdown_table(cells)]
 
     lengths = len(baseline_ends(baselines, y))
     how = f"final losses against baselines of {lengths} lengths, interpolated over log FLOPs"

@@ -39,6 +39,7 @@ from tools.runner import (
     run_members,
     shown,
 )
+from tools.runs import markdown_table
 
 
 @dataclass
@@ -242,9 +243,7 @@ def markdown(tables, edges, config):
         for row in table.row_values:
             found = [table.cells.get((row, column)) for column in table.column_values]
             cells.append([shown(row) if table.rows else "val loss", *(mark(g) if g else "-" for g in found)])
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        cells.insert(1, ["-" * (width - 1) + ":" for width in widths])
-        lines += ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths)) + " |" for row in cells] + [""]
+        lines += [markdown_table(cells), ""]
     lines.append(
         "Validation loss at the end in nats per token: mean ± standard deviation of the seeds (how many); "
         "the lowest mean in bold."
