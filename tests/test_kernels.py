@@ -358,7 +358,7 @@ def test_a_row_knows_its_pair_and_whether_it_is_empty(n, k, n_expert, used):
 
 
 def test_the_number_of_rows_depends_on_the_shape_alone():
-    """It is the least that is always enough: each expert that may be chosen, at most n * k, wastes up to 63."""
+    """It is the least that is always enough: up to 63 empty ones for each expert that may be chosen."""
     for n, k, n_expert in ((50, 2, 8), (3, 1, 9)):
         sizes = {len(placement(n, k, n_expert, used)[1].pair_of) for used in (2, 3, n_expert)}
         assert sizes == {n * k + 63 * min(n_expert, n * k)}
