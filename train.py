@@ -255,7 +255,8 @@ def main(c):
         run.eval()
         total = torch.zeros(2, device=device)  # sum of the rows' losses, number of rows
         for part in rows.split(batch_size):
-            tokens = F.pad(part, (0, 0, 0, batch_size - len(part)), value=-1).to(device)  # one shape, so one graph
+            fill = 0, 0, 0, batch_size - len(part)
+            tokens = F.pad(part, fill, value=-1).to(device)  # one shape, so one graph
             n = (tokens[:, 0] >= 0).sum()  # without the rows that fill up
             labels = tokens[:, 1:, None].long()  # (B, L, 1)
             labels = labels.masked_fill(labels < 0, -100)

@@ -1,81 +1,39 @@
-"""Checkpoints: files that are whole or not there, and the way back from them to a model or a run.
+"""Checkpoints, and the way back from them to a model or a run.
 
-    last.pt    of a run that is not sharded: one file of torch.save, a dict
-    last.dcp/  of a sharded one: a folder in which every rank has written its part
-        manifest.json   the step, and the files of the checkpoint with their sha256; it is written last, and
-                        replaced at once, so what it names is whole, and nothing else in the folder counts
-        step_500.0/     state.pt, the same dict with the sharded tensors left out (they are on the meta device),
-                        and these tensors in the files of torch.distributed.checkpoint
+    last.pt   of a run that is not sharded: one file of torch.save, a dict
+    last.dcp  of a sharded one: a folder, see nanotst/sharded.py
 
-load_checkpoint gives the same dict for both, and either can be resumed by any number of ranks, sharded or not. All
-ranks must see the same file system.
-"""
+Both are whole or not there, load_checkpoint gives the same dict for both, and any number of ranks, sharded or
+not, can go on from either."""
 
 import contextlib
 import dataclasses
-import errno
-import glob
-import json
 import math
 import os
-import pickle
 import shutil
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from model import GPT, GPTConfig
 from nanotst import UserError
 from nanotst.corpus import check_same, check_vocabulary
-from nanotst.formats import sha256_of
+from nanotst.files import write_safely
 from nanotst.parallel import copy_part
+from nanotst.sharded import (
+    MANIFEST,
+    copy_to_host,
+    map_tensors,
+    of_all_ranks,
+    open_folder,
+    read_parts,
+    write_folder,
+)
 from nanotst.stream import is_state
-
-MANIFEST = "manifest.json"
-FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-
-
-def write_safely(path, write):
-    """Call write(temporary path), sync, rename: a killed process or a full disk leaves the old file as it
-    was."""
-    temporary = f"{path}.tmp"
-    try:
-        write(temporary)
-        with open(temporary, "r+b") as f:  # open for writing, or Windows does not sync
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        sync_folder(os.path.dirname(path) or ".")
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise UserError(why_not_written(path, e, os.path.exists(path))) from None
-
-
-def why_not_written(path, error, kept):
-    """A line about an error in writing. kept: whether the checkpoint before it is there."""
-    error = next((e for e, _ in getattr(error, "failures", {}).values()), error)  # of DCP: by rank
-    free = shutil.disk_usage(os.path.dirname(path) or ".").free
-    full = isinstance(error, RuntimeError) or getattr(error, "errno", None) in FULL
-    reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    reason = f"the disk is full, or nearly ({free / 1e9:.1f} GB are free)" if full else reason
-    old = "; the one before it is untouched" if kept else ""
-    todo = ": make room and use --resume" if full and kept else ": make room" if full else ""
-    return f"cannot write {path}: {reason}{old}{todo}"
-
-
-def sync_folder(folder):
-    """Have the names in a folder reach the disk, after the files they name."""
-    if os.name == "posix":  # Windows cannot open a folder
-        fd = os.open(folder, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-
 
 # ----------------------------------------------------------------------------------------------------- saving
 
@@ -83,12 +41,11 @@ def sync_folder(folder):
 class Saver:
     """Writes a run's checkpoints. All ranks call the same methods.
 
-    An unsharded checkpoint is written by the master, while the others wait for it in the next step. A sharded one
-    holds training only until its tensors are copied to host memory; a thread of each rank writes the copy while
-    training goes on. That is dcp.async_save done by hand, for the manifest has to follow the files. It is sound
-    since the threads talk over a gloo group of their own, never over the one that training uses, and since at
-    most one step's checkpoints are being written: before the next save, and at the end, wait() has to be passed.
-    """
+    A file is written by the master, for which the others wait in the next step. A folder holds training up
+    only until all is copied to host memory; a thread of each rank writes the copy while training goes on.
+    This is dcp.async_save by hand, since the manifest has to follow the files. It is sound because the
+    threads talk over a gloo group of their own, never over the group that training uses, and because before
+    the checkpoint of another step is begun, and at the end, wait() has seen the one before it succeed."""
 
     def __init__(self, machine):
         self.machine, self.pending, self.step = machine, [], None
@@ -97,28 +54,18 @@ class Saver:
             self.worker = ThreadPoolExecutor(1)
 
     def save(self, path, state):
-        """Write a dict of tensors and plain values that load_checkpoint reads. Raises UserError, and leaves the
-        old checkpoint, for weights that are not finite."""
+        """Write a dict of tensors and plain values that load_checkpoint reads. Raises UserError, and leaves
+        the old checkpoint, for weights that are not finite."""
         if not all(of_all_ranks(all_finite(state["model"].values()))):
             raise UserError(f"the weights after step {state['step']} are not finite; {path} was not written")
-        if self.machine.parallel != "fsdp":
-            if self.machine.master:
-                save_file(path, state)
-                drop_other_form(path)
-            return
-        if self.step != state["step"]:  # best and last of one step may wait for the thread together
-            self.wait()
-        copies = {}
-
-        def cut(key, t):
-            if not isinstance(t, DTensor):
-                return t.detach().clone()
-            t = t.detach()
-            copies[key] = t.clone() if t.device.type == "cpu" else t.to("cpu")
-            return torch.empty(t.shape, dtype=t.dtype, device="meta")
-
-        rest, self.step = map_tensors(cut, state), state["step"]
-        self.pending.append(self.worker.submit(self._write, path, rest, copies))
+        if self.machine.parallel == "fsdp":
+            if self.step != state["step"]:  # best and last of one step may wait for the thread together
+                self.wait()
+            self.step = state["step"]
+            self.pending.append(self.worker.submit(self._write, path, *copy_to_host(state)))
+        elif self.machine.master:
+            write_safely(path, lambda temporary: save_file(temporary, state))
+            self._drop_other_form(path)
 
     def wait(self):
         """Until all is written. Raises UserError, on all ranks, if something could not be."""
@@ -126,90 +73,27 @@ class Saver:
         for future in pending:
             future.result()
 
-    def _write(self, path, rest, copies):
-        """The folder of a sharded checkpoint, by all ranks."""
-        folder = self._together(path, lambda: new_folder(path, rest), master=True)[0]
+    def _write(self, path, state, parts):
+        write_folder(path, state, parts, self.group)
+        self._drop_other_form(path)
 
-        def write():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about DCP's own use of deprecated storages
-                writer = dcp.FileSystemWriter(folder)  # syncs its files
-                dcp.save(copies, storage_writer=writer, process_group=self.group)
-            names = glob.glob(f"{folder}/__{dist.get_rank(self.group)}_*")
-            names += [f"{folder}/.metadata", f"{folder}/state.pt"] if self.machine.master else []
-            return {os.path.relpath(name, path): sha256_of(name) for name in names}
-
-        files = {name: digest for part in self._together(path, write) for name, digest in part.items()}
-        manifest = json.dumps({"step": rest["step"], "files": dict(sorted(files.items()))}, indent=1)
-
-        def commit():
-            sync_folder(folder)
-            sync_folder(path)
-            write_safely(f"{path}/{MANIFEST}", lambda name: write_text(name, manifest))
-            for old in glob.glob(f"{path}/step_*"):
-                if old != folder:
-                    shutil.rmtree(old, ignore_errors=True)
-            drop_other_form(path)
-
-        self._together(path, commit, master=True)
-
-    def _together(self, path, work, master=False):
-        """work() on all ranks, or on the master alone -> its results by rank. UserError on all if one failed."""
-        result, error = None, None
-        if self.machine.master or not master:
-            try:
-                result = work()
-            except UserError as e:
-                error = str(e)
-            except Exception as e:  # a full disk, whatever DCP makes of it, or a bug: said by all
-                error = why_not_written(path, e, exists(path))
-        results = [None] * self.machine.world_size
-        dist.all_gather_object(results, (result, error), group=self.group)
-        errors = [error for _, error in results if error]
-        if errors:
-            raise UserError(errors[0])
-        return [result for result, _ in results]
-
-
-def new_folder(path, rest):
-    """Make the folder for a checkpoint inside `path`, with all that is not sharded in it. One name is never used
-    twice: what the manifest names is not written over."""
-    os.makedirs(path, exist_ok=True)
-    i = 0
-    while os.path.exists(folder := os.path.join(path, f"step_{rest['step']}.{i}")):
-        i += 1
-    os.mkdir(folder)
-    with open(os.path.join(folder, "state.pt"), "wb") as f:
-        torch.save(rest, f)
-        f.flush()
-        os.fsync(f.fileno())
-    return folder
+    def _drop_other_form(self, path):
+        """A run that was sharded before and is not now, or the other way round, keeps one checkpoint, not
+        two."""
+        for other in forms(path):
+            if other != path and self.machine.master:
+                remove(other)
 
 
 def save_file(path, state):
-    def write(temporary):
-        with open(temporary, "wb") as f:  # through a file of ours, errors keep their errno
-            torch.save(state, f)
-
-    write_safely(path, write)
-
-
-def write_text(path, text):
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(text)
+    with open(path, "wb") as f:  # through a file of ours, errors keep their errno
+        torch.save(state, f)
 
 
 def forms(path):
     """The file and the folder that a checkpoint may be: last.pt, last.dcp."""
     stem = os.path.splitext(path)[0]
     return f"{stem}.pt", f"{stem}.dcp"
-
-
-def drop_other_form(path):
-    """A run that is sharded now and was not before, or the other way round, leaves one checkpoint, not two."""
-    for other in forms(path):
-        if other != path:
-            remove(other)
 
 
 def exists(path):
@@ -224,37 +108,21 @@ def remove(path):
 
 
 def newest(path):
-    """The form in which a checkpoint is there, None if in neither: the one of the later step, if a run was killed
-    before it could remove the other."""
+    """The form in which a checkpoint is there, None if in neither. If a run was killed before it could remove
+    the other one, that of the later step."""
     there = [form for form in forms(path) if exists(form)]
-    return max(there, key=step_of) if len(there) > 1 else there[0] if there else None
-
-
-def step_of(path):
-    try:
-        return read(path, verify=False)["step"]
-    except (UserError, KeyError):
-        return -1
-
-
-def map_tensors(f, x, key=""):
-    """Nested dicts and lists with f(key, tensor) in the place of each tensor; key is where it stands, such as
-    .model.head.weight."""
-    if torch.is_tensor(x):
-        return f(key, x)
-    if isinstance(x, dict):
-        return {k: map_tensors(f, v, f"{key}.{k}") for k, v in x.items()}
-    if isinstance(x, list):
-        return [map_tensors(f, v, f"{key}.{i}") for i, v in enumerate(x)]
-    return x
+    return (
+        max(there, key=lambda path: read(path, verify=False)["step"]) if there[1:] else (there or [None])[0]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- loading
 
 
 def load_checkpoint(path, mmap=True):
-    """A checkpoint as train.py writes it, a file or a folder, on the CPU, its checksums verified. Only tensors and
-    plain values are unpickled. Raises UserError for one that is missing, damaged or something else."""
+    """A checkpoint as train.py writes it, a file or a folder, on the CPU, its checksums verified. Only
+    tensors and plain values are unpickled. Raises UserError for one that is missing, damaged or something
+    else."""
     saved, wanted = read(path, mmap), {}
 
     def room(key, t):
@@ -268,7 +136,7 @@ def load_checkpoint(path, mmap=True):
 
 
 def read(path, mmap=True, verify=True):
-    """A checkpoint whose sharded tensors, if it has any, are still on the meta device: read_parts reads them."""
+    """A checkpoint whose sharded tensors, if it has any, are still on the meta device, for read_parts."""
     try:
         folder = os.path.isdir(path)
         file = os.path.join(open_folder(path, verify), "state.pt") if folder else path
@@ -276,7 +144,9 @@ def read(path, mmap=True, verify=True):
             with zipfile.ZipFile(path) as z:
                 damaged = z.testzip()  # reads all of it: torch itself does not check the sums
             if damaged:
-                raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong; use another checkpoint")
+                raise UserError(
+                    f"{path} is damaged: the checksum of {damaged} is wrong; use another checkpoint"
+                )
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
@@ -292,80 +162,6 @@ def read(path, mmap=True, verify=True):
     return checkpoint
 
 
-def open_folder(path, verify=True):
-    """The folder that the manifest of a sharded checkpoint names. verify: its files' checksums, which the ranks of
-    a run share among them."""
-    try:
-        with open(os.path.join(path, MANIFEST), encoding="utf-8") as f:
-            files = dict(json.load(f)["files"])
-        (folder,) = {os.path.dirname(name) for name in files}
-        if os.path.basename(folder) != folder:
-            raise ValueError("it names files elsewhere")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} is damaged: its {MANIFEST} is no list of files ({e})") from None
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if verify and dist.is_initialized() else (0, 1)
-    wrong = None
-    for name in sorted(files)[rank::ranks] if verify else ():
-        file = os.path.join(path, name)
-        if not os.path.isfile(file) or sha256_of(file) != files[name]:
-            wrong = name
-    wrong = next(filter(None, of_all_ranks(wrong) if verify else ()), None)
-    if wrong:
-        raise UserError(f"{path} is damaged: {wrong} is missing, or its checksum is wrong; use another checkpoint")
-    return os.path.join(path, folder)
-
-
-def of_all_ranks(value):
-    """A plain value of each rank: a list."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def read_parts(path, wanted):
-    """Read sharded tensors of a checkpoint that read() has opened: wanted is {key: tensor to fill}, whole tensors
-    or parts of any sharding. Every rank reads what it needs, and asks none of the others."""
-    if not wanted:
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says that no other process takes part
-            dcp.load(wanted, storage_reader=Reader(open_folder(path, verify=False)), no_dist=True)
-    except Exception as e:
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
-        raise UserError(f"{path} is not a checkpoint of this repository, or is damaged ({reason})") from None
-
-
-class Reader(dcp.FileSystemReader):
-    """DCP's reader of folders, but it runs no code that a file may hold: DCP unpickles .metadata."""
-
-    def read_metadata(self, *args, **kwargs):
-        with open(os.path.join(self.path, ".metadata"), "rb") as f:
-            metadata = Unpickler(f).load()
-        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class Unpickler(pickle.Unpickler):
-    """Of descriptions of tensors alone."""
-
-    MODULES = {"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"}
-    NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
-
-    def find_class(self, module, name):
-        found = None
-        if module in self.MODULES or (module, name) in self.NAMES:
-            found = super().find_class(module, name)
-        elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            found = getattr(torch, name)
-        if found is None or module in self.MODULES and getattr(found, "__module__", None) != module:
-            raise pickle.UnpicklingError(f"{module}.{name} describes no tensor")
-        return found
-
-
 def load_model(path):
     """The model of a checkpoint, with its weights, on the CPU, and the checkpoint."""
     checkpoint = load_checkpoint(path)
@@ -375,8 +171,8 @@ def load_model(path):
 
 
 def load_weights(model, state, path):
-    """Put the weights of a checkpoint, whole or not yet read, into a model, sharded or not. Raises UserError if
-    they are others, or not finite."""
+    """Put the weights of a checkpoint, whole or not yet read, into a model, sharded or not. Raises UserError
+    if they are others, or not finite."""
     own, later = model.state_dict(), {}
     wrong = own.keys() ^ state.keys() or {n for n in own if getattr(state[n], "shape", None) != own[n].shape}
     if wrong:
@@ -485,8 +281,8 @@ def resume(path, model, optimizer, c, corpus, free):
 
 
 def load_moments(optimizer, state, path):
-    """Put what optimizer.state_dict() gave, its tensors whole or not yet read, into an optimizer whose parameters
-    are sharded or not. Raises UserError if it is that of another one."""
+    """Put what optimizer.state_dict() gave, its tensors whole or not yet read, into an optimizer whose
+    parameters are sharded or not. Raises UserError if it is that of another one."""
     later = {}
     try:
         for i, (ours, theirs) in enumerate(zip(optimizer, state)):

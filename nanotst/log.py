@@ -9,7 +9,8 @@ import platform
 from pathlib import Path
 
 from nanotst import UserError
-from nanotst.checkpoint import exists, forms, newest, remove, write_safely
+from nanotst.checkpoint import exists, forms, newest, remove
+from nanotst.files import write_safely
 
 with contextlib.suppress(ImportError):  # not on Windows, where a folder has no lock
     import fcntl
@@ -18,9 +19,9 @@ with contextlib.suppress(ImportError):  # not on Windows, where a folder has no 
 class RunFolder:
     """The folder of a run. Only the master writes; the other ranks call the same methods to no effect.
 
-    metrics.jsonl holds a row per log interval; last.pt and best.pt are checkpoints, of a sharded run last.dcp and
-    best.dcp; `lock` is held by the process that trains, and released by the system when it ends, however it ends.
-    """
+    metrics.jsonl holds a row per log interval; last.pt and best.pt are checkpoints, of a sharded run last.dcp
+    and best.dcp; `lock` is held by the process that trains, and released by the system when it ends, however
+    it ends."""
 
     def __init__(self, out_dir, machine):
         form = "dcp" if machine.parallel == "fsdp" else "pt"
@@ -31,8 +32,8 @@ class RunFolder:
         self.wandb = None
 
     def after_restart(self, c):
-        """The knobs, with which a process that torchrun has started again, since a rank of its run had died, goes
-        on with that run by itself. The folder of another run is not touched: `lock` says whose it is."""
+        """The knobs, with which a process that torchrun has started again, since a rank of its run had died,
+        goes on with that run by itself. The folder of another run is not touched: `lock` says whose it is."""
         restarted = False
         if self.machine.master and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             with contextlib.suppress(OSError), open(os.path.join(self.out_dir, "lock")) as f:
@@ -48,8 +49,8 @@ class RunFolder:
         return newest(self.last)
 
     def begin(self, resume, overwrite):
-        """Lock the folder, and make room for a new run. Raises UserError, on all ranks, if it holds a run that
-        would be lost."""
+        """Lock the folder, and make room for a new run. Raises UserError, on all ranks, if it holds a run
+        that would be lost."""
         error = None
         if self.machine.master:
             try:
@@ -114,7 +115,8 @@ class RunFolder:
             kept = [line for line in lines if json.loads(line)["step"] <= step]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
-                f"{self.metrics} is damaged; move it away, and --resume goes on without the rows up to step {step}"
+                f"{self.metrics} is damaged; move it away, and --resume goes on without the rows up to "
+                f"step {step}"
             ) from None
         write_safely(self.metrics, lambda path: Path(path).write_text("".join(kept), encoding="utf-8"))
 

@@ -1,4 +1,5 @@
-"""The machine a run is on: device, dtype, threads, ranks, compilation, and what ends it: signals, ranks that fail."""
+"""The machine a run is on: device, dtype, threads, ranks, compilation, and what ends it: signals, ranks that
+fail."""
 
 import contextlib
 import ctypes
@@ -19,9 +20,9 @@ import torch.distributed as dist
 from nanotst import UserError
 from nanotst.parallel import compile_units
 
-# How long a rank waits for one that hangs. Of one that has died the others learn at once: from gloo by its closed
-# connection, from torchrun by a signal, and after 30 more seconds by SIGKILL. What all may have to wait for is one
-# that is slow: a compilation, a checkpoint of one file.
+# How long a rank waits for one that hangs. Of one that has died the others learn at once: from gloo by its
+# closed connection, from torchrun by a signal, and after 30 more seconds by SIGKILL. What all may have to
+# wait for is one that is slow: a compilation, a checkpoint of one file.
 TIMEOUT = timedelta(minutes=20)
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -70,8 +71,8 @@ def keep_freed_memory():
 
 @dataclass
 class Machine:
-    """One process of a run. Under torchrun there are world_size of them, on one node or several, rank 0 being the
-    master: it alone prints, and it alone writes files, but for the parts of a sharded checkpoint."""
+    """One process of a run. Under torchrun there are world_size of them, on one node or several, rank 0 being
+    the master: it alone prints, and it alone writes files, but for the parts of a sharded checkpoint."""
 
     device: str  # as torch knows it
     dtype: str  # of matrix products: bfloat16, float32
@@ -84,19 +85,21 @@ class Machine:
 
     @classmethod
     def start(cls, c):
-        """Find out where we are, join the other ranks, set threads. c: the knobs device, dtype, threads, parallel,
-        shard_size."""
+        """Find out where we are, join the other ranks, set threads. c: the knobs device, dtype, threads,
+        parallel, shard_size."""
         env = {key: int(os.environ.get(key, default)) for key, default in
                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))}  # fmt: skip
         distributed = "RANK" in os.environ
         if distributed and c.device.startswith("cuda:"):
             raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
         if c.parallel != "auto" and not distributed:
-            raise UserError(f"parallel={c.parallel} needs ranks: torchrun --standalone --nproc_per_node=N train.py")
+            raise UserError(
+                f"parallel={c.parallel} needs ranks: torchrun --standalone --nproc_per_node=N train.py"
+            )
         parallel = "none" if not distributed else "ddp" if c.parallel == "auto" else c.parallel
         if c.shard_size and (parallel != "fsdp" or env["WORLD_SIZE"] % c.shard_size):
             raise UserError(
-                f"shard_size {c.shard_size} is for parallel=fsdp, and must divide the {env['WORLD_SIZE']} ranks"
+                f"shard_size {c.shard_size} is for parallel=fsdp and must divide {env['WORLD_SIZE']} ranks"
             )
         device = pick_device(c.device, env["LOCAL_RANK"])
         if device.startswith("cuda"):
@@ -247,8 +250,8 @@ PARTNER_LOST = r"(?i)closed by peer|reset by peer|broken pipe|timed out|gloo|ncc
 
 
 def as_one(main):
-    """main, whose ranks fail as one. An error that many of them meet is printed once, a rank whose partner has
-    died says so in a line instead of a traceback, and no rank that has failed waits for anybody."""
+    """main, whose ranks fail as one. An error that many of them meet is printed once, a rank whose partner
+    has died says so in a line instead of a traceback, and no rank that has failed waits for anybody."""
 
     def ranked(config):
         try:
@@ -275,13 +278,16 @@ def leave_at_once(e):
     if not lost:
         traceback.print_exception(e)
     elif first_to_say("a rank is lost"):
-        print(f"error: another rank has ended or hangs, and this one cannot go on without it ({str(e)[:100]})")
+        print(
+            f"error: another rank has ended or hangs, and this one cannot go on without it ({str(e)[:100]})"
+        )
     sys.stderr.flush()
     os._exit(1)
 
 
 def first_to_say(text):
-    """Whether no other rank has said this. They ask the store through which they met, if it is still there."""
+    """Whether no other rank has said this. They ask the store through which they met, if it is still
+    there."""
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                               timeout=timedelta(seconds=5))  # fmt: skip

@@ -63,7 +63,9 @@ def muon(model, c, device_type):
     named = dict(model.blocks.named_parameters())
     matrices = [p for name, p in named.items() if p.dim() == 2 and "router" not in name]
     if any(isinstance(p, DTensor) for p in matrices):  # each of its products would be a gathering of its own
-        raise UserError("optimizer=muon works on whole matrices, and parallel=fsdp has parts: use adamw, or ddp")
+        raise UserError(
+            "optimizer=muon works on whole matrices, and parallel=fsdp has parts: use adamw, or ddp"
+        )
     chosen = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in chosen]
     return [

@@ -1,17 +1,18 @@
-"""One model on many ranks: DDP, or FSDP2 where its states do not fit on each. The only file that wraps a model;
-model.py knows nothing of it, and there is no tensor, pipeline or expert parallelism.
+"""One model on many ranks: DDP, or FSDP2 where its states do not fit on each. The only file that wraps a
+model; model.py knows nothing of it, and there is no tensor, pipeline or expert parallelism.
 
     ddp   every rank holds all of it: 16 bytes a parameter (float32 weight, gradient and two moments)
-    fsdp  every rank holds a part of each of these, and gathers one unit after the other: embedding, blocks, head.
+    fsdp  every rank holds a part of each of these and gathers one unit after the other: embedding, blocks,
+          head.
           With shard_size N the parts are spread over N neighbouring ranks, say those of a node, and each such
-          group holds them all (hybrid sharding): weights are then gathered within the node alone
+          group holds them all (hybrid sharding): weights are then gathered within the node alone.
 
 Where the ranks compute in bfloat16, a block's and the head's weights are cast before they are gathered, which
-halves the traffic and the memory of a gathered unit. Autocast alone would gather float32 and keep its cast copies
-of the whole model until the end of the forward pass. It stays on: it says what is computed in bfloat16, the policy
-only where the cast is made. What the unsharded run reads in float32 is gathered in float32: the routers, and the
-embedding, whose bags are averaged in it. Gradients are reduced, and summed over micro-steps, in float32.
-"""
+halves the traffic and the memory of a gathered unit. Autocast alone would gather float32 and keep its cast
+copies of the whole model until the end of the forward pass. It stays on: it says what is computed in
+bfloat16, the policy only where the cast is made. What the unsharded run reads in float32 is gathered in
+float32: the routers, and the embedding, whose bags are averaged in it. Gradients are reduced, and summed over
+micro-steps, in float32."""
 
 import functools
 import math
@@ -29,8 +30,8 @@ from model import GPT
 
 
 def build(config, machine):
-    """A new GPT on the machine's device, sharded if that is asked for. A seed gives the same weights either way,
-    and no rank ever holds more than one whole parameter of a sharded model."""
+    """A new GPT on the machine's device, sharded if that is asked for. A seed gives the same weights either
+    way, and no rank ever holds more than one whole parameter of a sharded model."""
     if machine.parallel != "fsdp":
         with torch.device(machine.device):
             return GPT(config)
@@ -63,7 +64,8 @@ def shard(model, machine):
     policy = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact, low = policy(), policy(param_dtype=torch.bfloat16 if machine.dtype == "bfloat16" else None)
     warnings.filterwarnings("ignore", message=".*returned a view tensor")  # nothing is added to it in place
-    # always resharded: units that stay gathered after an evaluation would have other parameters than the optimizer
+    # always resharded: units that stay gathered after an evaluation would have other parameters than the
+    # optimizer
     unit = functools.partial(fully_shard, mesh=mesh, reshard_after_forward=True)
     for block in model.blocks:
         if model.config.n_expert:
@@ -87,8 +89,9 @@ def wrap(model, machine):
 
 
 def sync_gradients(model, wanted):
-    """Whether gradients travel in the next backward pass, said before its forward pass: with the last micro-step
-    is enough. Until then FSDP keeps them whole, in float32: 4 bytes for each parameter of the model on each rank."""
+    """Whether gradients travel in the next backward pass, said before its forward pass: with the last
+    micro-step is enough. Until then FSDP keeps them whole, in float32: 4 bytes for each parameter of the
+    model on each rank."""
     if isinstance(model, DDP):
         model.require_backward_grad_sync = wanted
     elif isinstance(model, FSDPModule):
@@ -96,15 +99,15 @@ def sync_gradients(model, wanted):
 
 
 def clip_gradients(model, limit):
-    """Scale the gradients so that their norm is at most `limit` (0: any). Returns the norm before that, of the
-    whole model."""
+    """Scale the gradients so that their norm is at most `limit` (0: any). Returns the norm before that, of
+    the whole model."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def compile_units(model):
-    """Compile a sharded model, in place: each unit's forward by itself, since FSDP's hooks between the units, and
-    before and after a router, cannot be part of a graph. Blocks share one graph."""
+    """Compile a sharded model, in place: each unit's forward by itself, since FSDP's hooks between the units,
+    and before and after a router, cannot be part of a graph. Blocks share one graph."""
     for unit in (model.embed, *model.blocks, model.head):
         unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=not model.config.n_expert)
 
