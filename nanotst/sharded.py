@@ -11,6 +11,7 @@ read it, or one process without ranks. All ranks must see the same file system."
 import glob
 import json
 import os
+import pathlib
 import pickle
 import shutil
 import warnings
@@ -105,7 +106,7 @@ def together(path, group, work, mine=True):
             result = work()
         except UserError as e:
             error = str(e)
-        except Exception as e:
+        except (Exception, dcp.CheckpointException) as e:  # DCP's is no Exception
             cause = next((e for e, _ in getattr(e, "failures", {}).values()), e)  # in DCP's errors: by rank
             error = why_not_written(path, cause, os.path.exists(f"{path}/{MANIFEST}"))
     results = of_all_ranks((result, error), group)
@@ -173,7 +174,7 @@ def read_parts(path, wanted):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DCP's, that no other process takes part
             dcp.load(wanted, storage_reader=Reader(open_folder(path, verify=False)), no_dist=True)
-    except Exception as e:
+    except (Exception, dcp.CheckpointException) as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
         raise UserError(f"{path} is not a checkpoint of this repository, or is damaged ({reason})") from None
 
@@ -201,6 +202,8 @@ class DescriptionOfTensors(pickle.Unpickler):
                 found = None
         elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             found = getattr(torch, name)
+        elif module.split(".")[0] == "pathlib" and name.endswith("Path"):  # where it was written
+            found = pathlib.PurePath
         if found is None:
             raise pickle.UnpicklingError(f"{module}.{name} describes no tensor")
         return found
