@@ -224,6 +224,9 @@ def encode_batch(tokenizer, batch, separator):
 def map_in_order(function, items, workers):
     """Like map(), in threads, with at most 2 * workers results waiting. Threads are enough, since tiktoken
     releases the interpreter lock while it works; order, and so the output, stays the same."""
+    if workers == 1:
+        yield from map(function, items)
+        return
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         for item in items:
