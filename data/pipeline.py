@@ -286,7 +286,7 @@ def check_disk(groups, tokenizer, out):
     free = shutil.disk_usage(out.folder).free
     if free < need:
         raise UserError(
-            f"{out.out_dir} needs {need / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free there"
+            f"{out.out_dir} needs {need / 1e6:,.0f} MB or more, {free / 1e6:,.0f} MB are free there"
         )
 
 
