@@ -8,10 +8,11 @@ Dimensions: B rows, L positions, C width (n_embd), H heads, K key/value heads, D
 
 Initialisation, all without biases:
 
-    parameter                           distribution              why embed, head                         N(0,
-    0.5 / sqrt(C))       0.02 at C = 576, and it follows the width qkv, gate_up, router                N(0,
-    0.5 / sqrt(C)) attention out, MLP down             the same / sqrt(2 n_layer)  the residual stream keeps
-    its scale with depth norms                               1
+    parameter                 distribution               why
+    embed, head               N(0, 0.5 / sqrt(C))        0.02 at C = 576, and it follows the width
+    qkv, gate_up, router      N(0, 0.5 / sqrt(C))
+    attention out, MLP down   the same / sqrt(2 n_layer) the residual stream keeps its scale with depth
+    norms                     1
 """
 
 import math
@@ -43,6 +44,7 @@ class GPTConfig:
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    attention_window: int = 0  # positions that a position sees, itself included; 0: all before it
     n_expert: int = 0  # 0: dense
     top_k: int = 0  # experts per position
     balance_bias: bool = False  # MoE: choose experts by probability plus a bias that evens out their load
@@ -54,6 +56,8 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.ff_dim = self.ff_dim or math.ceil(8 / 3 * self.n_embd / 64) * 64
+        if self.attention_window < 0:
+            raise ValueError(f"attention_window must not be negative, got {self.attention_window}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         if self.n_head % self.n_kv_head:
@@ -116,7 +120,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.n_head, config.n_kv_head, config.n_kv_head
-        self.head_dim = config.head_dim
+        self.head_dim, self.window = config.head_dim, config.attention_window
         self.qkv = Linear(config.n_embd, sum(self.heads) * config.head_dim)
         self.out = Linear(config.n_head * config.head_dim, config.n_embd)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -127,7 +131,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split(self.heads, dim=2)  # (B, L, H, D), (B, L, K, D) twice
         q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # (B, H, L, D)
         k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # (B, K, L, D)
-        y = kernels.causal_attention(q, k, v.transpose(1, 2))  # (B, H, L, D)
+        y = kernels.causal_attention(q, k, v.transpose(1, 2), self.window)  # (B, H, L, D)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, L, C)
 
 
@@ -160,8 +164,7 @@ class MoE(nn.Module):
 
     forward returns (y (B, L, C), statistics), the statistics being float32 tensors:
         balance_loss  E * sum_e f_e P_e, f_e the share of positions that chose expert e (they sum to k), P_e
-        its
-                      mean probability; k when balanced, as in Qwen3, where its coefficient is 0.001
+                      its mean probability; k when balanced, as in Qwen3, where its coefficient is 0.001
         z_loss        mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)
         load          (E,) positions that chose each expert, sum B*L*k
         entropy       mean entropy of the router's probabilities at a position, nats
@@ -224,10 +227,11 @@ class Block(nn.Module):
 
 
 class BagEmbedding(nn.Embedding):
-    """Mean embedding of each bag: (B, L, s) -> (B, L, C). A bag of one token is a look-up."""
+    """Mean embedding of each bag: (B, L, s) -> (B, L, C). A bag of one token is a look-up. See
+    tst.embed_bags."""
 
-    def forward(self, bags):
-        return kernels.embed_bags(bags, self.weight)
+    def forward(self, bags, share=None):
+        return kernels.embed_bags(bags, self.weight, share)
 
 
 class Head(Linear):
@@ -263,10 +267,13 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin[:, None], persistent=False)
         self.init_weights()
 
-    def init_weights(self):
-        """Draw all weights anew, as in the table at the top of this file."""
+    def init_weights(self, parts=("",)):
+        """Draw the weights anew, as in the table at the top of this file: all, or those whose names begin
+        so."""
         std = 0.5 / math.sqrt(self.config.n_embd)
         for name, p in self.named_parameters():
+            if not name.startswith(tuple(parts)):
+                continue
             if p.dim() == 1:  # norms
                 nn.init.ones_(p)
             elif name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.down")):
@@ -274,7 +281,7 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(p, std=std)
 
-    def forward(self, bags, labels=None, weights=None, loss="mce", shares=None):
+    def forward(self, bags, labels=None, weights=None, loss="mce", shares=None, bag_share=None):
         """Token ids to logits, or to the loss.
 
         bags (B, L, s), ordinary tokens being bags of one, or (B, L) for short. Without labels: logits (B, L,
@@ -284,7 +291,7 @@ class GPT(nn.Module):
         MoE.
         """
         bags = bags if bags.dim() == 3 else bags.unsqueeze(-1)  # (B, L, s)
-        x = self.embed(bags)  # (B, L, C)
+        x = self.embed(bags, bag_share)  # (B, L, C)
         cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
         routers = []
         for block, share in zip(self.blocks, [None] * len(self.blocks) if shares is None else shares):
@@ -321,15 +328,14 @@ class GPT(nn.Module):
 
     def flops_per_position(self):
         """FLOPs of one position of a training step, forward and backward: 6 per active weight of a matrix
-        product (the embedding is a look-up) and 12 * H * D * L per layer for attention, as in the PaLM
-        paper's appendix B, causality not deducted. The same for bags and tokens: a bag's mean adds about
-        6*s*C, under 0.1 %."""
+        product (the embedding is a look-up) and 12 * H * D * L per layer for attention (of a window, its
+        length), as in the PaLM paper's appendix B, causality not deducted. The same for bags and tokens: a
+        bag's mean adds about 6*s*C, under 0.1 %."""
         c = self.config
         norms = sum(p.numel() for p in self.parameters() if p.dim() == 1)
-        return (
-            6 * (self.n_params(active=True, embedding=False) - norms)
-            + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
-        )
+        return 6 * (
+            self.n_params(active=True, embedding=False) - norms
+        ) + 12 * c.n_layer * c.n_head * c.head_dim * min(c.block_size, c.attention_window or c.block_size)
 
     @torch.no_grad()
     def generate(self, tokens, n, temperature=1.0, top_k=None, generator=None):

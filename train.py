@@ -8,6 +8,7 @@ superposition is in tst.py and in the lines marked TST below.
 """
 
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -26,12 +27,22 @@ from model import GPT
 from nanotst import UserError
 from nanotst.checkpoint import load_initial, model_config, resume, save_checkpoint
 from nanotst.configurator import run, validate
-from nanotst.corpus import open_corpus
+from nanotst.huggingface import load_hf
 from nanotst.log import RunFolder, progress, router_metrics
 from nanotst.machine import Machine, StopSignals
+from nanotst.mixture import open_mixture
 from nanotst.optim import OPTIMIZERS, SCHEDULES, make_optimizer, rate_multiplier, set_rates
 from nanotst.stream import TokenStream, validation_rows
-from tst import BAG_WEIGHTS, LOSSES, MODES, bag_weights, bags_and_labels, phase_at, phase_list
+from tst import (
+    BAG_WEIGHTS,
+    LOSSES,
+    MODES,
+    bag_weights,
+    bags_and_labels,
+    phase_at,
+    phase_list,
+    within_documents,
+)
 
 # ------------------------------------------------------------------------------------------------------ knobs
 
@@ -42,7 +53,9 @@ class Config:
 
     # Run
     out_dir: str = "out/run"  # metrics.jsonl, config.json and checkpoints go here
-    dataset: str = "python_source"  # a folder in data/, or the path of one, that holds a prepared corpus
+    dataset: str = (
+        "python_source"  # a prepared corpus, a folder in data/ or its path; or several, A:0.5,B:0.5
+    )
     resume: bool = False  # go on from out_dir's last checkpoint, exactly; give the same knobs again
     allow_changes: bool = (
         False  # with --resume: let knobs that change the training differ from the checkpoint's
@@ -59,7 +72,15 @@ class Config:
     superposition: Literal[MODES] = "full"  # bags in the input and the target, or in one of them alone
     loss: Literal[tuple(LOSSES)] = "mce"  # of bags; ordinary steps always use cross-entropy
     bag_weights: Literal[BAG_WEIGHTS] = "uniform"  # of the tokens of a bag in the loss mce
-    fitted_c0: float = 3.63  # the constant of the fitted weights c0 + 1.35 i^-1.25; 0 leaves the decay alone
+    document_bags: bool = (
+        False  # bags that mix no documents: of each, the tokens of its last token's document
+    )
+    reinit_at_switch: str = (
+        ""  # of embedding,head,optimizer: what ordinary training begins anew (the paper: don't)
+    )
+    fitted: str = (
+        ""  # a file of tools.fit_mi with c0, a, k of the fitted weights c0 + a i^k; empty: the paper's
+    )
 
     # Model
     n_layer: int = 2  # blocks
@@ -72,6 +93,7 @@ class Config:
     tie_embeddings: bool = False  # one matrix for embedding and head
     rope_theta: float = 10000.0  # base of the rotary angles
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    attention_window: int = 0  # positions that a position sees, itself included; 0: all before it
     checkpoint_activations: bool = False  # less memory for a third more FLOPs
 
     # Mixture of experts
@@ -124,6 +146,31 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+def read_fit(path):
+    """{"c0", "a", "k"} of a file that tools.fit_mi wrote."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            fit = json.load(f)
+        fit = {key: float(fit[key]) for key in ("c0", "a", "k")}
+        if not all(0 <= fit["c0"] + fit["a"] * i ** fit["k"] < math.inf for i in range(1, 65)):
+            raise ValueError("its weights are no weights")
+        return fit
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"fitted={path} is not a file of tools.fit_mi ({type(e).__name__}: {e})") from None
+
+
+REINIT = {"embedding": "embed.", "head": "head.", "optimizer": None}  # names of weights
+
+
+def reinitialise(model, optimizer, parts, seed):
+    """Draw the named parts of the model anew, forget the optimizer's moments: what one had better not do."""
+    torch.manual_seed(seed)
+    if names := [REINIT[part] for part in parts if REINIT[part]]:
+        model.init_weights(names)
+    if "optimizer" in parts:
+        optimizer.forget()
+
+
 def check(c, world_size):
     """The phases of the run. Raises UserError for a combination of knobs that cannot work."""
     validate(c)
@@ -135,8 +182,7 @@ def check(c, world_size):
         if not 0 <= getattr(c, key) <= 1:
             raise UserError(f"{key} must lie in 0..1, got {getattr(c, key)}")
     for key in ("seed", "batch_size", "n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps",
-                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate",
-                "fitted_c0"):  # fmt: skip
+                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate"):  # fmt: skip
         if not getattr(c, key) >= 0:
             raise UserError(f"{key} must not be negative, got {getattr(c, key)}")
     for key in ("beta1", "beta2"):
@@ -147,6 +193,8 @@ def check(c, world_size):
             raise UserError(f"{key} must be positive, got {getattr(c, key)}")
     if not c.out_dir:
         raise UserError("out_dir must name a folder")
+    if unknown := set(filter(None, c.reinit_at_switch.split(","))) - REINIT.keys():
+        raise UserError(f"reinit_at_switch takes {', '.join(REINIT)}, between commas, got {min(unknown)!r}")
     if c.loss != "mce" and c.bag_weights != "uniform":
         raise UserError(f"bag_weights={c.bag_weights} belongs to loss=mce, not to loss={c.loss}")
     if c.n_embd % c.n_head and not c.head_dim:
@@ -179,30 +227,33 @@ def main(c):
     phases = check(c, int(os.environ.get("WORLD_SIZE", 1)))  # TST: the steps on bags, then ordinary ones
     machine = Machine.start(c)
     device, world_size, say = machine.device, machine.world_size, machine.say
-    corpus = open_corpus(c.dataset)
+    corpus = open_mixture(c.dataset)
+    if c.document_bags and corpus.meta["separator"] is None:
+        raise UserError(
+            f"document_bags needs a corpus with a separator of documents, and {c.dataset} names none"
+        )
+    for _, part, _ in corpus.parts:
+        if part.note:  # what was guessed of it
+            say(part.note)
     n_rows = c.total_batch // c.block_size  # rows of a global batch
     rows = range(
         machine.rank * n_rows // world_size, (machine.rank + 1) * n_rows // world_size
-    )  # those of this rank
+    )  # of this rank
     batch_size = c.batch_size or len(rows)  # rows of a micro-batch
     micro_steps = len(rows) // batch_size
     read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
-    stream = TokenStream(corpus.train, c.block_size, phases, **read)
-    if len(corpus.val) <= c.block_size:
-        raise UserError(f"block_size {c.block_size} is longer than the {len(corpus.val)} validation tokens")
-    # the fixed validation batch: never more than the corpus has, the same whatever the phase and the world
-    # size
-    n_val = max(1, min(c.eval_positions, len(corpus.val)) // c.block_size)
-    val_mine = validation_rows(corpus.val, n_val, c.block_size)[machine.rank :: world_size]
+    sources = [(part.train, share) for _, part, share in corpus.parts]
+    stream = TokenStream(sources, c.block_size, phases, **read)
+    # the fixed validation rows of each corpus, the same whatever the phase and the world size: this rank's
+    val = [validation_rows(part.val, c.eval_positions, c.block_size) for _, part, _ in corpus.parts]
+    val_mine = [rows[machine.rank :: world_size] for rows in val]
 
     # ---------------------------------------------------------------------------------- model, new or resumed
     torch.manual_seed(c.seed)
     with torch.device(device):
         model = GPT(model_config(dataclasses.asdict(c), corpus.meta))
     if c.init_from.startswith("hf:") and not c.resume:
-        from tools.export import load_hf  # needs a package that training does not
-
-        load_hf(model, c.init_from[3:])
+        load_hf(model, c.init_from[3:], say)
     elif c.init_from and not c.resume:
         load_initial(c.init_from, model, corpus)
     optimizer = make_optimizer(model, c, machine.device_type)
@@ -216,7 +267,7 @@ def main(c):
         saved = resume(folder.last, model, optimizer, c, corpus, FREE_ON_RESUME)
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
         shares = saved["shares"].to(device) if c.n_expert else None
-        stream = TokenStream(corpus.train, c.block_size, phases, **read, state=saved["stream"], step=step)
+        stream = TokenStream(sources, c.block_size, phases, **read, state=saved["stream"], step=step)
         folder.keep_rows(step)
     phases = stream.phases
     described = {
@@ -226,18 +277,21 @@ def main(c):
     folder.describe(described, c.wandb_project)
 
     # ---------------------------------------------------------------------- compilation, warmed up, and ranks
+    fit = read_fit(c.fitted) if c.fitted else {}
     kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases)  # each is a graph of its own
-    weights = {
-        n: bag_weights(c.bag_weights, n, c.fitted_c0).to(device) for _, n in kinds if n > 1
-    }  # (n_out,)
+    weights = {n: bag_weights(c.bag_weights, n, **fit).to(device) for _, n in kinds if n > 1}  # (n_out,)
 
     def forward(run, tokens, n_in, n_out):
         """Rows (B, L*n_in + n_out) -> what is minimised, the loss of tokens in it, the routers'
         statistics."""
         bags, labels = bags_and_labels(tokens, n_in, n_out)  # TST: (B, L, n_in), (B, L, n_out)
-        kind = c.loss if n_in > 1 or n_out > 1 else "mce"
+        kind, bag_share = "mce", None
+        if n_in > 1 or n_out > 1:
+            kind = c.loss
+            if c.document_bags:
+                bag_share, labels = within_documents(tokens, n_in, n_out, corpus.meta["separator"])
         with machine.autocast():
-            loss, router = run(bags, labels, weights.get(n_out), kind, shares)
+            loss, router = run(bags, labels, weights.get(n_out), kind, shares, bag_share)
         if router is None:
             return loss, loss, None
         balance = c.balance_coef * router["balance_loss"].mean() + c.z_coef * router["z_loss"].mean()
@@ -265,7 +319,7 @@ def main(c):
             tokens = stream.read(first)[:batch_size].to(device)  # any text will do
             forward(run, tokens, n_in, n_out)[0].backward()
             optimizer.zero_grad()
-        evaluate(run, val_mine[:1])
+        evaluate(run, val_mine[0][:1])
 
     raw_model = model  # checkpoints hold its keys
     model, compiled = machine.compile(raw_model, c.compile, warm_up)
@@ -278,6 +332,8 @@ def main(c):
     signals, stopping, clock, logged_at = StopSignals(machine), False, time.perf_counter(), step
     while step < c.max_steps:
         phase = phase_at(phases, step)  # TST
+        if c.reinit_at_switch and step == phase.start > 0 and phase.bag_size == 1:
+            reinitialise(raw_model, optimizer, c.reinit_at_switch.split(","), c.seed + 1)
         set_rates(optimizer, rate_multiplier(step, c))
         loss_sum, load, entropy = 0.0, 0.0, 0.0
         micro_batches = stream.batch(step).split(batch_size)  # (B, L*n_in + n_out) each
@@ -323,11 +379,13 @@ def main(c):
         if c.n_expert:
             row |= router_metrics(load, machine.mean(entropy / micro_steps))
         if evaluate_now:
-            row["val_loss"] = evaluate(model, val_mine)
+            losses = [evaluate(model, rows) for rows in val_mine]
+            row["val_loss"] = sum(loss * float(share) for loss, (*_, share) in zip(losses, corpus.parts))
+            row |= {f"val_loss_{name}": loss for loss, (name, *_) in zip(losses, corpus.parts) if name}
             if corpus.bytes_per_token:
                 row["val_bpb"] = row["val_loss"] / math.log(2) / corpus.bytes_per_token
         # the loss is that of the weights before this step; those after it are tried before they are saved
-        after = row.get("val_loss") or (evaluate(model, val_mine[:batch_size]) if save_now else 0.0)
+        after = row.get("val_loss") or (evaluate(model, val_mine[0][:batch_size]) if save_now else 0.0)
         if not all(map(math.isfinite, (loss, row["grad_norm"], after))):  # the same on all ranks; never saved
             raise UserError(
                 f"the loss is not finite at step {step} (before it {loss}, its gradient {row['grad_norm']}, "

@@ -104,15 +104,33 @@ def bags_and_labels(tokens, n_in, n_out):
     return bags, tokens[..., n_in:].unfold(-1, n_out, n_in)  # (B, L, n_out)
 
 
-def embed_bags(bags, weight):
+def within_documents(tokens, n_in, n_out, separator):
+    """Bags that mix no documents, at the same rows and shapes: an input bag is the mean of the tokens that
+    belong to the document of its last token, and of its labels those count that belong to it, too.
+
+    tokens (B, L*n_in + n_out), in which the token `separator` begins a document -> how much each token counts
+    in its bag, (B, L, n_in) float32, and the labels, others being -100, (B, L, n_out).
+    """
+    document = (tokens == separator).cumsum(-1)  # (B, L*n_in + n_out), its number in the row
+    bag_document, label_document = bags_and_labels(document, n_in, n_out)
+    own = bag_document[..., -1:]  # (B, L, 1)
+    count = (bag_document == own).float()  # (B, L, n_in)
+    labels = bags_and_labels(tokens, n_in, n_out)[1]
+    return count / count.sum(-1, keepdim=True), labels.where(label_document == own, -100)
+
+
+def embed_bags(bags, weight, share=None):
     """Mean embedding of each bag: (B, L, s) token ids, (V, C) table -> (B, L, C).
 
-    The mean is taken in float32 and returned in the dtype of the table, or of autocast where that is on.
-    A bag of one token is exactly an embedding look-up.
+    The mean is taken in float32 and returned in the dtype of the table, or of autocast where that is on. A
+    bag of one token is exactly an embedding look-up. share (B, L, s), summing to 1 in each bag: a weighted
+    mean.
     """
     device = bags.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     x = F.embedding(bags, weight)  # (B, L, s, C)
+    if share is not None:
+        return (wide(x) * share[..., None]).sum(-2).to(dtype)
     if bags.size(-1) == 1:
         return x.squeeze(-2).to(dtype)
     return x.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)

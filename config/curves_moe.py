@@ -1,6 +1,7 @@
 """The default experiment with a mixture of experts in Qwen3's manner: 8 experts, 2 of them for each position.
 As many active parameters as config/curves.py, but for the router and the norms. Run by `make moe`.
 """
+
 dataset = "python_source"
 n_layer = 2
 n_head = 1

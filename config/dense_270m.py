@@ -1,5 +1,5 @@
-"""The paper's 270M model: 267,225,408 parameters. Its shape is inferred (SmolLM2-135M with n_kv_head = n_head is
-the one that adds up), and so is block_size.
+"""The paper's 270M model: 267,225,408 parameters. Its shape is inferred (SmolLM2-135M with n_kv_head = n_head
+is the one that adds up), and so is block_size.
 
 Paper, DCLM, Llama-3 tokens, 20k steps: baseline 3.212, TST (s 6, r 0.3) 3.142; 100k steps: 3.092, 3.048.
 
@@ -7,6 +7,7 @@ Paper, DCLM, Llama-3 tokens, 20k steps: baseline 3.212, TST (s 6, r 0.3) 3.142; 
     torchrun --standalone --nproc_per_node=8 train.py config/dense_270m.py --out_dir=out/270m_tst
     and the baseline with --bag_size=1 --out_dir=out/270m_baseline
 """
+
 dataset = "dclm"
 n_layer = 30
 n_head = 9

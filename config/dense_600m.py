@@ -1,8 +1,9 @@
-"""The paper's 600M model: 600,208,320 parameters. Its shape is inferred (SmolLM2-360M with n_kv_head = n_head is
-the one that adds up), and so is block_size. Commands as in dense_270m.py.
+"""The paper's 600M model: 600,208,320 parameters. Its shape is inferred (SmolLM2-360M with n_kv_head = n_head
+is the one that adds up), and so is block_size. Commands as in dense_270m.py.
 
 Paper, DCLM, Llama-3 tokens, 20k steps: baseline 3.019, TST (s 6, r 0.3) 2.943.
 """
+
 dataset = "dclm"
 n_layer = 32
 n_head = 15

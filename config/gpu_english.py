@@ -1,8 +1,11 @@
-"""Baseline against TST on one large GPU in minutes: a byte model of 11M parameters on 208 MB of English prose.
+"""Baseline against TST on one large GPU in minutes: a byte model of 11M parameters, 208 MB of English prose.
 
-6,000 steps of 64k positions are 393M bytes, 1.9 epochs and 36 bytes per parameter for the baseline; with s = 4 and
-r = 0.3 TST reads 1.9 times as much. Learning rates and s are guesses until gpu_english.sh sweep has been run.
+6,000 steps of 64k positions are 393M bytes, 1.9 epochs and 36 bytes a parameter, for the baseline; with s = 4
+and r = 0.3 TST reads 1.9 times as much. Learning rate and s are guesses until they have been swept:
+
+    python -m tools.gpu TEXT --parts=pair,sweep,bags,seeds,long
 """
+
 dataset = "english"
 n_layer = 6
 n_head = 6

@@ -1,5 +1,6 @@
-"""The mixture-of-experts twin of gpu_english.py: 32 experts of which 4 together are as wide as its MLP, in Qwen3's
-manner (qk-norm, dropless, load-balancing loss)."""
+"""The mixture-of-experts twin of gpu_english.py: 32 experts of which 4 together are as wide as its MLP, in
+the manner of Qwen3 (qk-norm, dropless, load-balancing loss). Part moe of tools/gpu.py."""
+
 dataset = "english"
 n_layer = 6
 n_head = 6

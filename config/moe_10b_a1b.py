@@ -2,9 +2,10 @@
 embedding. The paper does not state the shape; this one keeps Qwen3-30B-A3B's ratios. It needs weights sharded
 over GPUs (FSDP), which train.py does not do yet: with DDP alone the states take 162 GB on each.
 
-Paper, DCLM and FineWeb-Edu 50/50: baseline 2.252 after 125k steps (12,311 B200-hours), TST (s 16, r 0.25) 2.236
-after 50k steps (4,768 B200-hours).
+Paper, DCLM and FineWeb-Edu 50/50: baseline 2.252 after 125k steps (12,311 B200-hours), TST (s 16, r 0.25)
+2.236 after 50k steps (4,768 B200-hours).
 """
+
 dataset = "dclm_fineweb_edu"
 n_layer = 28
 n_head = 16

@@ -9,6 +9,7 @@ Dimensions: B rows (batch_size), L positions (block_size), s bag size, C width, 
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -102,7 +103,8 @@ def main(config):
     n_expert = getattr(model.config, "num_experts", 0) or getattr(model.config, "num_local_experts", 0)
     options = {"output_router_logits": True} if n_expert else {}
     tokens = read_tokens(c.text, tokenizer, len(embedding.weight))  # (N,)
-    stream = TokenStream(tokens, c.block_size, phases, c.batch_size, range(c.batch_size), c.seed, device)
+    sources = [(tokens, Fraction(1))]  # one corpus, which gives every row
+    stream = TokenStream(sources, c.block_size, phases, c.batch_size, range(c.batch_size), c.seed, device)
     check_plain(model, trunk, embedding, head, torch.from_numpy(tokens[: c.block_size]).to(device)[None])
     model.train()
 

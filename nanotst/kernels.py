@@ -67,23 +67,29 @@ class LinearOnCPU(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------- bag embedding
 
 
-def embed_bags(bags, weight):
+def embed_bags(bags, weight, share=None):
     """Equals tst.embed_bags: F.embedding(bags, weight).mean(-2), the mean in float32.
 
-    bags (B, L, s), weight (V, C) -> (B, L, C) in the dtype of weight, or of autocast where that is on."""
+    bags (B, L, s), weight (V, C) -> (B, L, C) in the dtype of weight, or of autocast where that is on. share
+    (B, L, s): a weighted mean, (F.embedding(bags, weight) * share[..., None]).sum(-2)."""
     small = bags.device.type == "cpu" and weight.dtype == torch.float32 and weight.size(0) <= 1024
     lookup = EmbedBagsOfSmallVocabulary.apply if small else _embed_bags
-    return lookup(bags.flatten(0, -2), weight, compute_dtype(weight)).view(*bags.shape[:-1], -1)  # (B, L, C)
+    share = None if share is None else share.flatten(0, -2)  # (N, s)
+    return lookup(bags.flatten(0, -2), weight, share, compute_dtype(weight)).view(
+        *bags.shape[:-1], -1
+    )  # (B, L, C)
 
 
-def _embed_bags(bags, weight, dtype):
+def _embed_bags(bags, weight, share, dtype):
     if bags.size(-1) == 1:
         return F.embedding(bags.squeeze(-1), weight).to(dtype)  # (N, s), (V, C) -> (N, C)
     if bags.device.type == "cpu" and weight.dtype == torch.float32:
-        # Never holds (N, s, C), in eager mode either, where nothing would fuse the two lines below.
-        return F.embedding_bag(bags, weight, mode="mean").to(dtype)
+        # Never holds (N, s, C), in eager mode either, where nothing would fuse the lines below.
+        mode = "mean" if share is None else "sum"
+        return F.embedding_bag(bags, weight, mode=mode, per_sample_weights=share).to(dtype)
     x = F.embedding(bags, weight)  # (N, s, C); torch.compile fuses look-up, mean and cast into one kernel
-    return x.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.mean(-2, dtype=wide) if share is None else (x.to(wide) * share[..., None]).sum(-2)).to(dtype)
 
 
 class EmbedBagsOfSmallVocabulary(torch.autograd.Function):
@@ -91,35 +97,48 @@ class EmbedBagsOfSmallVocabulary(torch.autograd.Function):
     For few words it is faster on a CPU than adding N*s rows one by one, and its time hardly grows with s."""
 
     @staticmethod
-    def forward(ctx, bags, weight, dtype):
-        ctx.save_for_backward(bags)
+    def forward(ctx, bags, weight, share, dtype):
+        ctx.save_for_backward(bags, share)
         ctx.vocab_size, ctx.dtype = weight.size(0), weight.dtype
-        return _embed_bags(bags, weight, dtype)
+        return _embed_bags(bags, weight, share, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (bags,) = ctx.saved_tensors
+        bags, share = ctx.saved_tensors
         rows = torch.arange(bags.size(0), device=grad.device)[:, None]
         one = torch.ones((), dtype=grad.dtype, device=grad.device)
+        one = one if share is None else share.to(grad.dtype)
         counts = grad.new_zeros(bags.size(0), ctx.vocab_size).index_put_(
             (rows, bags), one, accumulate=True
         )  # (N, V)
-        return None, tall_product(counts, grad).to(ctx.dtype) / bags.size(1), None  # (V, C)
+        grad_weight = tall_product(counts, grad).to(ctx.dtype)  # (V, C)
+        return None, grad_weight / bags.size(1) if share is None else grad_weight, None, None
 
 
 # -------------------------------------------------------------------------------------------------- attention
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, window=0):
     """Equals F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).
 
-    q (B, H, L, D), k and v (B, K, L, D), query head h with key/value head h * K // H -> (B, H, L, D)."""
-    if q.device.type != "cpu" or q.size(2) > 512:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    q (B, H, L, D), k and v (B, K, L, D), query head h with key/value head h * K // H -> (B, H, L, D). window:
+    a position sees itself and the window - 1 positions before it, 0: all of them."""
+    L = q.size(2)
+    if q.device.type != "cpu" or L > 512:
+        mask = visible(L, window, q.device) if 0 < window < L else None  # (L, L)
+        causal, gqa = mask is None, q.size(1) != k.size(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
     if q.size(1) != k.size(1):
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
-    return ShortAttention.apply(q, k, v)
+    return ShortAttention.apply(q, k, v, window)
+
+
+def visible(L, window, device):
+    """Whether position i sees position j: (L, L) bool."""
+    i = torch.arange(L, device=device)
+    back = i[:, None] - i  # (L, L)
+    return (back >= 0) & (back < (window or L))
 
 
 class ShortAttention(torch.autograd.Function):
@@ -128,15 +147,13 @@ class ShortAttention(torch.autograd.Function):
     exponentials."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, window):
         wide = torch.promote_types(q.dtype, torch.float32)
-        q, k, v = (
-            (q * q.size(-1) ** -0.5).contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-        )  # or in each product again
-        future = torch.full((q.size(2), q.size(2)), -torch.inf, dtype=wide, device=q.device).triu(1)  # (L, L)
-        z = q @ k.transpose(-2, -1) + future  # (B, H, L, L)
+        q = (q * q.size(-1) ** -0.5).contiguous()  # all three here, or in each product again
+        k, v = k.contiguous(), v.contiguous()
+        hidden = torch.zeros(q.size(2), q.size(2), dtype=wide, device=q.device)  # (L, L)
+        hidden = hidden.masked_fill(~visible(q.size(2), window, q.device), -torch.inf)
+        z = q @ k.transpose(-2, -1) + hidden  # (B, H, L, L)
         p = (z - z.amax(-1, keepdim=True)).exp().to(q.dtype)  # not yet divided by their sum
         scale = 1 / p.sum(-1, keepdim=True, dtype=wide)  # (B, H, L, 1)
         ctx.save_for_backward(q, k, v, p, scale)
@@ -149,7 +166,7 @@ class ShortAttention(torch.autograd.Function):
         dy = (dy * scale).to(p.dtype)
         dp = dy @ v.transpose(-2, -1)  # (B, H, L, L)
         dz = (p * (dp - (p * dp).sum(-1, keepdim=True, dtype=scale.dtype) * scale)).to(p.dtype)
-        return dz @ k * q.size(-1) ** -0.5, dz.transpose(-2, -1) @ q, p.transpose(-2, -1) @ dy
+        return dz @ k * q.size(-1) ** -0.5, dz.transpose(-2, -1) @ q, p.transpose(-2, -1) @ dy, None
 
 
 # ------------------------------------------------------------------------------- rows of a mixture of experts

@@ -41,9 +41,8 @@ class RunFolder:
         if held and not resume and not overwrite:
             go_on = "go on with it (--resume), " if self.last in held else ""
             what = "a run" if go_on else f"{os.path.basename(held[0])} of a run, but no last.pt to go on from"
-            raise UserError(
-                f"{self.out_dir} already holds {what}: {go_on}replace it (--overwrite) or choose another --out_dir"
-            )
+            todo = f"{go_on}replace it (--overwrite) or choose another --out_dir"
+            raise UserError(f"{self.out_dir} already holds {what}: {todo}")
         os.makedirs(self.out_dir, exist_ok=True)
         self._lock()
         if not resume:
@@ -77,9 +76,8 @@ class RunFolder:
                 lines = [line for line in f if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(
-                f"{self.metrics} is damaged; move it away, and --resume goes on without the rows up to step {step}"
-            ) from None
+            todo = f"move it away, and --resume goes on without the rows up to step {step}"
+            raise UserError(f"{self.metrics} is damaged; {todo}") from None
         write_safely(self.metrics, lambda path: Path(path).write_text("".join(kept), encoding="utf-8"))
 
     def describe(self, described, wandb_project=""):

@@ -27,6 +27,11 @@ class Optimizers(list):
     def state_dict(self):
         return [optimizer.state_dict() for optimizer in self]
 
+    def forget(self):
+        """Drop all moments and counters."""
+        for optimizer in self:
+            optimizer.state.clear()
+
     def moments(self):
         """(parameter, tensor) of all that is kept for a parameter."""
         for optimizer in self:

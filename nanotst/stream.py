@@ -23,9 +23,11 @@ import numpy as np
 import torch
 
 from nanotst import UserError
+from nanotst.mixture import Pattern
 from tst import Phase, check_phases, phase_at
 
 ROUNDS = 6  # of the Feistel network
+AT_ONCE = 16  # steps whose places are computed together
 
 
 @lru_cache(64)
@@ -115,43 +117,57 @@ def is_state(x):
 
     if not isinstance(x, dict) or not isinstance(x.get("phases"), list) or not x["phases"]:
         return False
-    numbers = [x.get("first_step"), x.get("tokens_before")]
-    return counts(x.get("cut"), 3) and counts(numbers, 2) and all(counts(p, 4) for p in x["phases"])
+    numbers, cut = [x.get("first_step"), x.get("tokens_before")], x.get("cut")
+    return (
+        isinstance(cut, list)
+        and counts(cut, len(cut))
+        and counts(numbers, 2)
+        and all(counts(p, 4) for p in x["phases"])
+    )
 
 
 class TokenStream:
     """Batches of the training corpus.
 
-    tokens (N,), or anything with a length and slices; block_size L; phases as tst.phase_list makes them;
-    n_rows R rows of the global batch, of which this process serves `rows` (a range). state: what state() gave
-    when this run was stopped before step `step`. Raises UserError if the corpus is too short.
+    sources: [(tokens, share)], tokens being (N,) or anything with a length and slices, and the shares,
+    Fractions that sum to 1, the part of all rows that each gives; block_size L; phases as tst.phase_list
+    makes them; n_rows R rows of the global batch, of which this process serves `rows` (a range). state: what
+    state() gave when this run was stopped before step `step`. Raises UserError if a corpus is too short.
     """
 
-    def __init__(self, tokens, block_size, phases, n_rows, rows, seed=0, device="cpu", state=None, step=0):
-        self.tokens, self.block_size, self.n_rows, self.rows, self.device = (
-            tokens,
-            block_size,
-            n_rows,
-            rows,
-            device,
-        )
-        self.cut = [block_size, n_rows, seed]
+    def __init__(self, sources, block_size, phases, n_rows, rows, seed=0, device="cpu", state=None, step=0):
+        self.tokens, shares = zip(*sources)
+        self.block_size, self.n_rows, self.rows, self.device = block_size, n_rows, rows, device
+        self.cut = [block_size, n_rows, seed, *(n for share in shares for n in share.as_integer_ratio())]
         # the order below is read from step first_step on, after tokens_before tokens read in another one
         self.phases, self.first_step, self.tokens_before = phases, 0, 0
         if state:
             self._go_on(state, step)
         check_phases(self.phases)
-        spans = [(p.n_in, (p.stop - p.start) * n_rows) for p in self.phases]
-        tail = max(p.n_out for p in self.phases)
-        self.order = Order(len(tokens), block_size, spans, tail, (seed, self.first_step))
-        self.epoch_tokens = self.order.epoch_tokens
-        if self.order.n_runs < n_rows:
-            raise UserError(
-                f"the corpus has {len(tokens):,} tokens, too few for {n_rows} rows of {block_size} x "
-                f"bag_size {self.phases[0].n_in}; use smaller ones or more text"
-            )
+        self.pattern = Pattern(shares)
+        self.rows_before = [
+            0
+        ]  # each phase: rows are numbered through the run, so that shares hold across switches
+        for p in self.phases:
+            self.rows_before.append(self.rows_before[-1] + (p.stop - p.start) * n_rows)
+        self.orders = [self._order(i, seed) for i in range(len(sources))]
+        self.epoch_tokens = min(int(order.epoch_tokens / share) for order, share in zip(self.orders, shares))
+        self.known = None, None  # a phase and a block of its steps, and the places of their rows
         self.worker = ThreadPoolExecutor(1)
         self.ahead = None, None  # a step, and what the thread reads for it
+
+    def _order(self, corpus, seed):
+        """The order of a corpus, by number, which gives its part of the rows of each phase."""
+        bounds = [int(self.pattern.rows_before(row, corpus)) for row in self.rows_before]
+        spans = [(p.n_in, b - a) for p, a, b in zip(self.phases, bounds, bounds[1:])]
+        tail, n_tokens = max(p.n_out for p in self.phases), len(self.tokens[corpus])
+        order = Order(n_tokens, self.block_size, spans, tail, (seed + corpus, self.first_step))
+        if order.n_runs < self.n_rows:
+            raise UserError(
+                f"the corpus has {n_tokens:,} tokens, too few for {self.n_rows} rows of {self.block_size} x "
+                f"bag_size {self.phases[0].n_in}; use smaller ones or more text"
+            )
+        return order
 
     def state(self):
         """What a checkpoint needs to read on: plain values."""
@@ -199,14 +215,32 @@ class TokenStream:
         of a row are only a target; some other row has them as input."""
         phase = phase_at(self.phases, step)
         n = self.block_size * phase.n_in + phase.n_out
-        numbers = (step - phase.start) * self.n_rows + np.asarray(
-            self.rows, np.int64
-        )  # of the rows in this phase
-        starts = self.order.starts(self.phases.index(phase), numbers).tolist()
-        out = torch.empty(len(starts), n, dtype=torch.int32, pin_memory=self.device.startswith("cuda"))
-        for row, start in zip(out.numpy(), starts):
-            row[:] = self.tokens[start : start + n]
+        out = torch.empty(len(self.rows), n, dtype=torch.int32, pin_memory=self.device.startswith("cuda"))
+        for row, (corpus, start) in zip(out.numpy(), self._places(phase, step)):
+            row[:] = self.tokens[corpus][start : start + n]
         return out
+
+    def _places(self, phase, step):
+        """[(corpus, start)] of the rows of this process. They are computed for AT_ONCE steps together, since
+        calls of numpy cost more than the numbers in them."""
+        block = (step - phase.start) // AT_ONCE
+        key, places = self.known
+        if key != (phase, block):
+            p = self.phases.index(phase)
+            steps = np.arange(block * AT_ONCE, (block + 1) * AT_ONCE)[:, None]  # since the phase began
+            before = self.rows_before[p]
+            rows = (before + steps * self.n_rows + np.asarray(self.rows, np.int64)).ravel()  # (m,) in the run
+            corpora = self.pattern.corpus_of(rows)  # (m,)
+            starts = np.empty_like(rows)
+            for i, order in enumerate(self.orders):
+                here = np.flatnonzero(corpora == i)
+                if len(here):  # numbers of the rows among those of that corpus in the phase
+                    numbers = self.pattern.rows_before(rows[here], i) - self.pattern.rows_before(before, i)
+                    starts[here] = order.starts(p, numbers)
+            places = list(zip(corpora.tolist(), starts.tolist()))
+            self.known = (phase, block), places
+        first = (step - phase.start) % AT_ONCE * len(self.rows)
+        return places[first : first + len(self.rows)]
 
     def batch(self, step):
         """The rows of `step` on the device, (rows, L*n_in + n_out), while a thread reads those of the next
@@ -217,7 +251,11 @@ class TokenStream:
         return rows.to(self.device, non_blocking=True)
 
 
-def validation_rows(tokens, n_rows, block_size):
-    """Fixed rows of L+1 tokens, evenly spaced over the validation split: (n_rows, L+1) int32."""
+def validation_rows(tokens, positions, block_size):
+    """Fixed rows of L+1 tokens, evenly spaced over the validation split, of at most so many positions in all,
+    and never more than it has: (n, L+1) int32. Raises UserError if it is shorter than a row."""
+    if len(tokens) <= block_size:
+        raise UserError(f"block_size {block_size} is longer than the {len(tokens)} validation tokens")
+    n_rows = max(1, min(positions, len(tokens)) // block_size)
     starts = np.linspace(0, len(tokens) - block_size - 1, n_rows).astype(np.int64)
     return torch.from_numpy(np.stack([tokens[i : i + block_size + 1] for i in starts]).astype(np.int32))

@@ -62,7 +62,7 @@ def get_tokenizer(name: str, folder: str = "") -> Tokenizer:
     except Exception as e:  # requests, urllib3, hash and file errors: one remedy for all of them
         raise UserError(
             f"the vocabulary of '{name}' could not be fetched ({type(e).__name__}); set "
-            "TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes"
+            "TIKTOKEN_CACHE_DIR to a folder that has it, or prepare the corpus with --encoding=bytes"
         ) from None
 
 
@@ -149,5 +149,7 @@ def _import_tiktoken(name: str):
     try:
         import tiktoken  # only here: bytes must work without it
     except ImportError:
-        raise UserError(f"'{name}' needs: pip install tiktoken (or use --encoding=bytes)") from None
+        raise UserError(
+            f"'{name}' needs: pip install tiktoken (or prepare the corpus with --encoding=bytes)"
+        ) from None
     return tiktoken

@@ -1,4 +1,5 @@
-"""Shared by all tests: the repository on sys.path, one thread, a fixed seed, a tiny corpus and a tiny training run."""
+"""Shared by all tests: the repository on sys.path, one thread, a fixed seed, a tiny corpus and a tiny
+training run."""
 
 import json
 import os
@@ -67,7 +68,8 @@ def write_corpus(folder, train_tokens, val_tokens, vocab_size):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Folder of 6,000 tokens in which a token says much about the next; V = 50, not a multiple of anything."""
+    """Folder of 6,000 tokens in which a token says much about the next; V = 50, not a multiple of
+    anything."""
     rng = np.random.default_rng(0)
     tokens = np.cumsum(rng.choice([1, 1, 1, 7, 20], 6500)) % 50
     return write_corpus(tmp_path_factory.mktemp("data") / "tiny", tokens[:6000], tokens[6000:], 50)
@@ -85,7 +87,8 @@ def tiny(corpus, tmp_path):
 
 @pytest.fixture
 def run(tiny):
-    """run(key=value, ...) trains in this process -> the rows of its metrics.jsonl. Signal handlers are put back."""
+    """run(key=value, ...) trains in this process -> the rows of its metrics.jsonl. Signal handlers are put
+    back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def start(**knobs):

@@ -1,4 +1,5 @@
-"""configurator.py: what may be written in config files and on the command line, and what is said about the rest."""
+"""configurator.py: what may be written in config files and on the command line, and what is said about the
+rest."""
 
 import os
 import re
@@ -249,7 +250,8 @@ def test_a_config_file_cannot_hang_or_fill_the_memory(file, source):
 def test_a_config_file_is_utf8_whatever_the_locale(tmp_path):
     path = tmp_path / "a.py"
     path.write_bytes("\ufeff# Größe\nout_dir = 'größe'\r\nbag_size = 4\r\n".encode())
-    code = f"from nanotst.configurator import *; from test_configurator import Knobs; print(ascii(parse(Knobs, [{str(path)!r}])))"
+    code = "from nanotst.configurator import parse; from test_configurator import Knobs;"
+    code += f"print(ascii(parse(Knobs, [{str(path)!r}])))"
     env = {
         **os.environ,
         "LC_ALL": "C",

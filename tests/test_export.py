@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from model import GPT, GPTConfig
 from nanotst import UserError
 from nanotst.configurator import parse
+from nanotst.huggingface import knobs_of, load_hf
 from nanotst.tokenizer import _bpe_tokenizer, get_tokenizer
 from tools import export
 
@@ -39,6 +40,11 @@ SHAPES = {
     "qwen3": DENSE | {"qk_norm": True},
     "qwen3_moe": DENSE | {"qk_norm": True, "n_expert": 6, "top_k": 2, "ff_dim": 32},
     "mixtral": DENSE | {"n_expert": 4, "top_k": 3, "ff_dim": 32},
+    "mistral": DENSE | {"attention_window": 7},
+    "mixtral_window": DENSE | {"n_expert": 4, "top_k": 3, "ff_dim": 32, "attention_window": 7},
+    "qwen3_window": DENSE | {"qk_norm": True, "attention_window": 7},
+    "qwen3_moe_window": DENSE
+    | {"qk_norm": True, "n_expert": 6, "top_k": 2, "ff_dim": 32, "attention_window": 7},
 }
 ARCHITECTURE = {
     "llama": "LlamaForCausalLM",
@@ -46,6 +52,7 @@ ARCHITECTURE = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "mistral": "MistralForCausalLM",
 }
 TEXTS = [
     "Hello world, it's 12345 o'clock.  Two  spaces\n\n\tand a tab ",
@@ -98,7 +105,9 @@ def test_transformers_computes_the_same(name, tmp_path):
         save(model, tmp_path), output_loading_info=True
     )
     assert not any(info.values()), info  # no missing, unexpected or mismatched tensor
-    assert type(theirs).__name__ == ARCHITECTURE[name] and theirs.dtype == torch.float32
+    assert (
+        type(theirs).__name__ == ARCHITECTURE[name.removesuffix("_window")] and theirs.dtype == torch.float32
+    )
     for length in (1, 7, 64):
         tokens = torch.randint(100, (3, length), generator=torch.Generator().manual_seed(length))
         with torch.no_grad():
@@ -116,7 +125,7 @@ def test_there_and_back(name, tmp_path):
     model, other = build(SHAPES[name]), build(SHAPES[name], seed=1)
     first = save(model, tmp_path / "first", shard_bytes=20_000)
     assert len(list(Path(first).glob("model-*.safetensors"))) > 3
-    export.load_hf(other, first)
+    load_hf(other, first)
     second, third = save(other, tmp_path / "second"), save(other, tmp_path / "third", shard_bytes=20_000)
     a, b = tensors_of(first), tensors_of(second)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -135,7 +144,7 @@ def test_folders_written_by_transformers_load(name, tmp_path):
     )
     theirs.save_pretrained(tmp_path, max_shard_size="50KB")
     model, tokens = build(SHAPES[name]), torch.arange(64).view(2, 32)
-    export.load_hf(model, str(tmp_path))
+    load_hf(model, str(tmp_path))
     with torch.no_grad():
         a, b = model(tokens), theirs.eval()(tokens).logits
     assert (a - b).abs().max() < 1e-4 * a.std()
@@ -148,7 +157,7 @@ def test_bfloat16_rounds_the_weights_and_nothing_else(tmp_path):
     folder = save(model, tmp_path, dtype="bfloat16")
     assert transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
     other = build(SHAPES["qwen3_moe"], seed=1)
-    export.load_hf(other, folder)
+    load_hf(other, folder)
     for (name, p), q in zip(model.named_parameters(), other.parameters()):
         rows = 100 if name in ("embed.weight", "head.weight") else None  # not the vocabulary's padding
         assert torch.equal(p[:rows].bfloat16().float(), q[:rows]) and q.dtype == torch.float32
@@ -182,7 +191,7 @@ def test_another_shape_names_the_knob(knob, value, tmp_path):
     shape = SHAPES["qwen3_moe"]
     folder = save(build(shape), tmp_path)
     with pytest.raises(UserError) as e:
-        export.load_hf(build(shape | {knob: value}), folder)
+        load_hf(build(shape | {knob: value}), folder)
     said = (
         "vocab_size 100, the corpus 99"
         if knob == "vocab_size"
@@ -206,15 +215,43 @@ def test_another_shape_names_the_knob(knob, value, tmp_path):
         ({"model_type": "gpt2"}, "model_type gpt2"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_size": "absent"}, "hidden_size"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"use_sliding_window": True, "sliding_window": "x"}, "sliding_window"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
 )
 def test_what_the_model_lacks_is_refused(changes, said, tmp_path):
     model = build(SHAPES["qwen3_moe"])
     edit(save(model, tmp_path), **changes)
     with pytest.raises(UserError, match=said) as e:
-        export.load_hf(model, str(tmp_path))
+        load_hf(model, str(tmp_path))
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["mistral", "mixtral_window", "qwen3_window", "qwen3_moe_window"])
+def test_the_window_is_compared(name, tmp_path):
+    """It changes no shape; where a folder has another one, or one in some layers only, that is said."""
+    shape = SHAPES[name]
+    folder = save(build(shape), tmp_path)
+    for window in (0, 8):
+        with pytest.raises(UserError, match=rf"set --attention_window=7 \(now {window}\)"):
+            load_hf(build(shape | {"attention_window": window}), folder)
+    edit(folder, layer_types=["sliding_attention", "full_attention"])
+    with pytest.raises(UserError, match="some layers only"):
+        load_hf(build(shape), folder)
+    edit(folder, layer_types="absent", max_window_layers=1, sliding_window=7 if "qwen" in name else "absent")
+    if name in ("qwen3_window", "mistral"):
+        with pytest.raises(UserError, match="some layers only|no sliding_window"):
+            load_hf(build(shape), folder)
+
+
+def test_a_tied_model_may_hold_its_head_twice(tmp_path):
+    model, other = build(SHAPES["llama_tied"]), build(SHAPES["llama_tied"], seed=1)
+    folder = save(model, tmp_path)
+    tensors = tensors_of(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    load_hf(other, folder)
+    assert torch.equal(model(torch.arange(9)[None]), other(torch.arange(9)[None]))
 
 
 def test_configs_of_older_transformers(tmp_path):
@@ -225,29 +262,29 @@ def test_configs_of_older_transformers(tmp_path):
         rope_scaling=None,
         **dict.fromkeys(("rope_parameters", "num_key_value_heads", "head_dim", "mlp_bias"), "absent"),
     )
-    export.load_hf(other, folder)
+    load_hf(other, folder)
     assert torch.equal(model(torch.arange(9)[None]), other(torch.arange(9)[None]))
 
 
 def test_broken_folders(tmp_path):
     model = build(SHAPES["llama"])
     with pytest.raises(UserError, match="config.json"):
-        export.load_hf(model, str(tmp_path / "none"))
+        load_hf(model, str(tmp_path / "none"))
     folder = save(model, tmp_path)
     tensors = tensors_of(folder)
     path = Path(folder) / "model.safetensors"
     save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, path)
     with pytest.raises(UserError, match="q_proj.bias has no counterpart"):
-        export.load_hf(model, folder)
+        load_hf(model, folder)
     save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, path)
     with pytest.raises(UserError, match="lacks model.norm.weight"):
-        export.load_hf(model, folder)
+        load_hf(model, folder)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot read the weights"):
-        export.load_hf(model, folder)
+        load_hf(model, folder)
     path.unlink()
     with pytest.raises(UserError, match="cannot read the weights"):
-        export.load_hf(model, folder)
+        load_hf(model, folder)
 
 
 def test_balance_bias_is_not_exported_silently(tmp_path):
@@ -288,13 +325,13 @@ def test_nothing_absent_is_guessed_unless_transformers_guesses_the_same(name, tm
         if "rope" in absent:  # written in two places
             config = {key: value for key, value in config.items() if "rope" not in key}
         try:
-            knobs = export.knobs_of(config)
+            knobs = knobs_of(config)
         except ValueError as e:
             assert ("rope_theta" if "rope" in absent else absent.replace("_local", "")) in str(e)
             continue
         read += 1
         completed = transformers.AutoConfig.for_model(**config).to_dict()
-        assert knobs == export.knobs_of(completed), absent
+        assert knobs == knobs_of(completed), absent
     assert read > 5
 
 
@@ -390,7 +427,7 @@ def test_damaged_weights_are_not_exported(tmp_path):
 def test_config_json_that_is_none(content, said, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=said.replace("{", "\\{")) as e:
-        export.load_hf(None, str(tmp_path))
+        load_hf(None, str(tmp_path))
     assert "\n" not in str(e.value)
 
 
@@ -400,13 +437,13 @@ WRONG = ["x", "12", -1, 0, 1.5, True, [], {"a": 1}, 10**400, math.nan, math.inf]
 @pytest.mark.parametrize("value", WRONG, ids=lambda v: str(v)[:8])
 def test_values_of_wrong_type_are_one_line(value):
     """Each key of config.json in turn, for each kind of model: refused in one line, or of no consequence."""
-    fine = [("rms_norm_eps", 1.5), ("tie_word_embeddings", True)]
+    fine = [("rms_norm_eps", 1.5), ("tie_word_embeddings", True), ("use_sliding_window", True)]
     for name, shape in SHAPES.items():
         config = export.hf_config(GPTConfig(**shape))
-        knobs = export.knobs_of(config)
+        knobs = knobs_of(config)
         for key in config:
             try:
-                changed = export.knobs_of(config | {key: value})
+                changed = knobs_of(config | {key: value})
             except ValueError as e:
                 assert "\n" not in str(e) and len(str(e)) < 200
             else:
@@ -428,13 +465,13 @@ def test_an_index_that_is_damaged(tmp_path):
     ):
         index.write_text(content)
         with pytest.raises(UserError) as e:
-            export.load_hf(model, folder)
+            load_hf(model, folder)
         assert "\n" not in str(e.value)
     index.write_text(json.dumps(whole))
-    export.load_hf(model, folder)
+    load_hf(model, folder)
     (tmp_path / "model-00002-of-00012.safetensors").unlink()
     with pytest.raises(UserError, match="model-00002-of-00012.safetensors"):
-        export.load_hf(model, folder)
+        load_hf(model, folder)
 
 
 def test_weights_that_are_no_numbers_of_a_model(tmp_path):
@@ -447,7 +484,7 @@ def test_weights_that_are_no_numbers_of_a_model(tmp_path):
     ):
         save_file(tensors | {"model.norm.weight": value}, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=said):
-            export.load_hf(model, folder)
+            load_hf(model, folder)
 
 
 # --------------------------------------------------------------------------------------- vocabulary's padding
@@ -470,7 +507,7 @@ def test_a_table_padded_beyond_its_tokenizer_loads(tokenizer, tie, tmp_path):
         vocab = {str(i): i for i in range(tokenizer - 1)}
         ids = {"model": {"vocab": vocab}, "added_tokens": [{"id": tokenizer - 1, "content": "<|endoftext|>"}]}
     theirs, model = padded_folder(tmp_path, ids, tie)
-    export.load_hf(model, str(tmp_path), said.append)
+    load_hf(model, str(tmp_path), said.append)
     assert said == [f"{tmp_path}: rows 100 to 127 of the embedding and head, padding, are left out"]
     tokens = torch.arange(60).view(2, 30)
     assert model(tokens).shape == (2, 30, 100)
@@ -488,7 +525,7 @@ def test_a_table_padded_beyond_its_tokenizer_loads(tokenizer, tie, tmp_path):
 def test_rows_of_tokens_are_not_padding(ids, tmp_path):
     _, model = padded_folder(tmp_path, ids)
     with pytest.raises(UserError, match="vocab_size 128, the corpus 100 and its tokenizer 101 tokens"):
-        export.load_hf(model, str(tmp_path))
+        load_hf(model, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -497,14 +534,14 @@ def test_rows_of_tokens_are_not_padding(ids, tmp_path):
 def test_padding_with_a_damaged_tokenizer_json(ids, tmp_path):
     _, model = padded_folder(tmp_path, ids)
     with pytest.raises(UserError, match="its tokenizer.json is damaged"):
-        export.load_hf(model, str(tmp_path))
+        load_hf(model, str(tmp_path))
 
 
 @pytest.mark.parametrize("theirs", [99, 101, 100 + 1024 + 28])
 def test_other_vocabularies_are_not_padding(theirs, tmp_path):
     save(build(SHAPES["llama"] | {"vocab_size": theirs}), tmp_path)
     with pytest.raises(UserError, match=f"vocab_size {theirs}, the corpus 100: prepare the corpus"):
-        export.load_hf(build(SHAPES["llama"]), str(tmp_path))
+        load_hf(build(SHAPES["llama"]), str(tmp_path))
 
 
 # -------------------------------------------------------------------------------------------------- tokenizer
@@ -578,6 +615,8 @@ def test_rank_file_tokenizer(llama3, tmp_path, monkeypatch):
     tokenizer = get_tokenizer(rank_file(tmp_path / "tiny.model"))
     assert tokenizer.vocab_size == 273 + (256 if llama3 else 1)
     theirs = check_tokenizer(tokenizer, [*TEXTS, "quux quuxx abcabc bcab interther the\n\n\nthe 1212 日日"])
+    for name in ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>") if llama3 else ("<|endoftext|>",):
+        assert len(theirs.encode(f"a{name}a").ids) == 3  # a special token, not its letters
     assert theirs.token_to_id("<|end_of_text|>" if llama3 else "<|endoftext|>") == tokenizer.separator
 
 
@@ -636,7 +675,7 @@ def test_command_line(checkpoint, tmp_path, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("Hi Ā!").input_ids
     assert ids == list("Hi Ā!".encode()) and tokenizer.decode(ids) == "Hi Ā!"
-    assert tokenizer.bos_token_id == tokenizer.eos_token_id == 0
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == 0 and tokenizer.model_max_length == 128
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert theirs.config.eos_token_id == 0 and theirs.config.max_position_embeddings == 128
     command(path, folder, "--overwrite", "--dtype=bfloat16")
@@ -678,7 +717,7 @@ def test_a_missing_package_is_named_with_its_versions(package, monkeypatch, tmp_
     folder = save(model, tmp_path / "there")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=r'pip install "transformers>=4.57,<6"'):
-        export.load_hf(model, folder)
+        load_hf(model, folder)
     with pytest.raises(UserError, match=r'pip install "transformers>=4.57,<6"'):
         save(model, tmp_path / "new")
 

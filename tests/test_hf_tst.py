@@ -13,14 +13,14 @@ from examples import hf_tst
 from model import GPT, GPTConfig
 from nanotst import UserError
 from nanotst.configurator import parse
+from nanotst.huggingface import read_json
 from nanotst.tokenizer import get_tokenizer
 from tools import export
 
 SHAPES = {
     "llama": dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ff_dim=64),
-    # one layer: transformers pools the balance loss over layers, train.py averages it, and only so they agree
     "qwen3_moe": dict(
-        n_layer=1, n_head=2, n_kv_head=1, n_embd=32, ff_dim=32, qk_norm=True, n_expert=4, top_k=2
+        n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ff_dim=32, qk_norm=True, n_expert=4, top_k=2
     ),
 }
 
@@ -35,7 +35,7 @@ def text(tmp_path):
     return path
 
 
-def write_model(folder, shape):
+def write_model(folder, shape, balance_coef=0.0):
     """A model of bytes with its tokenizer, as tools.export writes them."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=256, block_size=16, **shape))
@@ -44,7 +44,7 @@ def write_model(folder, shape):
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
     }
     export.save_hf(
-        model.state_dict(), model.config, str(folder), extra=tokenizer, separator=0, balance_coef=0.05
+        model.state_dict(), model.config, str(folder), extra=tokenizer, separator=0, balance_coef=balance_coef
     )
     return str(folder)
 
@@ -56,7 +56,10 @@ def example(**knobs):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_losses_equal_train_py(name, text, tmp_path, run):
-    """5 of 20 steps in superposition, then a second epoch; both end with the same model."""
+    """5 of 20 steps in superposition, then a second epoch; both end with the same model.
+
+    Without the balance loss: train.py takes its shares from the step before, transformers from this one.
+    """
     folder = write_model(tmp_path / "start", SHAPES[name])
     knobs = dict(
         bag_size=4, superposition_ratio=0.25, max_steps=20, batch_size=8, block_size=16, warmup_steps=4
@@ -64,7 +67,7 @@ def test_losses_equal_train_py(name, text, tmp_path, run):
     knobs |= dict(learning_rate=5e-3)
     rows = run(
         **SHAPES[name], **knobs, dataset=str(tmp_path / "data"), init_from=f"hf:{folder}", total_batch=128,
-        balance_coef=0.05,
+        balance_coef=0.0,
     )  # fmt: skip
     expected = [row["loss"] for row in rows]
     losses = example(model=folder, text=text, out=tmp_path / "end", device="cpu", **knobs)
@@ -77,6 +80,25 @@ def test_losses_equal_train_py(name, text, tmp_path, run):
     assert ours.keys() == theirs.keys()
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], atol=1e-3, rtol=0)
+
+
+def test_the_balance_loss_of_the_model_counts(text, tmp_path):
+    """By the coefficient in its config.json: experts are chosen more evenly at a large one than at zero."""
+    import transformers
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    tokens, unbalanced = torch.tensor([list(text.read_bytes()[:512])]), []
+    for coef in (0.0, 1.0):
+        folder = write_model(tmp_path / f"start_{coef}", SHAPES["qwen3_moe"], coef)
+        out = tmp_path / f"end_{coef}"
+        knobs = dict(
+            model=folder, text=text, out=out, device="cpu", max_steps=20, batch_size=8, block_size=16
+        )
+        example(**knobs, learning_rate=1e-2, warmup_steps=0)
+        model = transformers.AutoModelForCausalLM.from_pretrained(out)
+        logits = model(tokens, output_router_logits=True).router_logits
+        unbalanced.append(load_balancing_loss_func(logits, 4, 2).item())  # 2 if all are chosen alike
+    assert unbalanced[1] < unbalanced[0] - 0.02
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -120,7 +142,7 @@ def test_text_that_the_model_cannot_read_is_one_line(text, tmp_path):
     with pytest.raises(UserError, match="is not UTF-8 text"):
         example(**knobs)
     text.write_text("i" * 3000)
-    tokenizer = export.read_json(folder, "tokenizer.json")
+    tokenizer = read_json(folder, "tokenizer.json")
     tokenizer["model"]["vocab"]["i"] = 300
     export.write_json(folder, "tokenizer.json", tokenizer)
     with pytest.raises(UserError, match="gives id 300, the model's embedding has 256 rows"):

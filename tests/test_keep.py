@@ -169,7 +169,9 @@ def test_curves_are_kept_of_the_runs_that_are_asked_for(pair, tmp_path, capsys):
     out = f"--out_dir={tmp_path}/kept"
     main(*pair, out, "--labels=baseline,TST", "--curves=TST")
     assert {row["run"] for row in read(tmp_path / "kept" / "curves.csv")} == {"tst"}
-    main(pair[0], out, "--curves=none")
+    main(*pair[:1], out, "--curves=all")
+    main(*pair[:1], out, "--curves=none")  # replaced: no curve of another run is left under its name
+    assert {row["run"] for row in read(tmp_path / "kept" / "curves.csv")} == {"tst"}
     assert len(read(tmp_path / "kept" / "runs.csv")) == 2
     plot.main(parse(plot.Config, [str(tmp_path / "kept"), "--no_plot"]))
     assert "1 runs of 2 are kept without a curve: left out" in capsys.readouterr().err

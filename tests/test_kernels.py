@@ -180,6 +180,30 @@ def test_bag_embedding_under_autocast_is_that_of_tst(s, V):
 
 
 @pytest.mark.parametrize("V, dtype", CASES)
+@pytest.mark.parametrize("s", [1, 2, 5, 8])
+def test_weighted_bag_embedding_is_that_of_tst_in_value_and_gradient(s, V, dtype):
+    bags, share = torch.randint(5, (2, 16, s)), torch.rand(2, 16, s) * (torch.rand(2, 16, s) < 0.7)
+    share[..., -1] += 0.1
+    share = share / share.sum(-1, keepdim=True)
+    inputs, upstream = leaves((V, C), dtype=dtype), torch.randn(2, 16, C, dtype=dtype)
+    got, grad = value_and_gradients(lambda w: embed_bags(bags, w, share), inputs, upstream=upstream)
+    wanted, wanted_grad = value_and_gradients(
+        lambda w: tst.embed_bags(bags, w, share), inputs, upstream=upstream
+    )
+    tolerance = {torch.float64: 1e-7, torch.float32: 2e-6, torch.bfloat16: 0}[dtype]  # of bags of one: 1e-8
+    assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert_close(grad, wanted_grad, rtol=tolerance, atol=tolerance)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow, narrow_grad = value_and_gradients(
+            lambda w: embed_bags(bags, w, share), inputs, upstream=upstream.bfloat16()
+        )
+    assert narrow.dtype == torch.bfloat16 and narrow_grad.dtype == dtype
+    assert_close(narrow, wanted.bfloat16(), rtol=2**-7, atol=1e-6)
+    assert_close(narrow_grad, wanted_grad, rtol=3e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("V, dtype", CASES)
 def test_bag_of_one_is_an_embedding_look_up_bit_for_bit(V, dtype):
     tokens, table = torch.randint(V, (2, 5)), torch.randn(V, C, dtype=dtype)
     assert torch.equal(embed_bags(tokens[..., None], table), F.embedding(tokens, table))
@@ -334,8 +358,10 @@ def test_a_row_knows_its_pair_and_whether_it_is_empty(n, k, n_expert, used):
 
 
 def test_the_number_of_rows_depends_on_the_shape_alone():
-    sizes = {len(placement(50, 2, 8, used)[1].pair_of) for used in (2, 3, 8)}
-    assert len(sizes) == 1
+    """It is the least that is always enough: up to 63 empty ones for each expert that may be chosen."""
+    for n, k, n_expert in ((50, 2, 8), (3, 1, 9)):
+        sizes = {len(placement(n, k, n_expert, used)[1].pair_of) for used in (2, 3, n_expert)}
+        assert sizes == {n * k + 63 * min(n_expert, n * k)}
 
 
 @pytest.mark.parametrize("n, k, n_expert, used", ROUTINGS)
@@ -704,3 +730,24 @@ def test_cost_does_not_grow_with_the_bag(with_grad, products):
     assert all(c == counts[0] for c in counts)
     assert sum(n for (name, _), n in counts[0].items() if "mm" in name) == products
     assert max(size for _, size in counts[0]) == N * V
+
+
+@pytest.mark.parametrize("L", [7, 600])  # both codes on a CPU
+@pytest.mark.parametrize("window", [1, 3, 6, 7, 100])
+def test_a_window_is_attention_to_the_positions_in_it(L, window):
+    """Against a softmax over the visible positions of each query, in float64; window positions, the query's
+    own among them."""
+    q, k, v = (torch.randn(1, 2, L, 4, requires_grad=True) for _ in range(3))
+    out, upstream = kernels.causal_attention(q, k, v, window), torch.randn(1, 2, L, 4)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    rows = []
+    for i in range(L):
+        seen = slice(max(0, i - window + 1), i + 1)
+        p = (exact[1][:, :, seen] @ exact[0][:, :, i, :, None] / 2).softmax(2)  # (1, H, n, 1)
+        rows.append((p * exact[2][:, :, seen]).sum(2))
+    wanted = torch.stack(rows, 2)
+    assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    out.backward(upstream)
+    wanted.backward(upstream.double())
+    for x, y in zip((q, k, v), exact):
+        assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)

@@ -108,6 +108,11 @@ EXPERT = 3 * C * F_
     [
         (dict(), 2 * V * C + 2 * (ATTENTION + EXPERT + 2 * C) + C, V * C + 2 * (ATTENTION + EXPERT)),
         (
+            dict(head_dim=2 * D),
+            2 * V * C + 2 * (2 * ATTENTION + EXPERT + 2 * C) + C,
+            V * C + 2 * (2 * ATTENTION + EXPERT),
+        ),
+        (
             dict(tie_embeddings=True),
             V * C + 2 * (ATTENTION + EXPERT + 2 * C) + C,
             V * C + 2 * (ATTENTION + EXPERT),
@@ -118,13 +123,14 @@ EXPERT = 3 * C * F_
             V * C + 2 * (ATTENTION + C * E + TOP * EXPERT),
         ),
     ],
-    ids=["dense", "tied", "moe"],
+    ids=["dense", "head_dim", "tied", "moe"],
 )
 def test_parameters_and_flops_by_hand(changes, total, in_products):
     """FLOPs of a position know nothing of bags. Padding rows are not counted."""
     model = gpt(**changes)
     assert model.n_params() == total
-    attention = 2 * 2 * (2 * 4 * D * L)  # layers, (scores, sum), 2 FLOPs for each of H*D*L multiply-adds
+    width = 4 * model.config.head_dim  # H*D
+    attention = 2 * 2 * (2 * width * L)  # layers, (scores, sum), 2 FLOPs for each of H*D*L multiply-adds
     assert model.flops_per_position() == 3 * (2 * in_products + attention)  # backward is twice the forward
 
 
@@ -147,6 +153,8 @@ def test_initialisation():
         (dict(n_kv_head=3), "n_kv_head"),
         (dict(n_expert=4), "top_k"),
         (dict(n_expert=4, top_k=5), "top_k"),
+        (dict(n_expert=4, top_k=2, ff_dim=52), "multiples of 8"),
+        (dict(n_expert=4, top_k=2, n_embd=36, head_dim=8), "multiples of 8"),
     ],
 )
 def test_impossible_shapes_are_refused(wrong, word):
@@ -267,9 +275,16 @@ def exact_rotary(block_size, head_dim, theta):
     return angle.cos(), angle.sin()
 
 
+def test_a_checkpoint_holds_parameters_and_the_balancing_bias_alone():
+    """Rotary tables follow from the configuration; stored, they would tie it to one block_size."""
+    model = gpt(balance_bias=True, **EXPERTS)
+    biases = {f"blocks.{n}.mlp.bias" for n in range(2)}
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()} | biases
+
+
 def test_rotary_tables_are_computed_in_float32_and_rounded_once():
-    """At position 4,095 an angle in bfloat16 is off by whole turns. A model in bfloat16 holds the rounded cosine
-    of the exact angle."""
+    """At position 4,095 an angle in bfloat16 is off by whole turns. A model in bfloat16 holds the rounded
+    cosine of the exact angle."""
     exact = exact_rotary(4096, 8, 10000.0)
     model = gpt(block_size=4096)
     assert model.cos.dtype == model.sin.dtype == torch.float32
@@ -287,7 +302,7 @@ def test_blocks_are_given_the_rotary_tables_of_their_positions_in_the_dtype_of_t
     model.blocks[1].register_forward_pre_hook(lambda _, args: seen.extend(args))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model(tokens(2, 7))
-    x, cos, sin = seen
+    x, cos, sin, *_ = seen
     assert x.dtype == (torch.bfloat16 if autocast else torch.float32)
     for table, wanted in zip((cos, sin), exact_rotary(7, 8, 10000.0)):
         assert_close(table, wanted.to(x.dtype), rtol=0, atol=0 if autocast else 1e-6)
@@ -345,6 +360,15 @@ def test_every_loss_is_that_of_the_logits_for_bags_and_labels_of_any_size(kind, 
     grads = torch.autograd.grad(got, parameters, allow_unused=True)
     for grad, exact in zip(grads, torch.autograd.grad(wanted, parameters, allow_unused=True), strict=True):
         assert_close(grad, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_of_a_bag_that_count_nothing_change_nothing():
+    model, bags, share = gpt(), tokens(2, 12, 3), torch.tensor([0.0, 0.25, 0.75]).expand(2, 12, 3)
+    x = (model.embed.weight[bags] * share[..., None]).sum(2)
+    model.embed.register_forward_hook(lambda _, args, out: assert_close(out, x))
+    logits = model(bags, bag_share=share)
+    bags[..., 0] = tokens(2, 12)
+    assert torch.equal(model(bags, bag_share=share), logits)
 
 
 def test_embedding_and_head_work_in_their_own_forward():
@@ -431,6 +455,9 @@ def test_activation_checkpointing_gives_the_same_gradients(kind):
     model.config.checkpoint_activations = True
     assert_close(gradients(model, x, y), wanted)
     assert len(calls) == 2  # it did run twice
+    model.eval()
+    assert_close(gradients(model, x, y), wanted)
+    assert len(calls) == 3  # once more: only training is short of memory
 
 
 # ---- compilation
@@ -549,6 +576,37 @@ def test_router_statistics_by_loop():
     }
     for key in wanted:
         assert_close(router[key].double(), wanted[key], rtol=1e-5, atol=0)
+
+
+def test_router_is_computed_in_float32_under_autocast():
+    """Only what it reads is rounded. In bfloat16 it would send some positions to other experts."""
+    layer, x = moe(n_expert=16), torch.randn(2, 50, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, router = layer(x)
+    logits = x.bfloat16().double() @ layer.router.weight.double().T
+    load = logits.topk(2).indices.flatten().bincount(minlength=16)
+    assert torch.equal(router["load"], load.float())
+    assert_close(router["z_loss"].double(), logits.logsumexp(-1).square().mean(), rtol=1e-5, atol=0)
+
+
+def test_losses_of_the_router_train_it_and_what_is_logged_does_not():
+    _, router = moe()(torch.randn(2, 7, 32))
+    assert {key for key, value in router.items() if value.requires_grad} == {"balance_loss", "z_loss"}
+
+
+def test_balance_loss_by_shares_of_experts_that_are_given():
+    """Those of earlier steps, say: only the mean probabilities are this batch's."""
+    model, x, y = gpt(**EXPERTS), tokens(2, 12), tokens(2, 12, 1)
+    shares, seen = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.5, 0.25, 0.25, 1.0]]), []
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda layer, args: seen.append(args[0] @ layer.router.weight.T))
+    router = model(x, y, shares=shares)[1]
+    probs = [z.softmax(-1).mean((0, 1)) for z in seen]
+    assert_close(router["balance_loss"], torch.stack([4 * (s * p).sum() for s, p in zip(shares, probs)]))
+    own = model(x, y)[1]
+    given = model(x, y, shares=own["load"] / 24)[1]
+    assert_close(given["balance_loss"], own["balance_loss"])
+    assert torch.equal(given["load"], own["load"])
 
 
 def test_balance_loss_is_top_k_when_balanced_and_more_when_not():

@@ -112,6 +112,7 @@ def test_superposition_ratio_of_a_bag_size_that_steps_down():
         data += 10 * s * POSITIONS
         row |= dict(bag_size=s, data_tokens=data)
     assert plot.superposition_ratio(rows) == pytest.approx(0.4)
+    assert "|    8-4-2 | 0.4 |" in plot.table([run_of(rows)])
 
 
 # ---------------------------------------------------------------------------------- speed-up at equal loss
@@ -233,6 +234,20 @@ def test_a_note_names_the_knobs_and_the_corpus_that_differ(tmp_path, capsys):
         "corpus 1000 + 100 tokens (dense), 999 + 100 tokens (other)" in out
         and "bits per byte count" not in out
     )
+
+
+def test_a_knob_that_is_younger_than_a_run_is_no_difference():
+    old, new = (
+        run_of(rows_of([3.0]), "old", n_layer="2"),
+        run_of(rows_of([3.0]), "new", n_layer="2", loss="mce"),
+    )
+    assert runs.differences([old, new]) == []
+
+
+def test_runs_of_one_folder_name_are_told_apart_by_their_paths(tmp_path):
+    one, two = (write(tmp_path / name / "tst", rows_of([3.0])) for name in ("a", "b"))
+    assert [run["name"] for run in runs.read_runs([one, two])] == [one, two]
+    assert [run["name"] for run in runs.read_runs([one])] == ["tst"]
 
 
 def test_a_run_without_config_is_named(tmp_path, capsys):

@@ -24,7 +24,7 @@ lists = pytest.mark.parametrize("phases", LISTS.values(), ids=LISTS.keys())
 
 
 def stream(phases, rows=range(R), n=1000, seed=5, **more):
-    return TokenStream(np.arange(n, dtype=np.uint32), L, phases, R, rows, seed, **more)
+    return TokenStream([(np.arange(n, dtype=np.uint32), 1)], L, phases, R, rows, seed, **more)
 
 
 def phase_of(phases, step):
@@ -47,8 +47,8 @@ def test_a_permutation_may_be_asked_for_any_part_and_is_its_keys():
 
 
 def test_a_permutation_shuffles():
-    """Against what chance would give: where a number goes is even over all places (chi-squared of 16 bins), and
-    neighbours do not stay neighbours."""
+    """Against what chance would give: where a number goes is even over all places (chi-squared of 16 bins),
+    and neighbours do not stay neighbours."""
     places = np.stack([permute(np.arange(64), 64, (key,)) for key in range(2000)])  # (2000, 64)
     for column in places.T:
         counts = np.bincount(column // 4, minlength=16)
@@ -60,34 +60,35 @@ def test_a_permutation_shuffles():
 
 
 def starts_by_hand(phases, n, seed=5):
-    """Where every row starts, a list per step: the order written down as lists that are shuffled, used up and cut."""
+    """Where every row starts, a list per step: the order written down as lists that are shuffled, used up and
+    cut."""
     run = L * phases[0].n_in
     n_runs = (n - max(p.n_out for p in phases)) // run
 
     def shuffled(items, epoch, p):
         return [items[i] for i in permute(np.arange(len(items)), len(items), (seed, 0, epoch, p))]
 
+    def cut(rows, epoch, p):
+        """Rows of phase p - 1 into those of phase p."""
+        length, pieces = L * phases[p].n_in, phases[p - 1].n_in // phases[p].n_in
+        return shuffled([row + i * length for row in rows for i in range(pieces)], epoch, p)
+
     epoch, p, steps = 0, 0, []
     left = shuffled([run * i for i in range(n_runs)], 0, 0)
     for step in range(phases[-1].stop):
         while step >= phases[p].stop:
             p += 1
-            left = cut(left, phases[p - 1], phases[p], lambda items, p=p: shuffled(items, epoch, p))
+            left = cut(left, epoch, p)
         rows = []
         while len(rows) < R:
             if not left:  # the next epoch, cut down from its runs to the rows of this phase
                 epoch += 1
                 left = shuffled([run * i for i in range(n_runs)], epoch, 0)
                 for q in range(1, p + 1):
-                    left = cut(left, phases[q - 1], phases[q], lambda items, q=q: shuffled(items, epoch, q))
+                    left = cut(left, epoch, q)
             rows.append(left.pop(0))
         steps.append(rows)
     return steps
-
-
-def cut(rows, before, after, shuffled):
-    length = L * after.n_in
-    return shuffled([row + i * length for row in rows for i in range(before.n_in // after.n_in)])
 
 
 @lists
@@ -216,14 +217,15 @@ class Endless:
 def test_memory_does_not_grow_with_the_corpus(n):
     phases = phase_list(10**6, [8, 4], 0.5)
     tracemalloc.start()
-    s = TokenStream(Endless(n), 1024, phases, 64, range(64), 1)
+    s = TokenStream([(Endless(n), 1)], 1024, phases, 64, range(64), 1)
     for step in (0, 300_000, 700_000):
         s.batch(step)
     s.worker.shutdown()
     used = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert used < 2**20  # and a batch of 64 x 1024 x 8 int32 lies in torch's memory
-    assert 0 <= min(s.order.starts(2, np.arange(9))) and max(s.order.starts(2, np.arange(9))) < n
+    starts = s.orders[0].starts(2, np.arange(9))
+    assert starts.min() >= 0 and starts.max() < n
 
 
 @pytest.mark.parametrize(
@@ -243,6 +245,6 @@ def test_an_order_of_two_epochs_in_one_batch():
 
 
 def test_validation_rows_are_fixed_and_evenly_spaced():
-    rows = validation_rows(np.arange(100, dtype=np.uint16), 5, 9)
+    rows = validation_rows(np.arange(100, dtype=np.uint16), 50, 9)
     assert rows.dtype == torch.int32
     assert rows.tolist() == [list(range(i, i + 10)) for i in (0, 22, 45, 67, 90)]

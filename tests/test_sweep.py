@@ -287,17 +287,6 @@ run(partial(sweep.main, trainer={str(trainer)!r}), sweep.Config, runner.places(s
         assert "--resume" in starts(log.parent)[-1][0]
 
 
-def test_a_folder_in_which_another_process_trains_is_left_alone(swept, trainer, tmp_path, capsys):
-    (member,), _ = sweep.plan(["seed=1", "pause=0.05"], tmp_path / "sweep", trainer)
-    job = runner.start(member, trainer, 1, None)
-    try:
-        (again,), _ = sweep.plan(["seed=1", "pause=0.05"], tmp_path / "sweep", trainer)
-        assert runner.run_members([again], trainer=trainer) == {"run": "another process trains it"}
-    finally:
-        job.process.wait()
-    assert runner.run_members([again], trainer=trainer) == {} and len(starts(member.folder)) == 1
-
-
 # ------------------------------------------------------------------------------------------------ machine
 
 
@@ -419,3 +408,12 @@ def test_without_matplotlib_the_table_is_there_all_the_same(swept, monkeypatch, 
 )
 def test_every_kind_of_grid_has_a_picture(swept, arguments):
     assert os.path.getsize(swept(*arguments, "--plot") / "sweep.png") > 10_000
+
+
+def test_an_outlier_does_not_press_the_picture_together():
+    group = lambda mean: sweep.Group({}, [mean], 1)
+    usual = {(r, s): group(3 + r / 10 + s / 100) for r in range(5) for s in range(1, 5)}
+    table = lambda cells, *baselines: sweep.Table("", "r", "s", cells, [group(b) for b in baselines])
+    assert table(usual).limits == pytest.approx((3.01, 3.44))
+    assert table(usual | {(9, 9): group(9.0)}).limits[1] < 4.1
+    assert table(usual | {(9, 9): group(9.0)}, 5.0).limits[1] == 5.0  # ordinary training is always shown

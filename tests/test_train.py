@@ -1,4 +1,5 @@
-"""train.py, run whole in this process on a tiny model: the promises about steps, data, resuming and failing."""
+"""train.py, run whole in this process on a tiny model: the promises about steps, data, resuming and
+failing."""
 
 import errno
 import functools
@@ -20,14 +21,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import ROOT, TINY, read_rows, write_corpus
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 import tst
-from conftest import ROOT, TINY, read_rows, write_corpus
 from model import GPT, GPTConfig
 from nanotst import UserError, checkpoint, machine, optim
-from nanotst.configurator import parse
 from nanotst.stream import permute
 
 MOE = dict(n_expert=4, top_k=2, balance_bias=True, balance_rate=0.01, qk_norm=True)
@@ -56,8 +56,9 @@ def tiny_model(config):
 
 
 def plain_training(config, phases=((0, 4, 3, 3), (4, 10, 1, 1)), weights=None, make_optimizers=None):
-    """Training of the tiny model with nothing but PyTorch's own functions and Python loops. phases: start, stop,
-    tokens read, tokens predicted; weights of the labels of a bag, the same if None. -> a dict per step, and the validation loss."""
+    """Training of the tiny model with nothing but PyTorch's own functions and Python loops. phases: start,
+    stop, tokens read, tokens predicted; weights of the labels of a bag, the same if None. -> a dict per step,
+    and the validation loss."""
     data = np.fromfile(config.dataset + "/train.bin", dtype=np.uint16).astype(np.int64)
     torch.manual_seed(config.seed)
     model = tiny_model(config)
@@ -179,12 +180,24 @@ def test_gradients_are_clipped_to_their_norm_and_the_norm_before_is_logged(run, 
     [
         (dict(bag_weights="power"), lambda i: 1 / i),
         (dict(bag_weights="fitted"), lambda i: 3.63 + 1.35 * i**-1.25),
-        (dict(bag_weights="fitted", fitted_c0=0.0), lambda i: i**-1.25),
+        (dict(bag_weights="fitted", fitted={"c0": 0.0, "a": 2.0, "k": -2}), lambda i: i**-2),
     ],
 )
-def test_weights_of_a_bag_reach_the_loss(run, tiny, knobs, weigh):
+def test_weights_of_a_bag_reach_the_loss(run, tiny, tmp_path, knobs, weigh):
+    if "fitted" in knobs:
+        (tmp_path / "fit.json").write_text(json.dumps(knobs["fitted"]))
+        knobs = knobs | {"fitted": str(tmp_path / "fit.json")}
     weights = [weigh(i) for i in (1, 2, 3)]
     assert_plain(run(**knobs), plain_training(tiny(), weights=[w / sum(weights) for w in weights]))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"c0": 1}', '{"c0": 1, "a": NaN, "k": 0}', '{"c0": -9, "a": 1, "k": 0}']
+)
+def test_a_file_that_is_no_fit_is_one_line(run, tmp_path, text):
+    (tmp_path / "fit.json").write_text(text)
+    with pytest.raises(UserError, match="fit.json is not a file of tools.fit_mi"):
+        run(bag_weights="fitted", fitted=str(tmp_path / "fit.json"))
 
 
 def test_muon_equals_a_plain_loop(run, tiny):
@@ -477,7 +490,8 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def two_ranks(corpus, tmp_path_factory):
-    """{kind: rows} of runs in two processes, started as torchrun starts them; both kinds in the same two, to save time."""
+    """{kind: rows} of runs in two processes, started as torchrun starts them; both kinds in the same two, to
+    save time."""
     folder = tmp_path_factory.mktemp("two")
     configs = {
         name: {**TINY, **TWO_RANKS, **kind, "dataset": corpus, "out_dir": str(folder / name)}
@@ -523,7 +537,8 @@ def test_two_ranks_equal_one(run, two_ranks, name, monkeypatch):
 
 
 def test_ddp_is_gone_before_its_process_group(run, monkeypatch):
-    """Its reducer would drop the group while it holds Python's lock, for which a thread of the group may be waiting."""
+    """Its reducer would drop the group while it holds Python's lock, for which a thread of the group may be
+    waiting."""
     for key, value in dict(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()
     ).items():
@@ -590,8 +605,8 @@ def test_router_metrics_by_hand():
 
 @pytest.mark.parametrize("coefs", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.3, 0.7)])
 def test_balance_and_z_loss_are_trained_on_but_not_reported(run, tiny, coefs):
-    """The loss column stays the cross-entropy, comparable with a dense run's. Both are means over the layers; in the
-    second step the shares of experts are those of the first."""
+    """The loss column stays the cross-entropy, comparable with a dense run's. Both are means over the layers;
+    in the second step the shares of experts are those of the first."""
     knobs = dict(n_layer=2, n_expert=4, top_k=2, max_steps=2, bag_size=1, warmup_steps=0)
     rows = run(balance_coef=coefs[0], z_coef=coefs[1], learning_rate=1e-30, **knobs)
     torch.manual_seed(tiny().seed)
@@ -603,7 +618,8 @@ def test_balance_and_z_loss_are_trained_on_but_not_reported(run, tiny, coefs):
         at, order, probs, logits = order[:8], order[8:], [], []
         x = torch.stack([torch.tensor(data[i : i + 17]) for i in at])
         hooks = [
-            b.mlp.register_forward_pre_hook(lambda m, a: logits.append(m.router(a[0]))) for b in model.blocks
+            b.mlp.register_forward_pre_hook(lambda m, a, out=logits: out.append(m.router(a[0])))
+            for b in model.blocks
         ]
         loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
         for hook in hooks:
@@ -783,7 +799,8 @@ def test_checkpoint_of_another_shape_is_one_line(run, tmp_path):
 
 
 def test_a_mixture_of_experts_goes_on_with_other_micro_batches(run, tmp_path, monkeypatch):
-    """Its balance loss is that of the whole batch, and the shares of the step before are in the checkpoint."""
+    """Its balance loss is that of the whole batch, and the shares of the step before are in the
+    checkpoint."""
     knobs = dict(n_expert=4, top_k=2, balance_coef=1.0)
     unbroken = run(out_dir=str(tmp_path / "whole"), **knobs)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -870,7 +887,8 @@ def test_the_seed_is_that_of_the_initial_weights(run, tiny, tmp_path):
 
 
 def test_what_a_checkpoint_holds_is_taken_up(run, tiny, tmp_path):
-    """The state of torch's generator, the best loss and the seconds so far; initial weights are not read again."""
+    """The state of torch's generator, the best loss and the seconds so far; initial weights are not read
+    again."""
     run(max_steps=6, superposition_ratio=0.5)
     saved = load(tiny().out_dir)
     saved |= {"rng": torch.Generator().manual_seed(99).get_state(), "best_val": 0.0, "seconds": 1000.0}
@@ -977,9 +995,10 @@ def test_a_checkpoint_cannot_run_code(run, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"step": "5"}, {"step": None}, {"stream": []}, {"seconds": 3}, {"best_val": None}, {"rng": torch.zeros(3)},
-        {"rng": 4}, {"optimizer": {}}, {"optimizer": [{}]}, {"optimizer": []}, {"model": {}}, {"model": {"x": 1}},
-        {"config": []}, {"meta": None}, {"stream": {}}, {"stream": {"cut": 1, "phases": [1], "first_step": 0}},
+        {"step": "5"}, {"step": None}, {"stream": []}, {"seconds": 3}, {"best_val": None},
+        {"rng": torch.zeros(3)}, {"rng": 4}, {"optimizer": {}}, {"optimizer": [{}]}, {"optimizer": []},
+        {"model": {}}, {"model": {"x": 1}}, {"config": []}, {"meta": None}, {"stream": {}},
+        {"stream": {"cut": 1, "phases": [1], "first_step": 0}},
     ],
     ids=str,
 )  # fmt: skip
@@ -1068,7 +1087,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tiny):
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, tiny, monkeypatch):
-    """The loss of a step is that of the weights before it: a broken gradient shows in it one step too late."""
+    """The loss of a step is that of the weights before it: a broken gradient shows in it one step too
+    late."""
     clip, steps = torch.nn.utils.clip_grad_norm_, []
 
     def broken_in_step_6(parameters, *args):
@@ -1120,3 +1140,65 @@ def test_run_can_be_resumed_after_the_disk_was_full(run, tiny, tmp_path, monkeyp
         run(save_interval=3, eval_interval=100)
     assert load(tiny().out_dir)["step"] == 3
     assert run(resume=True)[-1]["loss"] == unbroken[-1]["loss"]
+
+
+# ---- what one had better not do at the switch
+
+
+@pytest.mark.parametrize("parts", ["embedding", "head", "optimizer", "embedding,head", "head,optimizer"])
+def test_parts_that_begin_anew_at_the_switch(run, tiny, tmp_path, monkeypatch, parts):
+    """Just before the first ordinary step: the named weights are those of another draw, the others those that
+    superposition left, and the optimizer has forgotten its moments or not. A run resumed there does the
+    same."""
+    seen, forward = [], train.reinitialise
+
+    def watch(model, optimizer, *args):
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        forward(model, optimizer, *args)
+        changed = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
+        seen.append((changed, len(list(optimizer.moments()))))
+
+    monkeypatch.setattr(train, "reinitialise", watch)
+    rows = run(reinit_at_switch=parts)
+    wanted = {name for name in ("embed.weight", "head.weight") if name[:4] in parts}
+    assert len(seen) == 1 and seen[0][0] == wanted and (seen[0][1] == 0) == ("optimizer" in parts)
+    assert column(rows[:4], "loss") == column(run(out_dir=str(tmp_path / "plain")), "loss")[:4]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        ask_to_stop(patch, 4)
+        run(out_dir=str(tmp_path / "b"), reinit_at_switch=parts)
+    assert column(run(out_dir=str(tmp_path / "b"), reinit_at_switch=parts, resume=True), *LEARNED) == column(
+        rows, *LEARNED
+    )
+
+
+def test_bags_within_documents_equal_a_plain_loop(run, tiny, tmp_path):
+    """Of a bag the tokens of its last token's document are averaged, of its labels those count: a loop over
+    them."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, 50, 6500)
+    tokens[rng.random(6500) < 0.2] = 0  # the separator, which begins a document
+    folder = write_corpus(tmp_path / "documents", tokens[:6000], tokens[6000:], 50)
+    meta = json.loads(Path(folder, "meta.json").read_text())
+    Path(folder, "meta.json").write_text(json.dumps(meta | {"separator": 0}))
+    row = run(dataset=folder, document_bags=True, max_steps=2, superposition_ratio=0.5)[0]
+    torch.manual_seed(tiny().seed)
+    model = tiny_model(tiny())
+    at = [48 * i for i in shuffled((6000 - 3) // 48, (tiny().seed, 0, 0, 0))][:8]
+    sums, counts = [0.0] * 3, [0] * 3
+    for start in at:
+        text = tokens[start : start + 51].tolist()
+        document = np.cumsum([token == 0 for token in text]).tolist()
+        x = []
+        for j in range(16):
+            bag = [i for i in range(3 * j, 3 * j + 3) if document[i] == document[3 * j + 2]]
+            x.append(sum(model.embed.weight[text[i]] for i in bag) / len(bag))
+        handle = model.embed.register_forward_hook(lambda *_, x=x: torch.stack(x)[None])
+        log_p = model(torch.zeros(1, 16, dtype=torch.long))[0].log_softmax(-1)  # (16, V)
+        handle.remove()
+        for j in range(16):
+            for k in range(3):
+                i = 3 * j + 3 + k
+                if document[i] == document[3 * j + 2]:
+                    sums[k] -= log_p[j, text[i]].item()
+                    counts[k] += 1
+    assert row["loss"] == pytest.approx(sum(s / n for s, n in zip(sums, counts)) / 3, rel=1e-5)

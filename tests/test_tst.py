@@ -29,6 +29,7 @@ from tst import (
     phase_at,
     phase_list,
     summed_probability,
+    within_documents,
 )
 
 N, C, V = 20, 12, 37  # positions, width, vocabulary: not multiples of anything
@@ -260,6 +261,71 @@ def test_bfloat16_mean_errs_by_one_final_rounding(s):
     assert (embed_bags(bags, table).double() - exact).abs().le(exact.abs() * 2**-8 + 1e-6).all()
 
 
+def random_shares(*shape):
+    """How much each token counts in its bag: some nothing, all together 1."""
+    share = torch.rand(shape) * (torch.rand(shape) < 0.7)
+    share[..., -1] += 0.1
+    return share / share.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("s", [1, 2, 3, 8])
+def test_tokens_that_count_unequally_are_a_weighted_mean(s, dtype):
+    bags, share = torch.randint(5, (2, 3, s)), random_shares(2, 3, s)
+    table, upstream = torch.randn(V, C, dtype=dtype, requires_grad=True), torch.randn(2, 3, C, dtype=dtype)
+    out = embed_bags(bags, table, share)
+    out.backward(upstream)
+    assert out.dtype == dtype
+    tolerance = dict(rtol=2**-7, atol=2**-7) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
+    grad = torch.zeros(V, C, dtype=torch.float64)
+    for b in range(2):
+        for j in range(3):
+            pairs = list(zip(bags[b, j].tolist(), share[b, j].double()))
+            mean = sum(w * table[token].double() for token, w in pairs)
+            assert_close(out[b, j].double(), mean, **tolerance)
+            for token, w in pairs:
+                grad[token] += w * upstream[b, j].double()
+    assert_close(table.grad.double(), grad, rtol=10 * tolerance["rtol"], atol=10 * tolerance["atol"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert embed_bags(bags, table, share).dtype == torch.bfloat16
+
+
+def test_even_shares_are_the_plain_mean():
+    bags, table = torch.randint(V, (2, 3, 4)), torch.randn(V, C)
+    assert_close(embed_bags(bags, table, torch.full((2, 3, 4), 0.25)), embed_bags(bags, table))
+
+
+# ---- bags that mix no documents
+
+
+@pytest.mark.parametrize("n_in, n_out", [(1, 1), (4, 4), (3, 1), (1, 3), (2, 5)])
+@pytest.mark.parametrize("often", [0.1, 0.5])
+def test_within_documents_bags_and_labels_are_of_the_document_of_the_bags_last_token(n_in, n_out, often):
+    """A document begins with its separator, 0, and ends before the next."""
+    tokens = torch.randint(1, V, (3, 8 * n_in + n_out)) * (torch.rand(3, 8 * n_in + n_out) > often)
+    bags, plain_labels = bags_and_labels(tokens, n_in, n_out)
+    share, labels = within_documents(tokens, n_in, n_out, 0)
+    assert share.shape == bags.shape and share.dtype == torch.float32 and labels.shape == plain_labels.shape
+    for row in range(3):
+        document, documents = 0, []  # of each token in the row
+        for token in tokens[row].tolist():
+            document += token == 0
+            documents.append(document)
+        for j in range(8):
+            end = (j + 1) * n_in  # the bag is the tokens before it, the labels are those from it on
+            same = [float(documents[i] == documents[end - 1]) for i in range(j * n_in, end)]
+            assert_close(share[row, j], torch.tensor(same) / sum(same))
+            for i in range(n_out):
+                wanted = tokens[row, end + i] if documents[end + i] == documents[end - 1] else -100
+                assert labels[row, j, i] == wanted
+
+
+def test_within_one_document_bags_and_labels_are_the_plain_ones():
+    tokens = torch.randint(1, V, (2, 20))
+    share, labels = within_documents(tokens, 4, 4, 0)
+    assert share.eq(0.25).all() and torch.equal(labels, bags_and_labels(tokens, 4, 4)[1])
+
+
 # ---- the weights of a bag's labels
 
 BY_HAND = {
@@ -397,6 +463,14 @@ def test_any_other_number_can_mark_ignored_labels(loss):
 def test_without_any_label_the_loss_and_its_gradient_are_zero(loss, s):
     value, grad = value_and_gradient(loss, operands(s)[0], torch.full((N, s), -100))
     assert value.item() == 0 and torch.equal(grad, torch.zeros(N, V, dtype=torch.float64))
+
+
+@every_loss
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_positions_without_labels_make_no_nan_on_the_way_back_either(loss):
+    with torch.autograd.detect_anomaly():
+        _, grad = value_and_gradient(loss, *with_holes(3))
+    assert not grad[5].any()
 
 
 @every_loss

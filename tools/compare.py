@@ -37,6 +37,7 @@ from tools.runner import (
     run_members,
     shown,
 )
+from tools.runs import markdown_table
 from tools.sweep import Group, write_csv
 
 DRAWS = 4000  # of the means, for the intervals
@@ -223,7 +224,7 @@ def sentences(tst, baselines, equal_data, higher, gain, same_rate):
     def within(result, show):
         if not spread:
             return " (one seed, no interval)"
-        return f" (95 % {show(result.low)} to {show(result.high)})" * (result.low < result.high)
+        return f" (95 % {show(result.low)} to {show(result.high)})" * (result.low != result.high)
 
     def ends(result):
         words = "lower" if result.value >= 0 else "higher"
@@ -253,9 +254,7 @@ def table(tst, baselines, equal_data, higher):
         ratios = [f"{side.of(key) / tst.of(key):.3g}x" for key in ("flops", "data_tokens")]
         against = "" if side is tst else f"{higher[side.steps].value:+.4f}"
         cells.append([name, f"{side.steps:,}", *ratios, side.group.text(), against])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "\n".join("| " + " | ".join(c.rjust(w) for c, w in zip(row, widths)) + " |" for row in cells)
+    return markdown_table(cells)
 
 
 # ------------------------------------------------------------------------------------------------ the picture
@@ -279,6 +278,7 @@ def draw(tst, baselines, equal_data, gain, path):
         right.set_axis_off()
     for ax in (left, middle, right):
         ax.grid(color="0.92")
+        ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path)
 
@@ -294,7 +294,7 @@ def draw_curves(ax, sides, key, unit):
     handles, labels = ax.get_legend_handles_labels()
     names = [f"{side.name} ({len(side.losses)} seeds)" for side in sides]
     known = dict(zip(labels, handles))
-    ax.legend([known[side.name] for side in sides], names, frameon=False, fontsize=9, loc="upper right")
+    ax.legend([known[side.name] for side in sides], names, fontsize=9, edgecolor="none", framealpha=0.8)
 
 
 def draw_ends(ax, tst, baselines, gain):
@@ -311,7 +311,11 @@ def draw_ends(ax, tst, baselines, gain):
         ax.plot([at] * len(side.losses), side.losses, "_", color=color, alpha=0.5, zorder=2)
     ax.plot(x, [side.group.mean for side in baselines.values()], color=COLORS[0], lw=1.4, zorder=1)
     loss, end = tst.group.mean, min(gain.value, max(x))
-    if gain.value > 0:
+    if gain.value == 0:
+        ax.annotate(
+            f"less than {min(x):.2f}x", (1, loss), (12, -4), textcoords="offset points", color=COLORS[1]
+        )
+    else:
         ax.annotate("", (end, loss), (1, loss), arrowprops=dict(arrowstyle="->", color=COLORS[1], lw=1.4))
         said = f"{gain.value:.2f}x" if gain.value < math.inf else f"more than {end:.2f}x"
         ax.annotate(
@@ -324,7 +328,7 @@ def draw_ends(ax, tst, baselines, gain):
     ax.set_xticks(x, [f"{at:.3g}" for at in x])
     ax.minorticks_off()
     ax.margins(0.12)
-    ax.legend(frameon=False, fontsize=9, loc="upper right")
+    ax.legend(fontsize=9, edgecolor="none", framealpha=0.8)
     ax.set(title="Equal loss", xlabel="FLOPs of the run, in those of TST's")
 
 

@@ -50,9 +50,7 @@ class Config:
     """Usage: python -m tools.fit_mi --dataset=NAME [--key=value ...]"""
 
     dataset: str = "python_source"  # a folder in data/, or the path of one
-    out: str = (
-        "out/fitted.json"  # c0, a, k for train.py's --fitted, and the measurements; a picture lies beside it
-    )
+    out: str = "out/fitted.json"  # for train.py's --fitted, with all measurements; a picture goes beside it
     tokens: int = 10_000_000  # of the training text, in ten blocks from all over it; fewer where it has fewer
     max_distance: int = 32  # d = 1 .. max_distance
     plot: bool = True  # draw the picture (needs matplotlib)
@@ -203,6 +201,7 @@ def draw(result, path):
     ax.set_xticks(ticks, map(str, ticks))
     ax.minorticks_off()
     ax.grid(color="0.92")
+    ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
     ax.set_title(f"{result['dataset']}: {result['tokens']:,} tokens of {result['vocab_size']:,}", fontsize=11)
@@ -272,6 +271,8 @@ def describe(result):
     for s in (2, 4, 8):
         total = sum(weight(i) for i in range(1, s + 1))
         yield f"weights of s {s}: " + " ".join(f"{weight(i) / total:.3f}" for i in range(1, s + 1))
+    if result["c0"] == 0:
+        yield "note: c0 is held at 0; the best fit would have it below, and information cannot be negative"
     if result["k"] < -5.9 or result["k"] > -0.03:
         yield "note: k is at the end of its range, -6 to -0.02: this is no power law"
 

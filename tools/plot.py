@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nanotst import UserError, configurator
-from tools.runs import differences, final, measure_of, read_runs
+from tools.runs import differences, final, markdown_table, measure_of, read_runs
 
 
 @dataclass
@@ -181,12 +181,8 @@ def table_line(name, rows, run, baselines, y, spread=""):
     relation, factor = ("unknown", None) if run["baseline"] else speedup(rows, baselines, y)
     gain = {"unknown": "-", "=": ""}.get(relation, relation) + (f" {factor:.2f}x" if factor else "")
     show = lambda key, text, scale=1: text.format(end[key] / scale) if key in end else "-"
-    cells = [
-        name,
-        str(bag_size_of(run["rows"])),
-        f"{superposition_ratio(run['rows']):.3g}",
-        f"{end['step']:,}",
-    ]
+    bags = dict.fromkeys(str(row["bag_size"]) for row in run["rows"] if row.get("bag_size", 1) > 1)
+    cells = [name, "-".join(bags) or "1", f"{superposition_ratio(run['rows']):.3g}", f"{end['step']:,}"]
     cells += [show("val_loss", "{:.4f}") + spread, show("val_bpb", "{:.4f}")]
     cells += [
         show("data_tokens", "{:,.2f}M", 1e6),
@@ -224,7 +220,7 @@ def table(runs):
     baselines = [mean_of(group) for group in grouped(finite)]  # seeds averaged, then the best
     header = ["run", "bag size", "r", "steps", "val loss", "bits/byte", "data tokens", "FLOPs"]
     header += ["time", "speed-up"]
-    cells = [header, ["-:"] * len(header)]
+    cells = [header]
     for run in runs:
         label = "" if run["label"] == run["name"] else f" ({run['label']})"
         cells.append(table_line(run["name"] + label, run["rows"], run, baselines, y))
@@ -233,9 +229,7 @@ def table(runs):
         spread = f" (sd {np.std(losses, ddof=1):.4f}, range {max(losses) - min(losses):.4f})"
         name = f"{group[0]['label']}, mean of {len(group)}"
         cells.append(table_line(name, mean_of(group), group[0], baselines, y, spread))
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    justify = lambda cell, width: cell.rjust(width, "-" if cell == "-:" else " ")
-    lines = ["| " + " | ".join(map(justify, row, widths)) + " |" for row in cells]
+    lines = [markdown_table(cells)]
 
     lengths = len(baseline_ends(baselines, y))
     how = f"final losses against baselines of {lengths} lengths, interpolated over log FLOPs"

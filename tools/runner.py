@@ -3,12 +3,11 @@ stand on this.
 
 A run is known by its settings, which stand in its folder (sweep.json), beside metrics.jsonl and what it
 printed (log.txt). What is done is skipped, what was cut off is resumed from its checkpoint, what failed is
-tried again. POSIX only: a run holds a lock on its log, so that two processes never train in one folder.
+tried again.
 """
 
 import ast
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from tools.runs import FREE, load_metrics
 TRAINER = Path(__file__).resolve().parents[1] / "train.py"
 # without superposition, these knobs change nothing
 SUPERPOSITION = {"bag_size", "superposition_ratio", "superposition", "loss", "bag_weights", "fitted"}
-SUPERPOSITION |= {"fitted_c0", "document_bags", "reinit_at_switch"}
+SUPERPOSITION |= {"document_bags", "reinit_at_switch"}
 OURS = {"resume", "overwrite", "allow_changes"}  # a member's folder decides these
 SHORT = {"bag_size": "s", "superposition_ratio": "r", "learning_rate": "lr", "seed": "seed"}  # in names
 
@@ -204,7 +203,8 @@ def find_gpus(text):
 
 
 def start(member, trainer, threads, gpu):
-    """Train it in a process of its own -> Job. BlockingIOError: another process does already."""
+    """Train it in a process of its own -> Job. If another process trains it already, train.py's lock ends
+    this one."""
     folder = member.folder
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(trainer), *member.arguments, f"--out_dir={folder}", f"--threads={threads}"]
@@ -216,7 +216,6 @@ def start(member, trainer, threads, gpu):
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     with open(folder / "log.txt", "a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the process inherits
         (folder / "sweep.tmp").write_text(json.dumps(member.settings, indent=1))
         os.replace(folder / "sweep.tmp", folder / "sweep.json")
         log.write(f"$ {' '.join(command)}\n")
@@ -252,7 +251,8 @@ def signals_as_interrupts():
     def interrupt(number, frame):
         raise KeyboardInterrupt
 
-    old = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    wanted = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup
+    old = {number: signal.signal(number, interrupt) for number in wanted}
     try:
         yield
     finally:
@@ -306,31 +306,22 @@ def run_members(members, jobs=0, threads=0, gpus="none", trainer=TRAINER):
     free = [gpus[i % len(gpus)] if gpus else None for i in range(jobs)]
     progress, running = Progress(members), []
 
-    def failed(member, why, how):
-        progress.failed[member.name] = why
-        progress.say([job.member for job in running], f"{member.name} failed ({how}): {why}")
-
     with signals_as_interrupts():
         try:
             while waiting or running:
                 while waiting and free:
-                    member = waiting.pop(0)
-                    try:
-                        running.append(start(member, trainer, threads, free[0]))
-                        free.pop(0)
-                    except BlockingIOError:
-                        failed(member, "another process trains it", "not started")
+                    running.append(start(waiting.pop(0), trainer, threads, free.pop(0)))
                 time.sleep(0.02)
                 for job in [job for job in running if job.process.poll() is not None]:
                     running.remove(job)
                     free.append(job.gpu)
-                    end = job.member.end()
-                    if end is None or job.process.returncode:
-                        how = f"exit {job.process.returncode}, {job.member.folder}/log.txt"
-                        failed(job.member, job.last_line(), how)
+                    member, code, end = job.member, job.process.returncode, job.member.end()
+                    if end is None or code:
+                        progress.failed[member.name] = why = job.last_line()
+                        event = f"{member.name} failed (exit {code}, {member.folder}/log.txt): {why}"
                     else:
-                        event = f"{job.member.name}: val loss {end['val_loss']:.4f}"
-                        progress.say([job.member for job in running], event)
+                        event = f"{member.name}: val loss {end['val_loss']:.4f}"
+                    progress.say([job.member for job in running], event)
                 progress.say([job.member for job in running])
         finally:
             stop(running)

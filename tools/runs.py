@@ -201,3 +201,11 @@ def differences(runs):
             f"Without config.json, model and corpus are not known to be the same: {', '.join(blind)}."
         )
     return notes
+
+
+def markdown_table(cells):
+    """Rows of cells, the first being the header, as a table."""
+    cells = [cells[0], ["-:"] * len(cells[0]), *cells[1:]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    justify = lambda cell, width: cell.rjust(width, "-" if cell == "-:" else " ")
+    return "\n".join("| " + " | ".join(map(justify, row, widths)) + " |" for row in cells)

@@ -39,6 +39,7 @@ from tools.runner import (
     run_members,
     shown,
 )
+from tools.runs import markdown_table
 
 
 @dataclass
@@ -172,6 +173,15 @@ class Table:
         whole = [group for group in [*self.cells.values(), *self.baselines] if group.whole]
         return min(whole, key=lambda group: group.mean, default=None)
 
+    @property
+    def limits(self):
+        """(lowest, highest) loss to show: all but what lies far above most, which would press the rest
+        together."""
+        means = [group.mean for group in [*self.cells.values(), *self.baselines] if math.isfinite(group.mean)]
+        low, most = np.quantile(means, (0, 0.75)) if means else (0, 1)
+        baselines = [group.mean for group in self.baselines if math.isfinite(group.mean)]
+        return low, max([min(max(means, default=1), low + 3 * (most - low)), *baselines])
+
 
 def ordered(values):
     """Distinct values, numbers by size and everything else as it came."""
@@ -233,9 +243,7 @@ def markdown(tables, edges, config):
         for row in table.row_values:
             found = [table.cells.get((row, column)) for column in table.column_values]
             cells.append([shown(row) if table.rows else "val loss", *(mark(g) if g else "-" for g in found)])
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        cells.insert(1, ["-" * (width - 1) + ":" for width in widths])
-        lines += ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths)) + " |" for row in cells] + [""]
+        lines += [markdown_table(cells), ""]
     lines.append(
         "Validation loss at the end in nats per token: mean ± standard deviation of the seeds (how many); "
         "the lowest mean in bold."
@@ -324,11 +332,18 @@ def draw_curves(ax, table):
     ax.set_xticks(columns if numbers else range(len(columns)), [shown(v) for v in columns])
     ax.minorticks_off()
     ax.margins(x=0.05 if numbers else 0.15)
+    low, high = table.limits
+    high += 0.1 * (high - low)
+    if above := sum(group.mean > high for group in table.cells.values()):
+        ax.set_ylim(low - 0.1 * (high - low), high)
+        look = dict(xycoords="axes fraction", ha="right", fontsize=9, color="0.4")
+        ax.annotate(f"{above} means lie above", (0.99, 1.01), **look)
     ax.set(xlabel=table.columns or "all runs", ylabel="validation loss (nats per token)")
     ax.grid(color="0.92")
+    ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     if table.rows or table.baselines:
-        ax.legend(frameon=False, fontsize=9)
+        ax.legend(fontsize=9, edgecolor="none", framealpha=0.8)
 
 
 def draw_map(fig, ax, table):
@@ -342,10 +357,11 @@ def draw_map(fig, ax, table):
         image = ax.imshow(means, cmap="viridis", aspect="auto", origin="lower")
         fig.colorbar(image, label="validation loss (nats per token)")
     else:
-        bound = np.nanmax(np.abs(means - baseline), initial=1e-9)
+        bound = max(1e-9, *(abs(limit - baseline) for limit in table.limits))
         look = dict(cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower")
         image = ax.imshow(means - baseline, **look)
-        fig.colorbar(image, label="difference from ordinary training (nats)")
+        beyond = "max" if np.nanmax(means) - baseline > bound else "neither"
+        fig.colorbar(image, label="difference from ordinary training (nats)", extend=beyond)
     for (row, column), group in table.cells.items():
         if math.isfinite(group.mean):
             red, green, blue, _ = image.to_rgba(group.mean - (baseline or 0))

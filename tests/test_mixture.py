@@ -1,0 +1,112 @@
+"""mixture.py, and mixtures in the stream: shares that hold over any stretch, each corpus in an order of its
+own."""
+
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from conftest import write_corpus
+
+from nanotst import UserError
+from nanotst.mixture import Pattern, open_mixture
+from nanotst.stream import TokenStream
+from tst import Phase
+
+HALVES = [Fraction(1, 2), Fraction(1, 2)]
+UNEVEN = [Fraction(7, 10), Fraction(1, 4), Fraction(1, 20)]
+
+
+@pytest.mark.parametrize("shares", [[Fraction(1)], HALVES, UNEVEN, [Fraction(1, 3), Fraction(2, 3)]])
+def test_shares_hold_over_any_stretch(shares):
+    pattern, n = Pattern(shares), 400
+    corpora = pattern.corpus_of(np.arange(n))
+    for i, share in enumerate(shares):
+        count = np.concatenate([[0], np.cumsum(corpora == i)])  # rows of it before each row
+        assert (pattern.rows_before(np.arange(n + 1), i) == count).all()
+        assert abs(count - np.arange(n + 1) * float(share)).max() < 1
+        for length in (20, 60):
+            assert set(count[length:] - count[:-length]) <= {
+                *range(int(length * share) - 1, int(length * share) + 3)
+            }
+    assert np.bincount(corpora[: 20 * 3], minlength=len(shares)).tolist() == [60 * share for share in shares]
+
+
+def test_each_row_is_of_one_corpus_and_each_corpus_is_read_once(tmp_path):
+    """Three corpora, told apart by their tokens, through a switch: over an epoch of each, every token of it
+    once."""
+    sizes = [3000, 1100, 400]
+    sources = [(np.arange(n) + 10_000 * i, share) for i, (n, share) in enumerate(zip(sizes, UNEVEN))]
+    phases = [Phase(0, 7, 3, 3), Phase(7, 90, 1, 1)]
+    s = TokenStream(sources, 4, phases, 20, range(20), seed=3)
+    read, step = [[], [], []], 0
+    while step < 60:
+        n_in = 3 if step < 7 else 1
+        rows = s.read(step).numpy()
+        assert (rows // 10_000 == rows[:, :1] // 10_000).all()
+        assert np.bincount(rows[:, 0] // 10_000).tolist() == [14, 5, 1]  # of 20, in every step
+        for row in rows:
+            read[row[0] // 10_000] += (row[: 4 * n_in] % 10_000).tolist()
+        step += 1
+    for tokens, order in zip(read, s.orders):
+        n = min(order.epoch_tokens, len(tokens))
+        assert len(set(tokens[:n])) == n  # nothing twice in an epoch
+    assert sorted(read[0][: s.orders[0].epoch_tokens]) == list(range(s.orders[0].epoch_tokens))
+
+
+def test_ranks_and_resuming_change_nothing():
+    sources = [(np.arange(2000), HALVES[0]), (np.arange(2000) + 10_000, HALVES[1])]
+    phases = [Phase(0, 3, 2, 2), Phase(3, 30, 1, 1)]
+    whole = TokenStream(sources, 4, phases, 6, range(6), seed=3)
+    parts = [TokenStream(sources, 4, phases, 6, range(i, i + 2), seed=3) for i in (0, 2, 4)]
+    later = TokenStream(sources, 4, phases, 6, range(6), seed=3, state=whole.state(), step=9)
+    for step in (0, 2, 3, 9, 10):
+        assert np.array_equal(np.concatenate([p.read(step) for p in parts]), whole.read(step))
+        assert np.array_equal(later.read(step), whole.read(step))
+    other = [(tokens, share) for (tokens, _), share in zip(sources, (Fraction(1, 4), Fraction(3, 4)))]
+    changed = TokenStream(other, 4, phases, 6, range(6), seed=3, state=whole.state(), step=9)
+    assert changed.first_step == 9 and changed.tokens_at(9) == whole.tokens_at(9)
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, step in (("a", 1), ("b", 7)):
+        tokens = np.cumsum(rng.choice([step, 20], 4500)) % 50
+        write_corpus(tmp_path / name, tokens[:4000], tokens[4000:], 50)
+    write_corpus(tmp_path / "c", range(60), range(60), 60)
+    return {name: str(tmp_path / name) for name in "abc"}
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("{a}:0.5,{b}:0.4", "sum to 1, not 0.9"), ("{a}:1.5,{b}:-0.5", "positive"),
+        ("{a}:0.5,{b}", "NAME:SHARE"),
+        ("{a}:0.5,{c}:0.5", "vocab_size 60.*same --encoding"), ("{a}:0.5,no/such:0.5", "no prepared corpus"),
+        ("{a}:0.1,{b}:0.2,{b}:0.6", "sum to 1, not 0.9"), ("{a}:nan,{b}:0.5", "NAME:SHARE|no prepared"),
+    ],
+)  # fmt: skip
+def test_mixtures_that_cannot_be_are_one_line(corpora, spec, words):
+    with pytest.raises(UserError, match=words) as e:
+        open_mixture(spec.format(**corpora))
+    assert "\n" not in str(e.value)
+
+
+def test_a_run_on_a_mixture(run, tiny, corpora, tmp_path):
+    """Its validation loss is the mean by share of those of its parts, which a run on one of them has for the
+    same weights; another mixture of the same corpora is another corpus."""
+    spec = "{a}:0.25,{b}:0.75".format(**corpora)
+    knobs = dict(learning_rate=1e-30, max_steps=4, superposition_ratio=0.5)
+    row = run(dataset=spec, **knobs)[-1]
+    alone = [
+        run(dataset=corpora[name], out_dir=str(tmp_path / f"only_{name}"), **knobs)[-1]["val_loss"]
+        for name in "ab"
+    ]
+    assert [row["val_loss_a"], row["val_loss_b"]] == alone
+    assert row["val_loss"] == pytest.approx(0.25 * alone[0] + 0.75 * alone[1])
+    described = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [part["share"] for part in described["data"]["mixture"]] == ["1/4", "3/4"]
+    with pytest.raises(UserError, match="does not hold the corpus"):
+        run(dataset="{a}:0.5,{b}:0.5".format(**corpora), resume=True, **knobs)
+    assert run(dataset=spec, resume=True, **knobs)[-1] == row
