@@ -23,15 +23,15 @@ os.environ.setdefault(
 import torch
 import torch.nn.functional as F
 
-from model import GPT
 from nanotst import UserError
-from nanotst.checkpoint import load_initial, model_config, resume, save_checkpoint
+from nanotst.checkpoint import Saver, load_initial, model_config, resume
 from nanotst.configurator import run, validate
 from nanotst.huggingface import load_hf
 from nanotst.log import RunFolder, progress, router_metrics
-from nanotst.machine import Machine, StopSignals
+from nanotst.machine import Machine, StopSignals, as_one
 from nanotst.mixture import open_mixture
 from nanotst.optim import OPTIMIZERS, SCHEDULES, make_optimizer, rate_multiplier, set_rates
+from nanotst.parallel import build, clip_gradients, init_weights, sync_gradients, wrap
 from nanotst.stream import TokenStream, validation_rows
 from tst import (
     BAG_WEIGHTS,
@@ -135,6 +135,8 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products; weights are float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto is on for cuda
     threads: int = 0  # CPU threads of a rank; 0: PyTorch's choice, or a rank's share of the cores
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # fsdp spreads the model over the ranks; auto: ddp
+    shard_size: int = 0  # fsdp: ranks that share one set of weights, such as those of a node; 0: all
 
 
 # knobs that may differ when a run is resumed: they do not change what is learned (what counts of the dataset
@@ -142,7 +144,7 @@ class Config:
 FREE_ON_RESUME = {
     "out_dir", "dataset", "resume", "allow_changes", "overwrite", "init_from", "batch_size", "eval_interval",
     "log_interval", "save_interval", "wandb_project", "device", "compile", "threads",
-    "checkpoint_activations",
+    "checkpoint_activations", "parallel", "shard_size",
 }  # fmt: skip
 
 
@@ -166,7 +168,7 @@ def reinitialise(model, optimizer, parts, seed):
     """Draw the named parts of the model anew, forget the optimizer's moments: what one had better not do."""
     torch.manual_seed(seed)
     if names := [REINIT[part] for part in parts if REINIT[part]]:
-        model.init_weights(names)
+        init_weights(model, names)
     if "optimizer" in parts:
         optimizer.forget()
 
@@ -182,7 +184,8 @@ def check(c, world_size):
         if not 0 <= getattr(c, key) <= 1:
             raise UserError(f"{key} must lie in 0..1, got {getattr(c, key)}")
     for key in ("seed", "batch_size", "n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps",
-                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate"):  # fmt: skip
+                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate",
+                "shard_size"):  # fmt: skip
         if not getattr(c, key) >= 0:
             raise UserError(f"{key} must not be negative, got {getattr(c, key)}")
     for key in ("beta1", "beta2"):
@@ -227,6 +230,8 @@ def main(c):
     phases = check(c, int(os.environ.get("WORLD_SIZE", 1)))  # TST: the steps on bags, then ordinary ones
     machine = Machine.start(c)
     device, world_size, say = machine.device, machine.world_size, machine.say
+    folder = RunFolder(c.out_dir, machine)
+    c = folder.after_restart(c)
     corpus = open_mixture(c.dataset)
     if c.document_bags and corpus.meta["separator"] is None:
         raise UserError(
@@ -244,27 +249,28 @@ def main(c):
     read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
     sources = [(part.train, share) for _, part, share in corpus.parts]
     stream = TokenStream(sources, c.block_size, phases, **read)
-    # the fixed validation rows of each corpus, the same whatever the phase and the world size: this rank's
+    # the fixed validation rows of each corpus, the same whatever the phase and the world size: this rank's,
+    # filled up with rows of -1, since all ranks have to run as many batches
     val = [validation_rows(part.val, c.eval_positions, c.block_size) for _, part, _ in corpus.parts]
+    val = [F.pad(rows, (0, 0, 0, -len(rows) % world_size), value=-1) for rows in val]
     val_mine = [rows[machine.rank :: world_size] for rows in val]
 
     # ---------------------------------------------------------------------------------- model, new or resumed
     torch.manual_seed(c.seed)
-    with torch.device(device):
-        model = GPT(model_config(dataclasses.asdict(c), corpus.meta))
+    model = build(model_config(dataclasses.asdict(c), corpus.meta), machine)
     if c.init_from.startswith("hf:") and not c.resume:
         load_hf(model, c.init_from[3:], say)
     elif c.init_from and not c.resume:
         load_initial(c.init_from, model, corpus)
     optimizer = make_optimizer(model, c, machine.device_type)
-    folder = RunFolder(c.out_dir, machine)
     folder.begin(c.resume, c.overwrite)
+    saver = Saver(machine)
     step, seconds, best_val = 0, 0.0, math.inf
     # MoE: the share of positions that chose each expert in the step before, of all ranks and micro-steps, so
     # that the balance loss is the same however a batch is cut; (n_layer, E), even before the first step
     shares = torch.full((c.n_layer, c.n_expert), c.top_k / c.n_expert, device=device) if c.n_expert else None
     if c.resume:
-        saved = resume(folder.last, model, optimizer, c, corpus, FREE_ON_RESUME)
+        saved = resume(folder.newest(), model, optimizer, c, corpus, FREE_ON_RESUME)
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
         shares = saved["shares"].to(device) if c.n_expert else None
         stream = TokenStream(sources, c.block_size, phases, **read, state=saved["stream"], step=step)
@@ -302,13 +308,16 @@ def main(c):
         """Ordinary next-token loss, nats per token, whatever the phase, of this rank's rows (n, L+1) and the
         others'."""
         run.eval()
-        total = torch.tensor([0.0, len(rows)], device=device)  # sum of the rows' losses, number of rows
+        total = torch.zeros(2, device=device)  # sum of the rows' losses, number of rows
         for part in rows.split(batch_size):
-            tokens = F.pad(part, (0, 0, 0, batch_size - len(part))).to(device)  # one shape, so one graph
+            fill = 0, 0, 0, batch_size - len(part)
+            tokens = F.pad(part, fill, value=-1).to(device)  # one shape, so one graph
+            n = (tokens[:, 0] >= 0).sum()  # without the rows that fill up
             labels = tokens[:, 1:, None].long()  # (B, L, 1)
-            labels[len(part) :] = -100
+            labels = labels.masked_fill(labels < 0, -100)
             with machine.autocast():
-                total[0] += run(tokens[:, :-1, None], labels)[0] * len(part)
+                loss = run(tokens[:, :-1, None].clamp(min=0), labels)[0]
+            total += torch.stack((loss * n, n))
         run.train()
         loss_sum, n = machine.mean(total).tolist()
         return loss_sum / n
@@ -323,7 +332,7 @@ def main(c):
 
     raw_model = model  # checkpoints hold its keys
     model, compiled = machine.compile(raw_model, c.compile, warm_up)
-    shared = machine.share(model)
+    shared = wrap(model, machine)
     describe_run(c, machine, raw_model, stream, compiled, micro_steps, step)
 
     # --------------------------------------------------------------------------------------------------- loop
@@ -338,15 +347,14 @@ def main(c):
         loss_sum, load, entropy = 0.0, 0.0, 0.0
         micro_batches = stream.batch(step).split(batch_size)  # (B, L*n_in + n_out) each
         for i, part in enumerate(micro_batches):
-            if machine.distributed:  # gradients travel once, with the last one
-                shared.require_backward_grad_sync = i == micro_steps - 1
+            sync_gradients(shared, i == micro_steps - 1)  # they travel once, with the last one
             objective, loss, router = forward(shared, part, phase.n_in, phase.n_out)
             (objective / micro_steps).backward()
             loss_sum += loss.detach()
             if router:
                 load += router["load"]
                 entropy += router["entropy"]
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), c.grad_clip or math.inf)
+        grad_norm = clip_gradients(raw_model, c.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         if c.n_expert:
@@ -398,18 +406,18 @@ def main(c):
             "meta": corpus.meta, "data": corpus.folder, "versions": described["versions"],
             "best_val": min(best_val, row.get("val_loss", best_val)),
         }  # fmt: skip
-        if (
-            machine.master and state["best_val"] < best_val
-        ):  # never resumed, and moments are twice the weights' size
-            save_checkpoint(folder.best, state)
-        if machine.master and save_now:
-            save_checkpoint(folder.last, state | {"optimizer": optimizer.state_dict()})
+        if state["best_val"] < best_val:  # never resumed, and moments are twice the weights' size
+            saver.save(folder.best, state)
+        if save_now:
+            saver.save(folder.last, state | {"optimizer": optimizer.state_dict()})
         best_val = state["best_val"]
         if stopping:
+            saver.wait()
             say(f"stopped by {signals.reason} after step {step}; go on with --resume")
             break
         clock, logged_at = time.perf_counter(), step
 
+    saver.wait()
     folder.finish()
     del shared
     machine.leave()
@@ -445,7 +453,7 @@ def describe_run(c, machine, model, stream, compiled, micro_steps, step):
 
 if __name__ == "__main__":
     try:
-        run(main, Config)
+        run(as_one(main), Config)
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory; give a smaller --batch_size (the total batch stays the same), or "
                  "--checkpoint_activations")  # fmt: skip

@@ -41,7 +41,13 @@ def run(main, cls, argv=None):
     for stream in (sys.stdout, sys.stderr):  # whatever the terminal's encoding, a text never ends the program
         stream.reconfigure(errors="replace")
     try:
-        main(parse(cls, sys.argv[1:] if argv is None else argv))
+        try:
+            config = parse(cls, sys.argv[1:] if argv is None else argv)
+        except UserError:
+            if int(os.environ.get("RANK", 0)):  # all ranks have the same command line, and rank 0 says it
+                sys.exit(1)
+            raise
+        main(config)
     except UserError as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

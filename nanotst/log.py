@@ -2,13 +2,15 @@
 write there."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
 from pathlib import Path
 
 from nanotst import UserError
-from nanotst.checkpoint import write_safely
+from nanotst.checkpoint import exists, forms, newest, remove
+from nanotst.files import write_safely
 
 with contextlib.suppress(ImportError):  # not on Windows, where a folder has no lock
     import fcntl
@@ -17,37 +19,67 @@ with contextlib.suppress(ImportError):  # not on Windows, where a folder has no 
 class RunFolder:
     """The folder of a run. Only the master writes; the other ranks call the same methods to no effect.
 
-    metrics.jsonl holds a row per log interval; last.pt and best.pt are checkpoints; `lock` is held by the
-    process that trains, and released by the system when it ends, however it ends.
-    """
+    metrics.jsonl holds a row per log interval; last.pt and best.pt are checkpoints, of a sharded run last.dcp
+    and best.dcp; `lock` is held by the process that trains, and released by the system when it ends, however
+    it ends."""
 
     def __init__(self, out_dir, machine):
+        form = "dcp" if machine.parallel == "fsdp" else "pt"
         self.out_dir, self.machine = out_dir, machine
         self.metrics, self.last, self.best = (
-            os.path.join(out_dir, n) for n in ("metrics.jsonl", "last.pt", "best.pt")
+            os.path.join(out_dir, n) for n in ("metrics.jsonl", f"last.{form}", f"best.{form}")
         )
         self.wandb = None
 
+    def after_restart(self, c):
+        """The knobs, with which a process that torchrun has started again, since a rank of its run had died,
+        goes on with that run by itself. The folder of another run is not touched: `lock` says whose it is."""
+        restarted = False
+        if self.machine.master and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            with contextlib.suppress(OSError), open(os.path.join(self.out_dir, "lock")) as f:
+                restarted = f.read().endswith(f"{job()}\n")
+        if not self.machine.from_master(restarted):
+            return c
+        last = self.newest()
+        self.machine.say(f"torchrun has started again: going on from {last or 'the beginning'}")
+        return dataclasses.replace(c, resume=last is not None, overwrite=last is None)
+
+    def newest(self):
+        """The checkpoint to go on from, None if there is none."""
+        return newest(self.last)
+
     def begin(self, resume, overwrite):
-        """Lock the folder, and make room for a new run. Raises UserError if it holds a run that would be
-        lost."""
-        if not self.machine.master:
-            return
-        held = [path for path in (self.last, self.best, self.metrics) if os.path.exists(path)]
-        if resume and self.last not in held:
+        """Lock the folder, and make room for a new run. Raises UserError, on all ranks, if it holds a run
+        that would be lost."""
+        error = None
+        if self.machine.master:
+            try:
+                self._begin(resume, overwrite)
+            except UserError as e:
+                error = str(e)
+        if error := self.machine.from_master(error):
+            raise UserError(error)
+
+    def _begin(self, resume, overwrite):
+        held = [path for path in (*forms(self.last), *forms(self.best)) if exists(path)]
+        held += [self.metrics] * os.path.exists(self.metrics)
+        last = self.newest()
+        if resume and not last:
             what = "the log of a run that ended before its first save" if held else "no run"
             start = "start without --resume" + (", but with --overwrite" if held else "")
             raise UserError(f"there is no checkpoint {self.last}: the folder holds {what}; {start}")
         if held and not resume and not overwrite:
-            go_on = "go on with it (--resume), " if self.last in held else ""
-            what = "a run" if go_on else f"{os.path.basename(held[0])} of a run, but no last.pt to go on from"
+            go_on = "go on with it (--resume), " if last else ""
+            first, name = os.path.basename(held[0]), os.path.basename(self.last)
+            what = "a run" if last else f"{first} of a run, but no {name} to go on from"
             todo = f"{go_on}replace it (--overwrite) or choose another --out_dir"
             raise UserError(f"{self.out_dir} already holds {what}: {todo}")
         os.makedirs(self.out_dir, exist_ok=True)
         self._lock()
         if not resume:
             for path in held:
-                os.remove(path)
+                remove(path)
+        self._sign()  # after that: what a restarted process finds in a folder signed by it is its own
 
     def _lock(self):
         if "fcntl" not in globals():
@@ -62,9 +94,12 @@ class RunFolder:
             raise UserError(f"{self.out_dir} is in use by {who}; wait for it or choose another") from None
         except OSError:  # a file system without locks
             return
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        self.lock.flush()
+
+    def _sign(self):
+        if hasattr(self, "lock"):
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()} on {platform.node()}{job()}\n")
+            self.lock.flush()
 
     def keep_rows(self, step):
         """On resuming, drop the rows after `step`, which will be written again, and half a line of a killed
@@ -119,6 +154,14 @@ class RunFolder:
     def finish(self):
         if self.wandb:
             self.wandb.finish()
+
+
+def job():
+    """The torchrun that has started this process, in words: its id, or itself if it was given none."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name == "none":
+        name = f"{os.getppid()}@{platform.node()}"
+    return f", torchrun {name}" if name else ""
 
 
 def progress(row, max_steps, seconds_per_step):
