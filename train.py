@@ -31,7 +31,7 @@ from nanotst.log import RunFolder, progress, router_metrics
 from nanotst.machine import Machine, StopSignals, as_one
 from nanotst.mixture import open_mixture
 from nanotst.optim import OPTIMIZERS, SCHEDULES, make_optimizer, rate_multiplier, set_rates
-from nanotst.parallel import build, clip_gradients, redraw, sync_gradients, wrap
+from nanotst.parallel import build, clip_gradients, init_weights, sync_gradients, wrap
 from nanotst.stream import TokenStream, validation_rows
 from tst import (
     BAG_WEIGHTS,
@@ -168,7 +168,7 @@ def reinitialise(model, optimizer, parts, seed):
     """Draw the named parts of the model anew, forget the optimizer's moments: what one had better not do."""
     torch.manual_seed(seed)
     if names := [REINIT[part] for part in parts if REINIT[part]]:
-        redraw(model, names)
+        init_weights(model, names)
     if "optimizer" in parts:
         optimizer.forget()
 
@@ -249,9 +249,9 @@ def main(c):
     read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
     sources = [(part.train, share) for _, part, share in corpus.parts]
     stream = TokenStream(sources, c.block_size, phases, **read)
-    # the fixed validation rows of each corpus, the same whatever the phase and the world size: this rank's
+    # the fixed validation rows of each corpus, the same whatever the phase and the world size: this rank's,
+    # filled up with rows of -1, since all ranks have to run as many batches
     val = [validation_rows(part.val, c.eval_positions, c.block_size) for _, part, _ in corpus.parts]
-    # filled up with rows of -1, so that all ranks run as many batches
     val = [F.pad(rows, (0, 0, 0, -len(rows) % world_size), value=-1) for rows in val]
     val_mine = [rows[machine.rank :: world_size] for rows in val]
 

@@ -70,9 +70,8 @@ class RunFolder:
             raise UserError(f"there is no checkpoint {self.last}: the folder holds {what}; {start}")
         if held and not resume and not overwrite:
             go_on = "go on with it (--resume), " if last else ""
-            what, name = "a run", os.path.basename(self.last)
-            if not last:
-                what = f"{os.path.basename(held[0])} of a run, but no {name} to go on from"
+            first, name = os.path.basename(held[0]), os.path.basename(self.last)
+            what = "a run" if last else f"{first} of a run, but no {name} to go on from"
             todo = f"{go_on}replace it (--overwrite) or choose another --out_dir"
             raise UserError(f"{self.out_dir} already holds {what}: {todo}")
         os.makedirs(self.out_dir, exist_ok=True)

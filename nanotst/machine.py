@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+import uuid
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -105,8 +106,13 @@ class Machine:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         if distributed:
-            gpu = {"device_id": torch.device(device)} if device.startswith("cuda") else {}
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT, **gpu)
+            how = {"backend": "gloo", "timeout": TIMEOUT}
+            if device.startswith("cuda"):
+                how |= {"backend": "nccl", "device_id": torch.device(device)}
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = meet(env["RANK"], env["WORLD_SIZE"])
+                how |= {"store": store, "rank": env["RANK"], "world_size": env["WORLD_SIZE"]}
+            dist.init_process_group(**how)
         if c.threads or distributed and device == "cpu":  # torchrun's own choice is a single thread
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             torch.set_num_threads(c.threads or max(1, cores // env["LOCAL_WORLD_SIZE"]))
@@ -214,6 +220,34 @@ class Machine:
             dist.destroy_process_group()
 
 
+def meet(rank, ranks):
+    """A store for the ranks that are alive. torchrun keeps one store through all its restarts, with the
+    addresses of processes that have died, at which a new one would wait for a partner in vain; and its
+    restart counts may differ between nodes. So rank 0 answers each of the others by a name that nobody has
+    had before."""
+    store = agent_store(TIMEOUT)
+    me, deadline, missing = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds(), set(range(1, ranks))
+    if rank:
+        store.set(f"hello {rank}", me)
+        me = store.get(f"welcome {me}").decode()  # waits for it
+        store.set(f"{me} {rank}", "")
+    while missing and not rank:
+        missing = {r for r in missing if not store.check([f"{me} {r}"])}
+        for r in missing:
+            if store.check([f"hello {r}"]):  # maybe from the dead: then the living one is yet to come
+                store.set(f"welcome {store.get(f'hello {r}').decode()}", me)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"timed out: ranks {sorted(missing)} have not come")
+        time.sleep(0.02)
+    return dist.PrefixStore(me, store)
+
+
+def agent_store(timeout):
+    """The store of the torchrun that has started this process."""
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*where, is_master=False, timeout=timeout)
+
+
 class StopSignals:
     """Whether the run was asked to end, by Ctrl-C or SIGTERM. Ranks have to stop together, so they ask each
     other, about every `seconds` seconds, at a step that all of them know from the time before."""
@@ -286,11 +320,10 @@ def leave_at_once(e):
 
 
 def first_to_say(text):
-    """Whether no other rank has said this. They ask the store through which they met, if it is still
-    there."""
+    """Whether no other rank has said this, as far as the store knows in which they have met."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                              timeout=timedelta(seconds=5))  # fmt: skip
-        return store.add(f"said {zlib.crc32(text.encode())}", 1) == 1
+        store = agent_store(timedelta(seconds=5))
+        return store.add(f"said {attempt} {zlib.crc32(text.encode())}", 1) == 1
     except (RuntimeError, ValueError, KeyError):
         return True

@@ -48,14 +48,14 @@ def build(config, machine):
                 nn.Linear(layer.in_features, layer.out_features, bias=False)
             elif isinstance(layer, nn.Embedding):
                 nn.Embedding(layer.num_embeddings, layer.embedding_dim)
-        redraw(model)
+    init_weights(model)
     return model
 
 
-def redraw(model, names=("",)):
-    """Draw the weights anew whose names begin so; the same ones on any number of ranks."""
+def init_weights(model, parts=("",)):
+    """model.init_weights, for a model that may be sharded: each rank draws one whole parameter at a time."""
     for name, p in model.named_parameters():
-        if name.startswith(tuple(names)):
+        if name.startswith(tuple(parts)):
             whole = torch.empty(p.shape, device=p.device)
             model.init_weight(name, whole)
             copy_part(p, whole)

@@ -1,7 +1,7 @@
 """Many ranks: DDP and FSDP2 train as one process does, checkpoints of any number of ranks, ranks that fail.
 
-What takes several processes is run once, by four of them that do one training run after the other (the
-fixture `ranks`), or by torchrun; the rest by one rank in this process.
+What takes several processes is run once, by four of them that do one training run after the other (`ranks`),
+or by torchrun; the rest by one rank in this process.
 """
 
 import json
@@ -65,8 +65,7 @@ for job in json.load(sys.stdin):
     if me < job["ranks"]:
         if me == 0 and job["copy"]:
             shutil.copytree(job["copy"], job["knobs"]["out_dir"])
-        os.environ |= dict(RANK=str(me), LOCAL_RANK=str(me), MASTER_PORT=job["port"])
-        os.environ["WORLD_SIZE"] = str(job["ranks"])
+        os.environ |= dict(RANK=str(me), LOCAL_RANK=str(me), WORLD_SIZE=str(job["ranks"]))
         if job["knobs"]["parallel"] == "auto":  # without ranks
             del os.environ["RANK"], os.environ["WORLD_SIZE"]
         StopSignals.stop = lambda self, step: step == job["stop"]
@@ -86,7 +85,7 @@ def job(corpus, folder, name, ranks, stop=None, copy=None, **knobs):
         "out_dir": f"{folder}/{name}",
         **knobs,
     }
-    return dict(ranks=ranks, stop=stop, copy=copy and f"{folder}/{copy}", port=free_port(), knobs=knobs)
+    return dict(ranks=ranks, stop=stop, copy=copy and f"{folder}/{copy}", knobs=knobs)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +114,11 @@ def name_of(kind, n, knobs):
 
 
 def start_ranks(jobs):
-    """Four processes that do the jobs one after the other, each with as many of them as it has ranks."""
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    """Four processes that do the jobs one after the other, each with as many of them as it has ranks. They
+    meet each time anew in one store, which this process keeps as torchrun does."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1"}
+    env["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     processes = [
         subprocess.Popen([sys.executable, "-c", A_PROCESS, str(i)], cwd=ROOT, env=env, **pipes)
@@ -186,7 +188,7 @@ def test_sample_and_export_read_a_sharded_checkpoint(ranks, tmp_path, capsys):
     sign(path)
     sample.main(sample.Config(checkpoint=str(path), prompt="\n", n_tokens=5, device="cpu"))
     assert capsys.readouterr().out.startswith("\n")
-    export.main(export.Config(checkpoint=str(path), folder=str(tmp_path / "hf")))
+    export.main(export.Config(str(path), str(tmp_path / "hf")))
     assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
@@ -307,6 +309,15 @@ def test_an_interrupted_sharded_run_goes_on_bit_for_bit(fsdp, tmp_path, monkeypa
         fsdp(**MOE)
     keys = "step", "loss", "val_loss", "grad_norm", "lr", "data_tokens", "max_violation"
     assert column(fsdp(resume=True, **MOE), *keys) == column(unbroken, *keys)
+
+
+def test_what_begins_anew_at_the_switch_is_the_same_sharded(fsdp, run, tmp_path, monkeypatch):
+    anew = dict(reinit_at_switch="embedding,head,optimizer", **DENSE)
+    rows = fsdp(**anew)
+    monkeypatch.delenv("RANK")
+    plain = run(out_dir=str(tmp_path / "plain"), **anew)
+    assert_same_losses(rows, plain)
+    assert rows[-1]["loss"] != pytest.approx(run(out_dir=str(tmp_path / "x"), **DENSE)[-1]["loss"], rel=1e-3)
 
 
 def test_a_checkpoint_is_a_copy_of_its_moment(fsdp, tmp_path, monkeypatch):
@@ -453,6 +464,10 @@ def test_initial_weights_from_either_form(fsdp, run, folder, tmp_path, monkeypat
         patch.delenv("RANK")
         run(init_from=str(folder), out_dir=str(tmp_path / "plain"), **frozen)
     fsdp(init_from=str(tmp_path / "plain" / "last.pt"), out_dir=str(tmp_path / "again"), **frozen)
+    export.main(export.Config(str(folder), str(tmp_path / "hf")))
+    fsdp(init_from=f"hf:{tmp_path}/hf", out_dir=str(tmp_path / "hugging"), **frozen)
+    hugging = load_checkpoint(f"{tmp_path}/hugging/last.dcp")["model"]
+    assert all(torch.equal(hugging[name][:50], t[:50]) for name, t in wanted.items())  # without the padding
     for path in ("sharded/last.dcp", "plain/last.pt", "again/last.dcp"):
         got = load_checkpoint(str(tmp_path / path))["model"]
         assert all(torch.equal(got[name], wanted[name]) for name in wanted), path
@@ -509,13 +524,25 @@ def test_a_restarted_process_goes_on_with_its_own_run_alone(tiny, tmp_path, monk
 # ---- torchrun
 
 
-def torchrun(n, script, *arguments, **env):
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *script]
-        + [*arguments],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+@pytest.fixture
+def torchrun():
+    """torchrun(ranks, [options, script], arguments) starts it, for this test alone."""
+    started = []
+
+    def start(n, script, arguments):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        process = subprocess.Popen(
+            [*command, *script, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()  # it ends its ranks
+            process.communicate()
 
 
 def arguments(corpus, folder, **knobs):
@@ -543,12 +570,12 @@ run(as_one(train.main), train.Config)
 """
 
 
-def test_a_run_whose_ranks_are_killed_or_fail_goes_on_by_itself(corpus, ranks, tmp_path):
+def test_a_run_whose_ranks_are_killed_or_fail_goes_on_by_itself(torchrun, corpus, ranks, tmp_path):
     """torchrun --max-restarts: once from the beginning, once from a checkpoint, to the unbroken run's
     losses."""
     (tmp_path / "breaks.py").write_text(BREAKS)
     knobs = arguments(corpus, tmp_path / "run", parallel="fsdp", save_interval=3, **MOE)
-    process = torchrun(2, ["--max-restarts=2", str(tmp_path / "breaks.py")], *knobs)
+    process = torchrun(2, ["--max-restarts=2", str(tmp_path / "breaks.py")], knobs)
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     assert_same_losses(read_rows(tmp_path / "run"), read_rows(ranks / "moe short"))
@@ -558,10 +585,10 @@ def test_a_run_whose_ranks_are_killed_or_fail_goes_on_by_itself(corpus, ranks, t
     assert out.count("Traceback") == 1
 
 
-def test_sigterm_saves_before_torchrun_kills(corpus, tmp_path):
+def test_sigterm_saves_before_torchrun_kills(torchrun, corpus, tmp_path):
     """All ranks agree on the step, without asking each other in every step."""
     knobs = arguments(corpus, tmp_path / "run", parallel="fsdp", max_steps=100_000, batch_size=1, **DENSE)
-    process = torchrun(2, ["train.py"], *knobs)
+    process = torchrun(2, ["train.py"], knobs)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.1)
@@ -575,10 +602,10 @@ def test_sigterm_saves_before_torchrun_kills(corpus, tmp_path):
     assert saved["step"] == read_rows(tmp_path / "run")[-1]["step"] < 100_000
 
 
-def test_an_error_that_all_ranks_meet_is_printed_once(corpus, tmp_path):
+def test_an_error_that_all_ranks_meet_is_printed_once(torchrun, corpus, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("of another run")
-    process = torchrun(2, ["--max-restarts=0", "train.py"], *arguments(corpus, tmp_path / "run"))
+    process = torchrun(2, ["train.py"], arguments(corpus, tmp_path / "run"))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.findall("^error: .*", out, re.M) == re.findall("^error: .*run already holds.*", out, re.M)
