@@ -275,12 +275,10 @@ class GPT(nn.Module):
         self.init_weights()
         self.init_buffers()
 
-    def init_weights(self, parts=("",)):
-        """Draw the weights anew, as in the table at the top of this file: all, or those whose names begin
-        so."""
+    def init_weights(self):
+        """Draw all weights anew, as in the table at the top of this file."""
         for name, p in self.named_parameters():
-            if name.startswith(tuple(parts)):
-                self.init_weight(name, p)
+            self.init_weight(name, p)
 
     def init_weight(self, name, p):
         std = 0.5 / math.sqrt(self.config.n_embd)
