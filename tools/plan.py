@@ -529,15 +529,17 @@ def measure(c):
               micro_steps=rank_rows // rows)  # fmt: skip
     at, parts = peak(m, rows, way, max(n_out for _, n_out in kinds))
     machine.leave()
-    return {"measured": measured, "planned": sum(parts.values()), "peak_at": at, "way": asdict(way)}
+    return {"measured": measured, "planned": sum(parts.values()), "peak_at": at, "way": asdict(way),
+            "vocab_size": shape.vocab_size}  # fmt: skip
 
 
 def main(c):
     if c.measure:
         found = measure(c)
         ratio = found["planned"] / found["measured"]
-        text = (f"{' '.join(c.arguments)}: measured {found['measured'] / 1e6:.1f} MB, planned "
-                f"{found['planned'] / 1e6:.1f} MB ({ratio:.3f}), peak at {found['peak_at']}")  # fmt: skip
+        text = (f"{' '.join(c.arguments)}, {found['vocab_size']:,} words: measured "
+                f"{found['measured'] / 1e6:.1f} MB, planned {found['planned'] / 1e6:.1f} MB ({ratio:.3f}), "
+                f"peak at {found['peak_at']}")  # fmt: skip
         print(json.dumps(found) if c.json else text)
     else:
         plan = make_plan(c)
