@@ -225,6 +225,24 @@ def bag_sizes(bag_size):
     return sizes
 
 
+@torch.no_grad()
+def evaluate(net, rows, batch_size, machine):
+    """Ordinary next-token loss, nats per token, whatever the phase, of this rank's rows (n, L+1) and the
+    others'. Rows of -1 fill up a batch, so that there is one graph, and as many batches on all ranks."""
+    net.eval()
+    total = torch.zeros(2, device=machine.device)  # sum of the rows' losses, number of rows
+    for part in rows.split(batch_size):
+        tokens = F.pad(part, (0, 0, 0, batch_size - len(part)), value=-1).to(machine.device)  # (B, L+1)
+        n = (tokens[:, 0] >= 0).sum()
+        labels = tokens[:, 1:, None].long()  # (B, L, 1)
+        with machine.autocast():
+            loss = net(tokens[:, :-1, None].clamp(min=0), labels.masked_fill(labels < 0, -100))[0]
+        total += torch.stack((loss * n, n))
+    net.train()
+    loss_sum, n = machine.mean(total).tolist()
+    return loss_sum / n
+
+
 def main(c):
     # -------------------------------------------------------------------------------- machine, corpus, phases
     phases = check(c, int(os.environ.get("WORLD_SIZE", 1)))  # TST: the steps on bags, then ordinary ones
@@ -232,18 +250,12 @@ def main(c):
     device, world_size, say = machine.device, machine.world_size, machine.say
     folder = RunFolder(c.out_dir, machine)
     c = folder.after_restart(c)
-    corpus = open_mixture(c.dataset)
+    corpus = open_mixture(c.dataset, say)
     if c.document_bags and corpus.meta["separator"] is None:
-        raise UserError(
-            f"document_bags needs a corpus with a separator of documents, and {c.dataset} names none"
-        )
-    for _, part, _ in corpus.parts:
-        if part.note:  # what was guessed of it
-            say(part.note)
+        raise UserError(f"document_bags needs a separator of documents, and {c.dataset} names none")
     n_rows = c.total_batch // c.block_size  # rows of a global batch
-    rows = range(
-        machine.rank * n_rows // world_size, (machine.rank + 1) * n_rows // world_size
-    )  # of this rank
+    first, end = (rank * n_rows // world_size for rank in (machine.rank, machine.rank + 1))
+    rows = range(first, end)  # those of this rank
     batch_size = c.batch_size or len(rows)  # rows of a micro-batch
     micro_steps = len(rows) // batch_size
     read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
@@ -287,7 +299,7 @@ def main(c):
     kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases)  # each is a graph of its own
     weights = {n: bag_weights(c.bag_weights, n, **fit).to(device) for _, n in kinds if n > 1}  # (n_out,)
 
-    def forward(run, tokens, n_in, n_out):
+    def forward(net, tokens, n_in, n_out):
         """Rows (B, L*n_in + n_out) -> what is minimised, the loss of tokens in it, the routers'
         statistics."""
         bags, labels = bags_and_labels(tokens, n_in, n_out)  # TST: (B, L, n_in), (B, L, n_out)
@@ -297,38 +309,19 @@ def main(c):
             if c.document_bags:
                 bag_share, labels = within_documents(tokens, n_in, n_out, corpus.meta["separator"])
         with machine.autocast():
-            loss, router = run(bags, labels, weights.get(n_out), kind, shares, bag_share)
+            loss, router = net(bags, labels, weights.get(n_out), kind, shares, bag_share)
         if router is None:
             return loss, loss, None
         balance = c.balance_coef * router["balance_loss"].mean() + c.z_coef * router["z_loss"].mean()
         return loss + balance, loss, router
 
-    @torch.no_grad()
-    def evaluate(run, rows):
-        """Ordinary next-token loss, nats per token, whatever the phase, of this rank's rows (n, L+1) and the
-        others'."""
-        run.eval()
-        total = torch.zeros(2, device=device)  # sum of the rows' losses, number of rows
-        for part in rows.split(batch_size):
-            fill = 0, 0, 0, batch_size - len(part)
-            tokens = F.pad(part, fill, value=-1).to(device)  # one shape, so one graph
-            n = (tokens[:, 0] >= 0).sum()  # without the rows that fill up
-            labels = tokens[:, 1:, None].long()  # (B, L, 1)
-            labels = labels.masked_fill(labels < 0, -100)
-            with machine.autocast():
-                loss = run(tokens[:, :-1, None].clamp(min=0), labels)[0]
-            total += torch.stack((loss * n, n))
-        run.train()
-        loss_sum, n = machine.mean(total).tolist()
-        return loss_sum / n
-
-    def warm_up(run):
+    def warm_up(net):
         for n_in, n_out in kinds:
             first = next(p.start for p in phases if (p.n_in, p.n_out) == (n_in, n_out))
             tokens = stream.read(first)[:batch_size].to(device)  # any text will do
-            forward(run, tokens, n_in, n_out)[0].backward()
+            forward(net, tokens, n_in, n_out)[0].backward()
             optimizer.zero_grad()
-        evaluate(run, val_mine[0][:1])
+        evaluate(net, val_mine[0][:1], batch_size, machine)
 
     raw_model = model  # checkpoints hold its keys
     model, compiled = machine.compile(raw_model, c.compile, warm_up)
@@ -387,13 +380,15 @@ def main(c):
         if c.n_expert:
             row |= router_metrics(load, machine.mean(entropy / micro_steps))
         if evaluate_now:
-            losses = [evaluate(model, rows) for rows in val_mine]
+            losses = [evaluate(model, rows, batch_size, machine) for rows in val_mine]
             row["val_loss"] = sum(loss * float(share) for loss, (*_, share) in zip(losses, corpus.parts))
             row |= {f"val_loss_{name}": loss for loss, (name, *_) in zip(losses, corpus.parts) if name}
             if corpus.bytes_per_token:
                 row["val_bpb"] = row["val_loss"] / math.log(2) / corpus.bytes_per_token
         # the loss is that of the weights before this step; those after it are tried before they are saved
-        after = row.get("val_loss") or (evaluate(model, val_mine[0][:batch_size]) if save_now else 0.0)
+        after = row.get("val_loss", 0.0)
+        if save_now and not evaluate_now:
+            after = evaluate(model, val_mine[0][:batch_size], batch_size, machine)
         if not all(map(math.isfinite, (loss, row["grad_norm"], after))):  # the same on all ranks; never saved
             raise UserError(
                 f"the loss is not finite at step {step} (before it {loss}, its gradient {row['grad_norm']}, "
