@@ -111,7 +111,8 @@ def test_the_3b_model_as_counted_by_hand():
     ddp, fsdp = found["options"][:2]
     for part, n_bytes in dict(weights=4 * n, gradients=4 * n, moments=8 * n).items():
         assert ddp["parts"][part] == n_bytes
-        assert fsdp["parts"][part] == n_bytes / 8
+        whole = part == "gradients"  # summed over micro-steps before they are cut
+        assert fsdp["parts"][part] == (n_bytes if whole else n_bytes / 8)
 
 
 @pytest.mark.parametrize(
@@ -159,10 +160,16 @@ def tiny(**own):
 
 
 def test_shards_divide_the_states_and_not_what_is_gathered():
-    found = [moments(tiny(), 1, Way(parallel="fsdp", shards=n, micro_steps=2))["loss"] for n in (2, 8)]
+    found = [moments(tiny(), 1, Way(parallel="fsdp", shards=n))["optimizer"] for n in (2, 8)]
     for part in ("weights", "moments", "gradients"):
         assert found[0][part] == 4 * found[1][part]
+    found = [moments(tiny(), 1, Way(parallel="fsdp", shards=n))["loss"] for n in (2, 8)]
     assert found[0]["gathered"] == found[1]["gathered"] > 0
+
+
+def test_muon_is_not_planned_in_shards():
+    found = make_plan(config("config/dense_270m.py", "optimizer=muon", gpus=8))
+    assert {option["settings"]["parallel"] for option in found["options"]} == {"ddp"}
 
 
 def test_recomputing_keeps_one_input_a_block():

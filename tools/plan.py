@@ -9,14 +9,14 @@ keeps and makes is counted tensor by tensor, from the code of model.py and nanot
 assumed:
 
     gradients     in float32, there all the time with DDP (its buckets) or several micro-steps, otherwise from
-                  the backward pass on; AdamW keeps two moments, Muon one
+                  the backward pass on; FSDP keeps them whole on each GPU between micro-steps
     kept          for the backward pass, what autograd saves. Compiled, what torch's partitioner saved on a
                   CPU, the inputs of matrix products among it; on a GPU it may choose otherwise
     loss, logits  a chunk of logits, and the gradient of the head in float32, for a moment twice
     transient     the most gradients of activations that stand beside each other
-    gathered      FSDP, of the largest unit (embedding, a block, the head): itself, the next one and its
-                  buffer in bfloat16, its gradients in bfloat16, and in float32 to be summed. Gradients are
-                  summed in each micro-step
+    gathered      FSDP, of the largest unit (a block, the head): itself, the next one and its buffer in the
+                  dtype of matrix products, its gradients, and those in float32 to be summed; the embedding is
+                  gathered in float32
     reserve       CUDA, NCCL, fragmentation: a guess, --reserve
 
 The parts are those at the moment of the peak, so that they add up. MFU counts the FLOPs of the model alone,
@@ -233,13 +233,16 @@ def moments(m, rows, way, bag=1):
     stay = way.micro_steps > 1 or way.parallel == "ddp"
     all_gradients = 4 * m.parameters / shards
     of_first = m.block + (0 if c.tie_embeddings else m.table)  # block, and the embedding: the last to come
-    gradients, of_head, but_first = (all_gradients,) * 3 if stay else (
-        0, 4 * m.table / shards, all_gradients - 4 * of_first / shards)  # fmt: skip
+    gradients, of_head, but_first = 0, 4 * m.table / shards, all_gradients - 4 * of_first / shards
+    at_end = all_gradients
+    if stay:  # FSDP sums those of several micro-steps before it cuts them
+        gradients = of_head = but_first = at_end = 4 * m.parameters if sharded else all_gradients
     of_mlp = 0 if stay or sharded else 4 * sum(n for name, n in m.matrices.items() if name.startswith("mlp"))
     new_table = 0 if sharded else 4 * m.table  # while it is made, or added to what is there
     states = {"weights": 4 * m.parameters / shards, "moments": m.moments / shards}
     if sharded:
-        states["gathered"] = max(m.block, m.table) * (4 * e + 4)
+        head = m.table * ((16 if c.tie_embeddings else 4 * e) + 4)
+        states["gathered"] = max(m.block * (4 * e + 4), head)
 
     inputs = N * e * c.n_embd  # of a block
     casts = 2 * sum(m.matrices.values()) if e == 2 and not sharded else 0  # weights of a block in bfloat16
@@ -270,9 +273,10 @@ def moments(m, rows, way, bag=1):
         "head": states | {"gradients": gradients, "kept": kept + last, "loss": 2 * new_table + 2 * inputs},
         "last block": states | {"gradients": of_head} | inside | {"kept": others + inside["kept"]},
         "first block": states | {"gradients": but_first} | inside,
-        "embedding": states | {"gradients": all_gradients, "transient": embedding},
-        "optimizer": states | {"gradients": all_gradients, "transient": m.scratch},
-    }
+        "embedding": states | ({"gathered": 16 * m.table} if sharded else {})
+                     | {"gradients": at_end, "transient": embedding},
+        "optimizer": states | {"gathered": 0, "gradients": all_gradients, "transient": m.scratch},
+    }  # fmt: skip
 
 
 def peak(m, rows, way, bag=1):
@@ -322,6 +326,8 @@ def ways(c, knobs):
     shards = c.shard_size or getattr(knobs, "shard_size", 0) or c.gpus
     kinds = [one] if c.gpus == 1 else [replace(one, parallel="ddp"),
                                        replace(one, parallel="fsdp", shards=shards)]  # fmt: skip
+    if knobs.optimizer == "muon":  # works on whole matrices
+        kinds = [way for way in kinds if way.parallel != "fsdp"]
     kinds = [way for way in kinds if wanted in ("auto", way.parallel) or c.gpus == 1]
     return [replace(way, checkpointing=again) for again in (False, True) for way in kinds]
 
