@@ -113,6 +113,11 @@ EXPERT = 3 * C * F_
             V * C + 2 * (2 * ATTENTION + EXPERT),
         ),
         (
+            dict(attention_window=5),
+            2 * V * C + 2 * (ATTENTION + EXPERT + 2 * C) + C,
+            V * C + 2 * (ATTENTION + EXPERT),
+        ),
+        (
             dict(tie_embeddings=True),
             V * C + 2 * (ATTENTION + EXPERT + 2 * C) + C,
             V * C + 2 * (ATTENTION + EXPERT),
@@ -123,14 +128,17 @@ EXPERT = 3 * C * F_
             V * C + 2 * (ATTENTION + C * E + TOP * EXPERT),
         ),
     ],
-    ids=["dense", "head_dim", "tied", "moe"],
+    ids=["dense", "head_dim", "window", "tied", "moe"],
 )
 def test_parameters_and_flops_by_hand(changes, total, in_products):
     """FLOPs of a position know nothing of bags. Padding rows are not counted."""
     model = gpt(**changes)
     assert model.n_params() == total
     width = 4 * model.config.head_dim  # H*D
-    attention = 2 * 2 * (2 * width * L)  # layers, (scores, sum), 2 FLOPs for each of H*D*L multiply-adds
+    seen = changes.get("attention_window", L)
+    attention = (
+        2 * 2 * (2 * width * seen)
+    )  # layers, (scores, sum), 2 FLOPs for each of H*D*seen multiply-adds
     assert model.flops_per_position() == 3 * (2 * in_products + attention)  # backward is twice the forward
 
 
@@ -146,11 +154,23 @@ def test_initialisation():
             assert abs(p.mean().item()) < base / 5, name
 
 
+def test_weights_of_some_parts_are_drawn_anew_and_the_others_stay():
+    model = gpt()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.init_weights(("embed", "blocks.1.mlp"))
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"embed.weight", "blocks.1.mlp.gate_up.weight", "blocks.1.mlp.down.weight"}
+    model.init_weights()
+    matrices = {name for name, p in model.named_parameters() if p.dim() > 1}
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == matrices
+
+
 @pytest.mark.parametrize(
     "wrong, word",
     [
         (dict(head_dim=7), "head_dim"),
         (dict(n_kv_head=3), "n_kv_head"),
+        (dict(attention_window=-1), "attention_window"),
         (dict(n_expert=4), "top_k"),
         (dict(n_expert=4, top_k=5), "top_k"),
         (dict(n_expert=4, top_k=2, ff_dim=52), "multiples of 8"),
@@ -245,10 +265,9 @@ def loop_model(model, x):
         for i in range(len(x)):
             for head in range(c.n_head):
                 shared = head // (c.n_head // c.n_kv_head)
-                scores = [
-                    turn(q[i, head], i) @ turn(k[j, shared], j) / math.sqrt(c.head_dim) for j in range(i + 1)
-                ]
-                out[i, head] = torch.stack(scores).softmax(0) @ v[: i + 1, shared]
+                seen = range(max(0, i + 1 - c.attention_window) if c.attention_window else 0, i + 1)
+                scores = [turn(q[i, head], i) @ turn(k[j, shared], j) / math.sqrt(c.head_dim) for j in seen]
+                out[i, head] = torch.stack(scores).softmax(0) @ v[seen.start : i + 1, shared]
         x = x + out.flatten(1) @ p[b + "attn.out.weight"].T
         h = norm(x, p[b + "mlp_norm.weight"]) @ p[b + "mlp.gate_up.weight"].T
         gate, up = h.chunk(2, dim=-1)
@@ -257,9 +276,10 @@ def loop_model(model, x):
 
 
 @pytest.mark.parametrize("norm_eps", [1e-5, 0.5])  # one that no digit hides, in each of the norms
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_dense_model_equals_a_plain_llama_in_float64(qk_norm, norm_eps):
-    model, x = make_lively(gpt(qk_norm=qk_norm, rope_theta=100.0, norm_eps=norm_eps)), tokens(12)
+@pytest.mark.parametrize("qk_norm, window", [(False, 0), (True, 0), (False, 5)])
+def test_dense_model_equals_a_plain_llama_in_float64(qk_norm, norm_eps, window):
+    shape = dict(qk_norm=qk_norm, norm_eps=norm_eps, attention_window=window, rope_theta=100.0)
+    model, x = make_lively(gpt(**shape)), tokens(12)
     wanted = loop_model(model, x)
     assert_close(model(x[None])[0].double(), wanted, rtol=1e-4, atol=1e-4)
     exact = model.double()
