@@ -11,11 +11,14 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 os.environ.setdefault(
     "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
 )  # the phases differ in tensor sizes
@@ -190,6 +193,8 @@ def check(c, world_size):
     for key in ("learning_rate", "norm_eps", "rope_theta"):
         if not getattr(c, key) > 0:
             raise UserError(f"{key} must be positive, got {getattr(c, key)}")
+    if c.threads > 1024:
+        raise UserError(f"threads must be at most 1024, got {c.threads}")
     if not c.out_dir:
         raise UserError("out_dir must name a folder")
     if unknown := set(filter(None, c.reinit_at_switch.split(","))) - REINIT.keys():
@@ -208,6 +213,23 @@ def check(c, world_size):
         return phase_list(c.max_steps, bag_sizes(c.bag_size), c.superposition_ratio, c.superposition)
     except ValueError as e:
         raise UserError(f"bag_size={c.bag_size}, superposition_ratio={c.superposition_ratio}: {e}") from None
+
+
+def check_size(shape, machine):
+    """Raises UserError for a model whose weights, gradients and moments this machine cannot hold."""
+    try:
+        with torch.device("meta"):  # without memory; two small ones, for any number of layers
+            one, two = (GPT(dataclasses.replace(shape, n_layer=n)).n_params() for n in (1, 2))
+    except RuntimeError as e:
+        raise UserError(f"there is no such model: {' '.join(str(e).split())[:100]}") from None
+    n_params = one + (shape.n_layer - 1) * (two - one)
+    needed = 16 * n_params + 4 * shape.block_size * shape.head_dim  # bytes; the rotary tables, too
+    memory = machine.memory * machine.world_size
+    if memory and needed > memory:
+        raise UserError(
+            f"training {n_params:,} parameters takes {needed / 1e9:,.0f} GB, here are {memory / 1e9:,.0f};"
+            " give a smaller model: n_embd, n_layer, ff_dim, n_expert or block_size"
+        )
 
 
 def bag_sizes(bag_size):
@@ -245,9 +267,11 @@ def main(c):
     val_mine = [rows[machine.rank :: world_size] for rows in val]
 
     # ---------------------------------------------------------------------------------- model, new or resumed
+    shape = model_config(dataclasses.asdict(c), corpus.meta)
+    check_size(shape, machine)
     torch.manual_seed(c.seed)
     with torch.device(device):
-        model = GPT(model_config(dataclasses.asdict(c), corpus.meta))
+        model = GPT(shape)
     if c.init_from.startswith("hf:") and not c.resume:
         from tools.export import load_hf  # needs a package that training does not
 
@@ -319,6 +343,7 @@ def main(c):
             optimizer.zero_grad()
         evaluate(run, val_mine[0][:1])
 
+    warn(c, machine, model)
     raw_model = model  # checkpoints hold its keys
     model, compiled = machine.compile(raw_model, c.compile, warm_up)
     shared = machine.share(model)
@@ -415,6 +440,22 @@ def main(c):
         sys.exit(1)
 
 
+def warn(c, machine, model):
+    """What works, but hardly as it was meant."""
+    if c.warmup_steps >= c.max_steps:
+        machine.say(
+            f"note: warmup_steps {c.warmup_steps} is not below max_steps {c.max_steps}, so the learning rate "
+            f"never reaches {c.learning_rate:g} for good"
+        )
+    V, C = model.config.vocab_size, model.config.n_embd
+    share = 6 * V * C / model.flops_per_position()  # of the head, in the FLOPs of a step
+    if machine.device == "cpu" and share > 0.75:
+        machine.say(
+            f"note: {share:.0%} of the work of a step is the head over {V:,} tokens; on a CPU a corpus of "
+            f"bytes (prepare.py --encoding=bytes) takes about {1 / (1 - share):.0f} times less for a step"
+        )
+
+
 def describe_run(c, machine, model, stream, compiled, micro_steps, step):
     """The opening lines: what is trained, on what, and on how much text."""
     if c.resume:
@@ -444,6 +485,8 @@ def describe_run(c, machine, model, stream, compiled, micro_steps, step):
 if __name__ == "__main__":
     try:
         run(main, Config)
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; give a smaller --batch_size (the total batch stays the same), or "
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
+            raise
+        sys.exit("error: out of memory; give a smaller --batch_size (the total batch stays the same), or "
                  "--checkpoint_activations")  # fmt: skip

@@ -19,6 +19,7 @@ import math
 import operator
 import os
 import re
+import signal
 import sys
 from typing import Literal, get_args, get_origin
 
@@ -40,10 +41,12 @@ def run(main, cls, argv=None):
     exit 1."""
     for stream in (sys.stdout, sys.stderr):  # whatever the terminal's encoding, a text never ends the program
         stream.reconfigure(errors="replace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # a script may have set it, for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(parse(cls, sys.argv[1:] if argv is None else argv))
     except UserError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {' '.join(str(e).splitlines())}")  # a path may hold a line end
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone
@@ -120,7 +123,7 @@ def typed(field, key, value, where, fields):
     kind = field.type
     if get_origin(kind) is Literal:
         if value not in get_args(kind) or type(value) is not str:
-            raise UserError(f"{where}: {key} must be one of {', '.join(get_args(kind))}, got {value!r}")
+            raise UserError(f"{where}: {key} must be one of {', '.join(get_args(kind))}, got {shown(value)}")
         return value
     if kind == int | str:  # such as bag_size, 4 or "8-4-2"
         kind = (
@@ -128,7 +131,7 @@ def typed(field, key, value, where, fields):
             if type(value) is int or isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value.strip())
             else str
         )
-    wrong = UserError(f"{where}: {key} takes {kind.__name__}, got {value!r:.60}")
+    wrong = UserError(f"{where}: {key} takes {kind.__name__}, got {shown(value)}")
     if isinstance(value, str) and kind is not str:
         text = value.strip().replace("_", "")
         try:
@@ -151,8 +154,16 @@ def typed(field, key, value, where, fields):
     if type(value) is not kind:
         raise wrong
     if kind is int and abs(value) >= 2**63 or kind is float and not math.isfinite(value):
-        raise UserError(f"{where}: {key} takes a finite number of 64 bits, got {value!r:.60}")
+        raise UserError(f"{where}: {key} takes a finite number of 64 bits, got {shown(value)}")
     return value
+
+
+def shown(value):
+    """The beginning of a value, for people."""
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # Python prints no number of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def read_file(path):

@@ -2,6 +2,7 @@
 write there."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -33,6 +34,10 @@ class RunFolder:
         lost."""
         if not self.machine.master:
             return
+        if not resume:
+            os.makedirs(self.out_dir, exist_ok=True)
+        if os.path.isdir(self.out_dir):
+            self._lock()  # before looking: another process could come to its end in between
         held = [path for path in (self.last, self.best, self.metrics) if os.path.exists(path)]
         if resume and self.last not in held:
             what = "the log of a run that ended before its first save" if held else "no run"
@@ -43,8 +48,6 @@ class RunFolder:
             what = "a run" if go_on else f"{os.path.basename(held[0])} of a run, but no last.pt to go on from"
             todo = f"{go_on}replace it (--overwrite) or choose another --out_dir"
             raise UserError(f"{self.out_dir} already holds {what}: {todo}")
-        os.makedirs(self.out_dir, exist_ok=True)
-        self._lock()
         if not resume:
             for path in held:
                 os.remove(path)
@@ -74,7 +77,7 @@ class RunFolder:
         try:
             with open(self.metrics, encoding="utf-8") as f:
                 lines = [line for line in f if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in lines if step_of(line) <= step]
         except (ValueError, KeyError, TypeError, RecursionError):
             todo = f"move it away, and --resume goes on without the rows up to step {step}"
             raise UserError(f"{self.metrics} is damaged; {todo}") from None
@@ -111,7 +114,12 @@ class RunFolder:
             with open(self.metrics, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as e:
-            raise UserError(f"cannot write {self.metrics}: {e.strerror}; {self.last} is untouched") from None
+            full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            reason = "the disk is full" if full else e.strerror
+            todo = "; make room" * full
+            if os.path.exists(self.last):
+                todo = f"; {self.last} is untouched" + ": make room and use --resume" * full
+            raise UserError(f"cannot write {self.metrics}: {reason}{todo}") from None
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         self.machine.say(line)
@@ -119,6 +127,15 @@ class RunFolder:
     def finish(self):
         if self.wandb:
             self.wandb.finish()
+
+
+def step_of(line):
+    """The step of a row, from its line in metrics.jsonl. ValueError, KeyError or TypeError where there is
+    none."""
+    step = json.loads(line)["step"]
+    if type(step) is not int:
+        raise TypeError("no step")
+    return step
 
 
 def progress(row, max_steps, seconds_per_step):

@@ -21,7 +21,6 @@ Everything is drawn from the seed, but where a kill falls depends on the machine
 import contextlib
 import ctypes
 import dataclasses
-import fnmatch
 import importlib
 import json
 import math
@@ -47,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401 what a step imports, once for all forks
 
 from nanotst import UserError, configurator, formats, optim  # noqa: E402
 from nanotst.checkpoint import load_checkpoint  # noqa: E402
@@ -72,7 +72,7 @@ TRIALS = {  # part: trials
 VERDICTS = ("bit-equal", "one line", "traceback", "silent", "lost")
 LEARNED = ("step", "phase", "bag_size", "loss", "val_loss", "lr", "grad_norm", "data_tokens", "flops")
 KNOBS = dict(
-    n_layer=2, n_head=2, n_embd=32, ff_dim=64, block_size=16, total_batch=128, batch_size=8, max_steps=40,
+    n_layer=2, n_head=2, n_embd=32, ff_dim=64, block_size=16, total_batch=128, batch_size=8, max_steps=30,
     bag_size="3", superposition_ratio=0.4, learning_rate=0.01, warmup_steps=4, eval_interval=5,
     log_interval=2, eval_positions=160, save_interval=4, device="cpu", dtype="float32", compile="off",
 )  # fmt: skip
@@ -82,7 +82,7 @@ KINDS = {  # each with a reference that nobody disturbs
     "muon": ["--optimizer=muon", "--bag_size=4-2", "--batch_size=4"],
     "mixed": ["--dataset={text}:0.5,{other}:0.5", "--document_bags"],
 }
-HALF = 22  # steps of a run that is to go on
+HALF = 17  # steps of a run that is to go on
 PATIENCE = 120  # seconds until a process counts as hanging
 
 
@@ -115,7 +115,7 @@ class Process:
     def __init__(self, argv, cwd, real=False, stop_after=0, memory=8 << 30):
         """argv: such as ["train.py", "--resume"] or ["tools.plot", ...]. stop_after: it sends itself SIGTERM
         in that step. memory: bytes that it may use."""
-        self.files = [tempfile.TemporaryFile("w+", errors="replace", dir=cwd) for _ in range(2)]
+        self.files = [tempfile.TemporaryFile("w+", errors="replace", dir=cwd) for _ in (1, 2)]  # noqa: SIM115
         self.real, self.code, self.started = None, None, time.monotonic()
         if real:
             names = ["-m", argv[0]] if not argv[0].endswith(".py") else [str(ROOT / argv[0])]
@@ -155,6 +155,7 @@ class Process:
             if argv[0].endswith(".py"):
                 runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
             else:
+                sys.modules.pop(argv[0], None)
                 runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
             return 0
         except SystemExit as e:
@@ -210,7 +211,7 @@ class Lab:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.text, self.other = self.folder / "text", self.folder / "other"
-        words = "the cat sat on a mat while seven red boats sailed under grey clouds".split()
+        words = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "red", "boats", "sailed"]
         for seed, path in enumerate((self.text, self.other)):
             rng, source = random.Random(seed), self.folder / f"{path.name}.txt"
             documents = (" ".join(rng.choices(words, k=rng.randrange(20, 80))) for _ in range(300))
@@ -368,10 +369,9 @@ def torchrun_signal(lab, folder, rng, number):
         return "lost", what, ended
     # torchrun itself reports the signal it was sent, in its own way; what the ranks print counts
     ranks = [line for line in ended.err.splitlines() if line.startswith(("[rank", "error:"))]
-    resumed = lab.run(lab.train(folder / "run", "dense", *rare, "--resume"), folder, stop_after=0) if 0 else None
     step = load_checkpoint(folder / "run" / "last.pt")["step"]
     last = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    return ("traceback" if ranks else "bit-equal" if step == last else "lost"), what, resumed or ended
+    return ("traceback" if ranks else "bit-equal" if step == last else "lost"), what, ended
 
 
 def truncations(lab, folder, rng, i):
@@ -579,19 +579,56 @@ def checkpoints(lab, folder, rng, i):
     return lab.refused_or_equal(ended, run, before, kind), f"{kind}: {what}", ended
 
 
+LINES = {  # of metrics.jsonl
+    "half a line": b'{"step": 1\n',
+    "not UTF-8": b"\xff\xfe\n",
+    "a list": b"[1]\n",
+    "null": b"null\n",
+    "NaN": b"NaN\n",
+    "deep": b"[" * 100_000 + b"\n",
+    "zeros": b"\0" * 4096 + b"\n",
+    "an empty line": b"\n",
+    "no step": b'{"loss": 1.0}\n',
+    "a step of text": b'{"step": "x"}\n',
+    "a step of null": b'{"step": null}\n',
+    "a list of a step": b'{"step": [1]}\n',
+    "a step of NaN": b'{"step": NaN, "val_loss": 1}\n',
+    "a step that is true": b'{"step": true}\n',
+    "a long number": b"1" * 10_000 + b"\n",
+    "a long step": b'{"step": ' + b"9" * 10_000 + b"}\n",
+}
+CONFIGS = {
+    "a tower of powers": b"max_steps = 9**9**9\n",
+    "a long sum": b"max_steps = " + b"1+" * 3000 + b"1\n",
+    "a long list": b"bag_size = [1] * 10**10\n",
+    "a long string": b"max_steps = 'x' * 10**9\n",
+    "an import": b"import os\n",
+    "not UTF-8": b"\xff\xfe\n",
+    "10^400": b"max_steps = 10**400\n",
+    "6000 digits": b"max_steps = " + b"9" * 6000,
+    "5000 hexadecimal digits": b"max_steps = 0x" + b"f" * 5000 + b"\n",
+    "a list of them": b"max_steps = [0x" + b"f" * 5000 + b"]\n",
+    "brackets": b"max_steps = " + b"(" * 5000 + b"\n",
+    "signs": b"max_steps = " + b"-" * 10_000 + b"1\n",
+    "1 / 0": b"max_steps = 1 / 0\n",
+    "a zero byte": b"\0\n",
+    "infinity": b"learning_rate = 1e999\n",
+    "a half": b"max_steps = 2 ** -1\n",
+    "a complex number": b"learning_rate = (-8) ** 0.5\n",
+    "2 MB": b"x" * 2_000_000,
+    "no value": b"max_steps: int\n",
+    "two targets": b"max_steps = seed = 3\n",
+    "a pair": b"(a, b) = 1, 2\n",
+    "nested": b"max_steps = {1: [2, {3}]}\n",
+}
+
+
 def logs(lab, folder, rng, i):
     """metrics.jsonl with something else in it: --resume, or plot."""
     run = lab.half(folder)
     path = run / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    line, what = rng.choice([
-        (b'{"step": 1\n', "half a line"), (b"\xff\xfe\n", "not UTF-8"), (b"[1]\n", "a list"),
-        (b"null\n", "null"), (b"[" * 100_000 + b"\n", "deep"), (b'{"step": "x"}\n', "a step of text"),
-        (b'{"step": null}\n', "a step of null"), (b'{"loss": 1.0}\n', "no step"), (b"\0" * 4096 + b"\n", "zeros"),
-        (b"\n", "an empty line"), (b'{"step": [1]}\n', "a list of a step"), (b"NaN\n", "NaN"),
-        (b'{"step": NaN, "val_loss": 1}\n', "a step of NaN"), (b"1" * 10_000 + b"\n", "a long number"),
-        (b'{"step": ' + b"9" * 10_000 + b"}\n", "a long step"),
-    ])  # fmt: skip
+    what, line = rng.choice(list(LINES.items()))
     lines.insert(rng.randrange(len(lines)), line)
     path.write_bytes(b"".join(lines))
     before = contents(run)
@@ -611,17 +648,7 @@ def logs(lab, folder, rng, i):
 
 def configs(lab, folder, rng, i):
     """A config file that is none."""
-    text, what = rng.choice([
-        (b"max_steps = 9**9**9\n", "a tower of powers"), (b"max_steps = " + b"1+" * 3000 + b"1\n", "a long sum"),
-        (b"bag_size = [1] * 10**10\n", "a long list"), (b"import os\n", "an import"), (b"\xff\xfe\n", "not UTF-8"),
-        (b"max_steps = 10**400\n", "10^400"), (b"max_steps = " + b"(" * 5000 + b"\n", "brackets"),
-        (b"max_steps = 1 / 0\n", "1 / 0"), (b"max_steps = 'x' * 10**9\n", "a long string"), (b"\0\n", "a zero"),
-        (b"max_steps = -" * 10_000 + b"1\n", "signs"), (b"max_steps = 1e999\n", "infinity"),
-        (b"max_steps = 2 ** -1\n", "a half"), (b"max_steps = 2 ** 0.5\n", "a root"), (b"x" * 2_000_000, "2 MB"),
-        (b"max_steps: int\n", "no value"), (b"max_steps = seed = 3\n", "two targets"), (b"(a, b) = 1, 2\n", "a pair"),
-        (b"max_steps = {1: [2, {3}]}\n", "nested"), (b"max_steps = 0x" + b"f" * 5000 + b"\n", "a long number"),
-        (b"max_steps = (-8) ** 0.5\n", "a complex number"), (b"max_steps = " + b"9" * 6000, "6000 digits"),
-    ])  # fmt: skip
+    what, text = rng.choice(list(CONFIGS.items()))
     path = folder / "config.py"
     path.write_bytes(text)
     (folder / "run").mkdir()
@@ -636,69 +663,99 @@ def command(lab, folder, rng, i):
     """(argv that works, its dataclass) of a tool."""
     half, whole = lab.folder / "dense_half", lab.folder / "dense_whole"
     tools = {
-        "train.py": lab.train(folder / "run", rng.choice(list(KINDS)), "--max_steps=3", "--superposition_ratio=0.7"),
+        "train.py": lab.train(
+            folder / "run", rng.choice(list(KINDS)), "--max_steps=3", "--superposition_ratio=0.7"
+        ),
         "sample.py": ["sample.py", f"--checkpoint={whole / 'best.pt'}", "--n_tokens=3", "--prompt=the"],
         "tools.plot": ["tools.plot", str(whole), str(half), "--no_plot"],
         "tools.export": ["tools.export", str(whole / "last.pt"), str(folder / "hf")],
         "tools.sweep": ["tools.sweep", str(lab.config), "--train=False", "--seed=1,2"],
         "tools.compare": ["tools.compare", str(lab.config), "--train=False"],
         "tools.keep": ["tools.keep", str(whole), f"--out_dir={folder / 'kept'}"],
-        "tools.fit_mi": ["tools.fit_mi", f"--dataset={lab.text}", f"--out={folder / 'f.json'}", "--plot=False"],
+        "tools.fit_mi": [
+            "tools.fit_mi",
+            f"--dataset={lab.text}",
+            f"--out={folder / 'f.json'}",
+            "--plot=False",
+        ],
         "tools.bench": ["tools.bench", "--parts=loss", "--positions=32", "--repeats=1", "--bag_sizes=1"],
-        "data/text/prepare.py": ["data/text/prepare.py", str(lab.folder / "text.txt"), f"--out_dir={folder / 'p'}"],
+        "data/text/prepare.py": [
+            "data/text/prepare.py",
+            str(lab.folder / "text.txt"),
+            f"--out_dir={folder / 'p'}",
+        ],
     }
     name = ("train.py", rng.choice(list(tools)))[i % 2]
     module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
     return tools[name], module.Config
 
 
+NUMBERS = ("int", "float")
+MUST = [  # be refused: of which kinds of knobs, and what is given
+    (("int", "float", "str"), "--KNOB"),
+    (("int", "float", "str"), "--KNOBzz=1"),
+    (NUMBERS, "--KNOB=abc"),
+    (NUMBERS, "--KNOB="),
+    (("int",), "--KNOB=1.5"),
+    (("int",), "--KNOB=1" + "0" * 30),
+    (("float",), "--KNOB=nan"),
+    (("float",), "--KNOB=inf"),
+    (("bool",), "--KNOB=maybe"),
+    (("Literal",), "--KNOB=zzz"),
+    (("",), "--zzz=1"),
+    (("",), "--=1"),
+    (("",), "--"),
+]
+MAY = [  # be refused, or work
+    (NUMBERS, "--KNOB=-1"),
+    (NUMBERS, "--KNOB=0"),
+    (NUMBERS, "--KNOB=1000000"),
+    (("int",), f"--KNOB={2**62}"),
+    (("float",), "--KNOB=1e308"),
+    (("float",), "--KNOB=1e-320"),
+    (("bool",), "--KNOB"),
+    (("str",), "--KNOB="),
+    (("str",), "--KNOB=,"),
+    (("str",), "--KNOB=."),
+    (("str",), "--KNOB=a\nb"),
+    (("str",), "--KNOB=\u4e2d\U0001f600"),
+    (("str",), "--KNOB=\udcff"),  # a byte that is not UTF-8
+    (("str",), "--KNOB=/dev/null/x"),
+    (("str",), "--KNOB=" + "x" * 5000),
+    (("str",), "--KNOB=last.pt"),
+]
+
+
 def commands(lab, folder, rng, i):
     """A command line that works, with something done to it that must be refused, or that may be."""
     argv, config = command(lab, folder, rng, i)
-    fields = [f for f in dataclasses.fields(config) if not configurator.is_place(f)]
-    kinds = {kind: [f.name for f in fields if f.type is kind] for kind in (int, float, bool, str)}
-    choices = [f.name for f in fields if f.type not in kinds]
-    n_places = len(dataclasses.fields(config)) - len(fields)
-
-    def knob(*which):
-        names = [name for kind in which for name in kinds[kind]] or [f.name for f in fields]
-        return rng.choice(names)
-
-    binary = lab.folder / "dense_whole" / "last.pt"
-    harmless = ("out_dir", "out", "table", "json", "profile", "text", "val", "title", "labels")
-    must = [
-        [f"--{knob(int, float)}=abc"], [f"--{knob(int, float)}="], [f"--{knob(bool)}=maybe"], ["--zzz=1"],
-        [f"--{knob(int)}={10**30}"], [f"--{knob(float)}=nan"], [f"--{knob(float)}=inf"], ["--", "--=1"],
-        [f"--{knob(int, float, str)}"], [f"--{knob(int)}=1.5"], [f"--{rng.choice(choices)}=zzz"] if choices else ["--x"],
-        [f"--{knob(int, float, str)[:-1]}zz=1"], ["-x"] if not n_places else ["--n_place=1"],
-        [str(folder / "no.py")] if not n_places else ["--no"], [str(binary)] if not n_places else ["--no-way"],
-        [""] if not n_places else ["--seed=\0".strip("\0")],
-    ]  # fmt: skip
-    may = [
-        [f"--{knob(int, float)}=-1"], [f"--{knob(int, float)}=0"], [f"--{knob(float)}=1e308"],
-        [f"--{knob(float)}=1e-320"], [f"--{knob(int)}={2**62}"], [f"--{knob(str)}="], [f"--{knob(str)}=\u4e2d\U0001f600"],
-        [f"--{knob(str)}=\udcff"], [f"--{knob(str)}=/dev/null/x"], [f"--{knob(str)}={'x' * 5000}"],
-        [f"--{knob(str)}=a\nb"], [f"--{knob(str)}=,"], [f"--{knob(int)}=1000000"], [f"--{knob(str)}={binary}"],
-        [f"--{knob(str)}=."], [f"--{knob(bool)}"], [str(binary)] if n_places else ["--resume"],
-        [""] if n_places else ["--overwrite"],
-    ]  # fmt: skip
-    how = rng.choice(["must", "must", "may", "may", "may", "help", "nothing", "less"])
-    extra = rng.choice(must) if how == "must" else rng.choice(may) if how == "may" else []
-    if how == "help":
-        extra = [rng.choice(["--help", "-h"])]
-    if extra and extra[0].partition("=")[0].strip("-") in harmless and how == "must":
-        how = "may"
-    given = argv[:1] if how == "less" else [*argv, *extra]
-    ended = lab.run(given, folder, memory=6 << 30)
-    what = f"{how}: {' '.join(given[:1] + extra)!r:.150}"
+    shutil.copy(lab.folder / "dense_whole" / "last.pt", folder)
+    knobs, places = {"": [""]}, 0
+    for field in dataclasses.fields(config):
+        places += configurator.is_place(field)
+        if not configurator.is_place(field):
+            kind = field.type.__name__ if field.type in (int, float, bool, str) else "Literal"
+            knobs.setdefault(kind, []).append(field.name)
+    hows = ["must", "must", "may", "may", "may", "as it is", "--help"] + ["less"] * places
+    how, extra = rng.choice(hows), []
+    if how in ("must", "may"):
+        choices = [(kind, text) for kinds, text in (MUST if how == "must" else MAY) for kind in kinds]
+        more = {"must": ["-x", "", "no.py", "last.pt", "."], "may": ["--resume", "--overwrite"]}[how]
+        choices += [("", text) for text in (["", "last.pt", "no/such"] * (how == "may") if places else more)]
+        kind, text = rng.choice([(kind, text) for kind, text in choices if kind in knobs])
+        extra = [text.replace("KNOB", rng.choice(knobs[kind]))]
+    elif how == "--help":
+        extra = [how]
+    argv = argv[:1] if how == "less" else [*argv, *extra]
+    ended = lab.run(argv, folder, memory=6 << 30)
+    what = f"{how}: {argv[0]} {' '.join(extra)!r:.100}"
     if ended.crashed or not (ended.code == 0 or ended.refused):
         return "traceback", what, ended
-    if how in ("help", "nothing") and (ended.code or not ended.out) or how == "must" and ended.code == 0:
-        return "silent", what, ended
+    idle = argv[0] in ("tools.sweep", "tools.compare") and ended.refused  # without runs there is no table
+    good = {"must": ended.refused, "less": ended.refused, "may": True}.get(how, ended.code == 0 or idle)
     if ended.code == 0 and (folder / "run" / "metrics.jsonl").exists():
-        for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
-            json.loads(line, parse_constant=lambda text: 1 / 0)  # NaN is not JSON
-    return ("one line" if ended.code else "bit-equal"), what, ended
+        good = good and "NaN" not in (folder / "run" / "metrics.jsonl").read_text()  # which is not JSON
+    return "silent" if not good else "one line" if ended.code else "bit-equal", what, ended
 
 
 # ------------------------------------------------------------------------------------ cost of verifying
@@ -743,7 +800,7 @@ def per_gb(readers, gigabytes, repeats=5):
 
 
 def trial(task):
-    """One trial: (part, number, seed, the lab, whether its folder is kept) -> (part, number, verdict, text)."""
+    """One trial: (part, number, seed, lab, whether its folder is kept) -> (part, number, verdict, text)."""
     part, i, seed, lab, keep = task
     folder = Path(tempfile.mkdtemp(prefix=f"{part}_{i}_", dir=lab.folder))
     rng = random.Random(f"{seed} {part} {i}")
@@ -763,7 +820,11 @@ def main(c):
     if unknown := [part for part in parts if part not in (*TRIALS, "cost")]:
         raise UserError(f"parts are {', '.join(TRIALS)}, cost, not {unknown[0]}")
     torch.set_num_threads(1)
-    started, counts, where = time.monotonic(), {part: Counter() for part in parts if part in TRIALS}, Counter()
+    started, counts, where = (
+        time.monotonic(),
+        {part: Counter() for part in parts if part in TRIALS},
+        Counter(),
+    )
     folder = tempfile.mkdtemp(prefix="campaign_")
     lab = Lab(folder)
     numbers = {part: range(max(1, round(c.share * TRIALS[part]))) for part in counts}
