@@ -55,7 +55,7 @@ def run(main, cls, argv=None):
         )  # or Python would complain once more at its end
         sys.exit(1)
     except OSError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {e.filename}: {e.strerror}" if e.filename and e.strerror else f"error: {e}")
 
 
 def parse(cls, argv):

@@ -105,8 +105,9 @@ class Ended:
 
     @property
     def refused(self):
-        """One line of what is wrong, and status 1."""
-        return self.code == 1 and self.err.startswith("error: ") and self.err.count("\n") == 1
+        """One line of what is wrong, and status 1. Progress bars do not count."""
+        lines = [line for line in self.err.splitlines() if line.strip() and "%|" not in line]
+        return self.code == 1 and len(lines) == 1 and lines[0].startswith("error: ")
 
 
 class Process:
@@ -241,12 +242,13 @@ class Lab:
         return [arg.format(text=self.text, other=self.other) for arg in argv] + list(more)
 
     def outcome(self, out_dir):
-        """What a run has learned: its rows, without the clock, and the weights of last.pt."""
+        """What a run has learned: its rows by step, without the clock, and the weights of last.pt."""
         with open(Path(out_dir) / "metrics.jsonl") as f:
             rows = [json.loads(line) for line in f]
         state = torch.load(Path(out_dir) / "last.pt", weights_only=True)["model"]
         weights = {name: t.numpy().tobytes() for name, t in state.items()}
-        return [[row.get(key) for key in LEARNED] for row in rows], weights
+        assert [row["step"] for row in rows] == sorted({row["step"] for row in rows}), "rows are mixed up"
+        return {row["step"]: [row.get(key) for key in LEARNED] for row in rows}, weights
 
     def half(self, folder, kind="dense"):
         """A copy of half a run, in `folder`."""
@@ -269,7 +271,10 @@ class Lab:
             return "traceback"
         if ended[-1].code != 0:
             return "lost"
-        return "bit-equal" if self.outcome(out_dir) == self.unbroken[kind] else "silent"
+        (rows, weights), (wanted, same) = self.outcome(out_dir), self.unbroken[kind]
+        # a run that was stopped has a row more, of the step before it was
+        equal = weights == same and all(rows.get(step) == row for step, row in wanted.items())
+        return "bit-equal" if equal else "silent"
 
     def refused_or_equal(self, ended, out_dir, before, kind="dense"):
         """The verdict on a run that met something damaged: `before` is what the folder held."""
