@@ -451,8 +451,8 @@ def warn(c, machine, model):
     share = 6 * V * C / model.flops_per_position()  # of the head, in the FLOPs of a step
     if machine.device == "cpu" and share > 0.75:
         machine.say(
-            f"note: {share:.0%} of the work of a step is the head over {V:,} tokens; on a CPU a corpus of "
-            f"bytes (prepare.py --encoding=bytes) takes about {1 / (1 - share):.0f} times less for a step"
+            f"note: {min(share, 0.999):.1%} of the work of a step is the head over {V:,} tokens; on a CPU a corpus "
+            f"of bytes (prepare.py --encoding=bytes) takes about {1 / (1 - share):.0f} times less for a step"
         )
 
 

@@ -94,6 +94,9 @@ def load_model(path):
 def load_weights(model, state, path):
     """Put the weights of a checkpoint into a model. Raises UserError if they are others, or not finite."""
     try:
+        for name, t in state.items():
+            if not t.is_floating_point():  # it would be cast
+                raise TypeError(f"{name} is of {t.dtype}")
         model.load_state_dict(state)
     except (RuntimeError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{path} does not fit this model: {' '.join(str(e).split())[:200]}") from None
@@ -102,11 +105,13 @@ def load_weights(model, state, path):
 
 
 def all_finite(tensors):
-    """Whether no number in the tensors is NaN or infinite."""
-    sums = [
-        t.sum(dtype=torch.float64) for t in tensors if t.is_floating_point() and t.numel()
-    ]  # NaN and inf stay in a sum
-    return all(map(math.isfinite, torch.stack(sums).tolist())) if sums else True
+    """Whether no number in the tensors is NaN or infinite, or its square is, as of weights that ran away."""
+    norms = [
+        torch.linalg.vector_norm(t, dtype=torch.float32)
+        for t in tensors
+        if t.is_floating_point() and t.numel()
+    ]
+    return all(map(math.isfinite, torch.stack(norms).tolist())) if norms else True
 
 
 def model_config(config, meta):
@@ -160,6 +165,9 @@ def resume(path, model, optimizer, c, corpus, free):
     for key, kind in RESUMED.items():
         if type(saved.get(key)) is not kind:
             raise UserError(f"{path} cannot be resumed: its {key} is missing or no {kind.__name__}")
+    times = saved["step"], saved["seconds"]
+    if not all(0 <= t < 2**48 for t in times) or math.isnan(saved["best_val"]):
+        raise UserError(f"{path} cannot be resumed: its step, seconds or best_val is out of range")
     if not is_state(saved["stream"]):
         raise UserError(f"{path} cannot be resumed: its stream is no place in a corpus")
     if c.n_expert and getattr(saved.get("shares"), "shape", None) != (c.n_layer, c.n_expert):

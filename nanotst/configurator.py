@@ -15,12 +15,15 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import io
 import math
 import operator
 import os
 import re
 import signal
 import sys
+import textwrap
+import tokenize
 from typing import Literal, get_args, get_origin
 
 from nanotst import UserError
@@ -55,7 +58,8 @@ def run(main, cls, argv=None):
         )  # or Python would complain once more at its end
         sys.exit(1)
     except OSError as e:
-        sys.exit(f"error: {e.filename}: {e.strerror}" if e.filename and e.strerror else f"error: {e}")
+        text = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)
+        sys.exit(f"error: {' '.join(text.splitlines())}")
 
 
 def parse(cls, argv):
@@ -211,14 +215,23 @@ def evaluate(node):
 
 def help_text(cls):
     """The dataclass as a --help page: its docstring, the comment lines between the fields as headings, the
-    comment on a field's line as its description."""
+    comment of a field, on its line or within its brackets, as its description."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {
+        token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT
+    }
+    fields = {node.lineno: node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)}
     lines, kinds = [inspect.getdoc(cls)], {field.name: field.type for field in dataclasses.fields(cls)}
-    for line in inspect.getsource(cls).splitlines():
-        if m := re.match(r"    (\w+): (.+?)(?: = (.*?))?(?:  # (.*))?$", line):
-            name = f"--{m[1]}={m[3].strip(chr(34))}" if m[3] else m[1].upper()
-            choices = get_args(kinds[m[1]]) if get_origin(kinds[m[1]]) is Literal else ()
-            text = (m[4] or "") + (f" [{', '.join(choices)}]" if choices else "")
-            lines.append(f"  {name}".ljust(36) + text)
-        elif m := re.match(r"    # (.*)", line):
-            lines += ["", m[1]]
+    for n in sorted(comments | fields):
+        if node := fields.get(n):
+            name = node.target.id
+            text = " ".join(comments.pop(i) for i in range(n, node.end_lineno + 1) if i in comments)
+            if get_origin(kinds[name]) is Literal:
+                text += f" [{', '.join(get_args(kinds[name]))}]"
+            default = node.value and ast.get_source_segment(source, node.value).strip(chr(34))
+            shown = name.upper() if default is None else f"--{name}={default}"
+            lines.append(f"  {shown}".ljust(36) + text)
+        elif n in comments:
+            lines += ["", comments[n]]
     return "\n".join(lines)
