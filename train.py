@@ -11,11 +11,14 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 os.environ.setdefault(
     "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
 )  # the phases differ in tensor sizes
@@ -27,11 +30,11 @@ from nanotst import UserError
 from nanotst.checkpoint import Saver, load_initial, model_config, resume
 from nanotst.configurator import run, validate
 from nanotst.huggingface import load_hf
-from nanotst.log import RunFolder, progress, router_metrics
+from nanotst.log import RunFolder, describe_run, progress, router_metrics
 from nanotst.machine import Machine, StopSignals, as_one
 from nanotst.mixture import open_mixture
 from nanotst.optim import OPTIMIZERS, SCHEDULES, make_optimizer, rate_multiplier, set_rates
-from nanotst.parallel import build, clip_gradients, init_weights, sync_gradients, wrap
+from nanotst.parallel import build, check_size, clip_gradients, init_weights, sync_gradients, wrap
 from nanotst.stream import TokenStream, validation_rows
 from tst import (
     BAG_WEIGHTS,
@@ -53,17 +56,11 @@ class Config:
 
     # Run
     out_dir: str = "out/run"  # metrics.jsonl, config.json and checkpoints go here
-    dataset: str = (
-        "python_source"  # a prepared corpus, a folder in data/ or its path; or several, A:0.5,B:0.5
-    )
+    dataset: str = "python_source"  # a corpus, in data/ or elsewhere, or several, A:0.5,B:0.5
     resume: bool = False  # go on from out_dir's last checkpoint, exactly; give the same knobs again
-    allow_changes: bool = (
-        False  # with --resume: let knobs that change the training differ from the checkpoint's
-    )
+    allow_changes: bool = False  # with --resume: let knobs differ that change the training
     overwrite: bool = False  # start anew in an out_dir that holds a run
-    init_from: str = (
-        ""  # initial weights: a checkpoint of this repository, or hf:FOLDER, a Hugging Face model
-    )
+    init_from: str = ""  # initial weights: a checkpoint of ours, or hf:FOLDER of Hugging Face's
     seed: int = 1337  # of initial weights and of the order of the text
 
     # Token superposition: the first superposition_ratio of the steps train on bags of bag_size tokens
@@ -72,15 +69,9 @@ class Config:
     superposition: Literal[MODES] = "full"  # bags in the input and the target, or in one of them alone
     loss: Literal[tuple(LOSSES)] = "mce"  # of bags; ordinary steps always use cross-entropy
     bag_weights: Literal[BAG_WEIGHTS] = "uniform"  # of the tokens of a bag in the loss mce
-    document_bags: bool = (
-        False  # bags that mix no documents: of each, the tokens of its last token's document
-    )
-    reinit_at_switch: str = (
-        ""  # of embedding,head,optimizer: what ordinary training begins anew (the paper: don't)
-    )
-    fitted: str = (
-        ""  # a file of tools.fit_mi with c0, a, k of the fitted weights c0 + a i^k; empty: the paper's
-    )
+    document_bags: bool = False  # of a bag, average and predict the last token's document alone
+    reinit_at_switch: str = ""  # what to begin anew there, of embedding,head,optimizer (don't)
+    fitted: str = ""  # file of tools.fit_mi with c0, a, k of c0 + a i^k; empty: the paper's
 
     # Model
     n_layer: int = 2  # blocks
@@ -109,9 +100,7 @@ class Config:
     total_batch: int = 8192  # positions per optimizer step over all ranks; a bag is one position
     batch_size: int = 0  # rows per micro-batch of a rank, accumulation follows from it; 0: all rows at once
     max_steps: int = 2000  # of the whole run; schedule and phases follow from it
-    optimizer: Literal[tuple(OPTIMIZERS)] = (
-        "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
-    )
+    optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # muon: for matrices of blocks, AdamW for the rest
     learning_rate: float = 8e-3  # at its highest
     matrix_learning_rate: float = 0.0  # of the matrices that Muon trains; 0: learning_rate
     schedule: Literal[SCHEDULES] = "wsd"  # warmup, constant, linear decay; or cosine
@@ -194,6 +183,8 @@ def check(c, world_size):
     for key in ("learning_rate", "norm_eps", "rope_theta"):
         if not getattr(c, key) > 0:
             raise UserError(f"{key} must be positive, got {getattr(c, key)}")
+    if c.threads > 1024:
+        raise UserError(f"threads must be at most 1024, got {c.threads}")
     if not c.out_dir:
         raise UserError("out_dir must name a folder")
     if unknown := set(filter(None, c.reinit_at_switch.split(","))) - REINIT.keys():
@@ -268,8 +259,10 @@ def main(c):
     val_mine = [rows[machine.rank :: world_size] for rows in val]
 
     # ---------------------------------------------------------------------------------- model, new or resumed
+    shape = model_config(dataclasses.asdict(c), corpus.meta)
+    check_size(shape, machine)
     torch.manual_seed(c.seed)
-    model = build(model_config(dataclasses.asdict(c), corpus.meta), machine)
+    model = build(shape, machine)
     if c.init_from.startswith("hf:") and not c.resume:
         load_hf(model, c.init_from[3:], say)
     elif c.init_from and not c.resume:
@@ -420,35 +413,11 @@ def main(c):
         sys.exit(1)
 
 
-def describe_run(c, machine, model, stream, compiled, micro_steps, step):
-    """The opening lines: what is trained, on what, and on how much text."""
-    if c.resume:
-        finished = "; it is finished" if step >= c.max_steps else ""
-        machine.say(f"going on with {c.out_dir} after step {step:,} of {c.max_steps:,}{finished}")
-    active = f" ({model.n_params(active=True):,} active)" if c.n_expert else ""
-    ranks = f", {machine.world_size} ranks" if machine.distributed else ""
-    machine.say(
-        f"{model.n_params():,} parameters{active}, {machine.dtype}, {'compiled' if compiled else 'eager'}, "
-        f"{machine.name}{ranks}"
-    )
-    bagged = [p for p in stream.phases if p.bag_size > 1]
-    if bagged:
-        steps = sum(p.stop - p.start for p in bagged)
-        extra = stream.tokens_at(c.max_steps) / (c.max_steps * c.total_batch)
-        machine.say(
-            f"TST: {steps:,} of {c.max_steps:,} steps on bags of {'-'.join(str(p.bag_size) for p in bagged)},"
-            f" then ordinary training; {extra:.2f} x the text of a baseline at the same FLOPs"
-        )
-    tokens = stream.tokens_at(c.max_steps)
-    machine.say(
-        f"{c.max_steps:,} steps of {c.total_batch:,} positions, in {micro_steps} micro-steps a rank; "
-        f"{tokens:,} tokens, {tokens / stream.epoch_tokens:.2f} epochs of the corpus"
-    )
-
-
 if __name__ == "__main__":
     try:
         run(as_one(main), Config)
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; give a smaller --batch_size (the total batch stays the same), or "
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
+            raise
+        sys.exit("error: out of memory; give a smaller --batch_size (the total batch stays the same), or "
                  "--checkpoint_activations")  # fmt: skip

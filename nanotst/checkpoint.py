@@ -174,17 +174,21 @@ def load_weights(model, state, path):
     """Put the weights of a checkpoint, whole or not yet read, into a model, sharded or not. Raises UserError
     if they are others, or not finite."""
     own, later = model.state_dict(), {}
-    wrong = own.keys() ^ state.keys() or {n for n in own if getattr(state[n], "shape", None) != own[n].shape}
-    if wrong:
+    kinds = [{name: kind_of(t) for name, t in x.items()} for x in (state, own)]
+    if wrong := [name for name in kinds[0] | kinds[1] if kinds[0].get(name) != kinds[1].get(name)]:
         name = min(wrong, key=str)
-        there, here = (getattr(x.get(name), "shape", "missing") for x in (state, own))
-        there, here = (list(x) if isinstance(x, torch.Size) else x for x in (there, here))
+        there, here = (x.get(name, "missing") for x in kinds)
         raise UserError(f"{path} does not fit this model: its {name!s:.60} is {there}, the model's {here}")
     for name, t in own.items():
         take(t, state[name], f".model.{name}", later)
     read_parts(path, later)
     if not all(of_all_ranks(all_finite(model.state_dict().values()))):
         raise UserError(f"the weights in {path} are not finite; use another checkpoint")
+
+
+def kind_of(t):
+    """Dtype and shape in words."""
+    return f"{t.dtype} {list(t.shape)}".removeprefix("torch.") if torch.is_tensor(t) else type(t).__name__
 
 
 def take(mine, saved, key, later):
@@ -196,11 +200,13 @@ def take(mine, saved, key, later):
 
 
 def all_finite(tensors):
-    """Whether no number in the tensors is NaN or infinite; of sharded ones, in the parts of this rank."""
+    """Whether no number in the tensors is NaN or infinite, or its square is, as of weights that ran away; of
+    sharded ones, in the parts of this rank."""
     parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    # NaN and inf stay in a sum
-    sums = [t.sum(dtype=torch.float64) for t in parts if t.is_floating_point() and t.numel()]
-    return all(map(math.isfinite, torch.stack(sums).tolist())) if sums else True
+    norms = [
+        torch.linalg.vector_norm(t, dtype=torch.float32) for t in parts if t.is_floating_point() and t.numel()
+    ]
+    return all(map(math.isfinite, torch.stack(norms).tolist())) if norms else True
 
 
 def model_config(config, meta):
@@ -254,6 +260,9 @@ def resume(path, model, optimizer, c, corpus, free):
     for key, kind in RESUMED.items():
         if type(saved.get(key)) is not kind:
             raise UserError(f"{path} cannot be resumed: its {key} is missing or no {kind.__name__}")
+    times = saved["step"], saved["seconds"]
+    if not all(0 <= t < 2**48 for t in times) or math.isnan(saved["best_val"]):
+        raise UserError(f"{path} cannot be resumed: its step, seconds or best_val is out of range")
     if not is_state(saved["stream"]):
         raise UserError(f"{path} cannot be resumed: its stream is no place in a corpus")
     if c.n_expert and getattr(saved.get("shares"), "shape", None) != (c.n_layer, c.n_expert):

@@ -3,6 +3,7 @@ write there."""
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -61,6 +62,10 @@ class RunFolder:
             raise UserError(error)
 
     def _begin(self, resume, overwrite):
+        if not resume:
+            os.makedirs(self.out_dir, exist_ok=True)
+        if os.path.isdir(self.out_dir):
+            self._lock()  # before looking: another process could come to its end in between
         held = [path for path in (*forms(self.last), *forms(self.best)) if exists(path)]
         held += [self.metrics] * os.path.exists(self.metrics)
         last = self.newest()
@@ -74,8 +79,6 @@ class RunFolder:
             what = "a run" if last else f"{first} of a run, but no {name} to go on from"
             todo = f"{go_on}replace it (--overwrite) or choose another --out_dir"
             raise UserError(f"{self.out_dir} already holds {what}: {todo}")
-        os.makedirs(self.out_dir, exist_ok=True)
-        self._lock()
         if not resume:
             for path in held:
                 remove(path)
@@ -109,7 +112,7 @@ class RunFolder:
         try:
             with open(self.metrics, encoding="utf-8") as f:
                 lines = [line for line in f if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in lines if step_of(line) <= step]
         except (ValueError, KeyError, TypeError, RecursionError):
             todo = f"move it away, and --resume goes on without the rows up to step {step}"
             raise UserError(f"{self.metrics} is damaged; {todo}") from None
@@ -146,7 +149,12 @@ class RunFolder:
             with open(self.metrics, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as e:
-            raise UserError(f"cannot write {self.metrics}: {e.strerror}; {self.last} is untouched") from None
+            full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            reason = "the disk is full" if full else e.strerror
+            todo = "; make room" * full
+            if os.path.exists(self.last):
+                todo = f"; {self.last} is untouched" + ": make room and use --resume" * full
+            raise UserError(f"cannot write {self.metrics}: {reason}{todo}") from None
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         self.machine.say(line)
@@ -162,6 +170,15 @@ def job():
     if name == "none":
         name = f"{os.getppid()}@{platform.node()}"
     return f", torchrun {name}" if name else ""
+
+
+def step_of(line):
+    """The step of a row, from its line in metrics.jsonl. ValueError, KeyError or TypeError where there is
+    none."""
+    step = json.loads(line)["step"]
+    if type(step) is not int:
+        raise TypeError("no step")
+    return step
 
 
 def progress(row, max_steps, seconds_per_step):
@@ -201,3 +218,46 @@ def router_metrics(load, entropy):
         "dead_experts": dead.float().mean().item(),
         "dead_experts_worst": dead.max().item(),
     }
+
+
+def warn(c, machine, model):
+    """What works, but hardly as it was meant."""
+    if c.warmup_steps >= c.max_steps:
+        machine.say(
+            f"note: warmup_steps {c.warmup_steps} is not below max_steps {c.max_steps}, so the learning rate "
+            f"never reaches {c.learning_rate:g} for good"
+        )
+    V, C = model.config.vocab_size, model.config.n_embd
+    share = 6 * V * C / model.flops_per_position()  # of the head, in the FLOPs of a step
+    if machine.device == "cpu" and share > 0.75:
+        machine.say(
+            f"note: {min(share, 0.999):.1%} of the work of a step is the head over {V:,} tokens; on a CPU a "
+            f"corpus of bytes (prepare.py --encoding=bytes) takes about {1 / (1 - share):.0f} times less for a step"
+        )
+
+
+def describe_run(c, machine, model, stream, compiled, micro_steps, step):
+    """The opening lines: what is trained, on what, and on how much text."""
+    if c.resume:
+        finished = "; it is finished" if step >= c.max_steps else ""
+        machine.say(f"going on with {c.out_dir} after step {step:,} of {c.max_steps:,}{finished}")
+    active = f" ({model.n_params(active=True):,} active)" if c.n_expert else ""
+    ranks = f", {machine.world_size} ranks" if machine.distributed else ""
+    machine.say(
+        f"{model.n_params():,} parameters{active}, {machine.dtype}, {'compiled' if compiled else 'eager'}, "
+        f"{machine.name}{ranks}"
+    )
+    bagged = [p for p in stream.phases if p.bag_size > 1]
+    if bagged:
+        steps = sum(p.stop - p.start for p in bagged)
+        extra = stream.tokens_at(c.max_steps) / (c.max_steps * c.total_batch)
+        machine.say(
+            f"TST: {steps:,} of {c.max_steps:,} steps on bags of {'-'.join(str(p.bag_size) for p in bagged)},"
+            f" then ordinary training; {extra:.2f} x the text of a baseline at the same FLOPs"
+        )
+    tokens = stream.tokens_at(c.max_steps)
+    machine.say(
+        f"{c.max_steps:,} steps of {c.total_batch:,} positions, in {micro_steps} micro-steps a rank; "
+        f"{tokens:,} tokens, {tokens / stream.epoch_tokens:.2f} epochs of the corpus"
+    )
+    warn(c, machine, model)

@@ -144,6 +144,15 @@ class Machine:
         known = (flops for name, flops in PEAK_FLOPS.items() if name in self.name)
         return next(known, None) if self.dtype == "bfloat16" else None
 
+    @property
+    def memory(self):
+        """Bytes of one device, 0 if that is not known."""
+        if self.device_type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return 0
+
     def versions(self):
         """What a run's results may depend on, as plain values."""
         return {"python": platform.python_version(), "torch": str(torch.__version__), "device": self.name,

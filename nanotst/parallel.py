@@ -14,6 +14,7 @@ bfloat16, the policy only where the cast is made. What the unsharded run reads i
 float32: the routers, and the embedding, whose bags are averaged in it. Gradients are reduced, and summed over
 micro-steps, in float32."""
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -27,6 +28,24 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import GPT
+from nanotst import UserError
+
+
+def check_size(shape, machine):
+    """Raises UserError for a model whose weights, gradients and moments this machine cannot hold."""
+    try:
+        with torch.device("meta"):  # without memory; two small ones, for any number of layers
+            one, two = (GPT(dataclasses.replace(shape, n_layer=n)).n_params() for n in (1, 2))
+    except RuntimeError as e:
+        raise UserError(f"there is no such model: {' '.join(str(e).split())[:100]}") from None
+    n_params = one + (shape.n_layer - 1) * (two - one)
+    needed = 16 * n_params + 4 * shape.block_size * shape.head_dim  # bytes; the rotary tables, too
+    memory = machine.memory * machine.world_size
+    if memory and needed > memory:
+        raise UserError(
+            f"training {n_params:,} parameters takes {needed / 1e9:,.0f} GB, here are {memory / 1e9:,.0f};"
+            " give a smaller model: n_embd, n_layer, ff_dim, n_expert or block_size"
+        )
 
 
 def build(config, machine):
