@@ -232,7 +232,7 @@ def warn(c, machine, model):
     if machine.device == "cpu" and share > 0.75:
         machine.say(
             f"note: {min(share, 0.999):.1%} of the work of a step is the head over {V:,} tokens; on a CPU a "
-            f"corpus of bytes (prepare.py --encoding=bytes) takes about {1 / (1 - share):.0f} times less for a step"
+            f"corpus of bytes (--encoding=bytes) takes about {1 / (1 - share):.0f} times less for a step"
         )
 
 
