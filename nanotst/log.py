@@ -225,7 +225,7 @@ def warn(c, machine, model):
     if c.warmup_steps >= c.max_steps:
         machine.say(
             f"note: warmup_steps {c.warmup_steps} is not below max_steps {c.max_steps}, so the learning rate "
-            f"never reaches {c.learning_rate:g} for good"
+            "still rises when the run ends"
         )
     V, C = model.config.vocab_size, model.config.n_embd
     share = 6 * V * C / model.flops_per_position()  # of the head, in the FLOPs of a step

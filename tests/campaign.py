@@ -672,6 +672,8 @@ def command(lab, folder, rng, i):
             folder / "run", rng.choice(list(KINDS)), "--max_steps=3", "--superposition_ratio=0.7"
         ),
         "sample.py": ["sample.py", f"--checkpoint={whole / 'best.pt'}", "--n_tokens=3", "--prompt=the"],
+        "tools.evaluate": ["tools.evaluate", str(whole / "best.pt"), "--eval_positions=160"],
+        "tools.plan": ["tools.plan", str(lab.config), f"--dataset={lab.text}"],
         "tools.plot": ["tools.plot", str(whole), str(half), "--no_plot"],
         "tools.export": ["tools.export", str(whole / "last.pt"), str(folder / "hf")],
         "tools.sweep": ["tools.sweep", str(lab.config), "--train=False", "--seed=1,2"],
