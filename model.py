@@ -154,10 +154,18 @@ class MLP(nn.Module):
         return self.down(swiglu(self.gate_up(x)))  # (B, L, C)
 
 
+class Router(nn.Linear):
+    """Logits of the experts, in float32 (TF32 on CUDA) whatever the rest is in: (N, C) -> (N, E)."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
 class MoE(nn.Module):
     """Mixture of experts as in Qwen3: every position goes to the k most probable of E small MLPs.
 
-    Router in float32 (TF32 on CUDA): softmax over all experts, top k, their weights renormalised to 1. No
+    Router in float32: softmax over all experts, top k, their weights renormalised to 1. No
     expert has a capacity and no position is dropped. Positions are sorted by expert, so that two grouped
     matrix products over the stacked weights do all experts at once: one graph whatever the routing, and an
     expert nobody chose has a zero gradient rather than none, which is what DDP needs.
@@ -174,7 +182,7 @@ class MoE(nn.Module):
         super().__init__()
         E, C, H = config.n_expert, config.n_embd, config.ff_dim
         self.top_k, self.balance_bias = config.top_k, config.balance_bias
-        self.router = nn.Linear(C, E, bias=False)
+        self.router = Router(C, E, bias=False)
         self.gate_up = nn.Parameter(torch.empty(E, C, 2 * H))
         self.down = nn.Parameter(torch.empty(E, H, C))
         if self.balance_bias:  # added to the probabilities for the choice alone, see GPT.balance_experts
@@ -183,8 +191,7 @@ class MoE(nn.Module):
     def forward(self, x, share=None):
         (B, L, C), k, E = x.shape, self.top_k, self.gate_up.size(0)
         x = x.flatten(0, 1).to(kernels.compute_dtype(x))  # (N, C)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router.weight.float())  # (N, E)
+        logits = self.router(x)  # (N, E)
         probs = logits.softmax(-1)
         if self.balance_bias:
             experts = (probs + self.bias).topk(k).indices  # (N, k)
@@ -262,24 +269,35 @@ class GPT(nn.Module):
         self.head = Head(config)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        cos, sin = rotary(config.block_size, config.head_dim, config.rope_theta)
-        self.register_buffer("cos", cos[:, None], persistent=False)  # (L, 1, D/2)
-        self.register_buffer("sin", sin[:, None], persistent=False)
+        for name in ("cos", "sin"):  # (L, 1, D/2)
+            angles = torch.empty(config.block_size, 1, config.head_dim // 2)
+            self.register_buffer(name, angles, persistent=False)
         self.init_weights()
+        self.init_buffers()
 
-    def init_weights(self, parts=("",)):
-        """Draw the weights anew, as in the table at the top of this file: all, or those whose names begin
-        so."""
-        std = 0.5 / math.sqrt(self.config.n_embd)
+    def init_weights(self):
+        """Draw all weights anew, as in the table at the top of this file."""
         for name, p in self.named_parameters():
-            if not name.startswith(tuple(parts)):
-                continue
-            if p.dim() == 1:  # norms
-                nn.init.ones_(p)
-            elif name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.down")):
-                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
-            else:
-                nn.init.normal_(p, std=std)
+            self.init_weight(name, p)
+
+    def init_weight(self, name, p):
+        std = 0.5 / math.sqrt(self.config.n_embd)
+        if p.dim() == 1:  # norms
+            nn.init.ones_(p)
+        elif name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.down")):
+            nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
+        else:
+            nn.init.normal_(p, std=std)
+
+    def init_buffers(self):
+        """Fill all that is no parameter."""
+        with torch.device(self.cos.device):
+            angles = rotary(self.config.block_size, self.config.head_dim, self.config.rope_theta)
+        for buffer, values in zip((self.cos, self.sin), angles):
+            buffer.copy_(values[:, None])
+        for block in self.blocks:
+            if self.config.balance_bias:
+                block.mlp.bias.zero_()
 
     def forward(self, bags, labels=None, weights=None, loss="mce", shares=None, bag_share=None):
         """Token ids to logits, or to the loss.

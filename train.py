@@ -11,11 +11,14 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 os.environ.setdefault(
     "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
 )  # the phases differ in tensor sizes
@@ -23,15 +26,15 @@ os.environ.setdefault(
 import torch
 import torch.nn.functional as F
 
-from model import GPT
 from nanotst import UserError
-from nanotst.checkpoint import load_initial, model_config, resume, save_checkpoint
+from nanotst.checkpoint import Saver, load_initial, model_config, resume
 from nanotst.configurator import run, validate
 from nanotst.huggingface import load_hf
-from nanotst.log import RunFolder, progress, router_metrics
-from nanotst.machine import Machine, StopSignals
+from nanotst.log import RunFolder, describe_run, progress, router_metrics
+from nanotst.machine import Machine, StopSignals, as_one
 from nanotst.mixture import open_mixture
 from nanotst.optim import OPTIMIZERS, SCHEDULES, make_optimizer, rate_multiplier, set_rates
+from nanotst.parallel import build, check_size, clip_gradients, init_weights, sync_gradients, wrap
 from nanotst.stream import TokenStream, validation_rows
 from tst import (
     BAG_WEIGHTS,
@@ -53,17 +56,11 @@ class Config:
 
     # Run
     out_dir: str = "out/run"  # metrics.jsonl, config.json and checkpoints go here
-    dataset: str = (
-        "python_source"  # a prepared corpus, a folder in data/ or its path; or several, A:0.5,B:0.5
-    )
+    dataset: str = "python_source"  # a corpus, in data/ or elsewhere, or several, A:0.5,B:0.5
     resume: bool = False  # go on from out_dir's last checkpoint, exactly; give the same knobs again
-    allow_changes: bool = (
-        False  # with --resume: let knobs that change the training differ from the checkpoint's
-    )
+    allow_changes: bool = False  # with --resume: let knobs differ that change the training
     overwrite: bool = False  # start anew in an out_dir that holds a run
-    init_from: str = (
-        ""  # initial weights: a checkpoint of this repository, or hf:FOLDER, a Hugging Face model
-    )
+    init_from: str = ""  # initial weights: a checkpoint of ours, or hf:FOLDER of Hugging Face's
     seed: int = 1337  # of initial weights and of the order of the text
 
     # Token superposition: the first superposition_ratio of the steps train on bags of bag_size tokens
@@ -72,15 +69,9 @@ class Config:
     superposition: Literal[MODES] = "full"  # bags in the input and the target, or in one of them alone
     loss: Literal[tuple(LOSSES)] = "mce"  # of bags; ordinary steps always use cross-entropy
     bag_weights: Literal[BAG_WEIGHTS] = "uniform"  # of the tokens of a bag in the loss mce
-    document_bags: bool = (
-        False  # bags that mix no documents: of each, the tokens of its last token's document
-    )
-    reinit_at_switch: str = (
-        ""  # of embedding,head,optimizer: what ordinary training begins anew (the paper: don't)
-    )
-    fitted: str = (
-        ""  # a file of tools.fit_mi with c0, a, k of the fitted weights c0 + a i^k; empty: the paper's
-    )
+    document_bags: bool = False  # of a bag, average and predict the last token's document alone
+    reinit_at_switch: str = ""  # what to begin anew there, of embedding,head,optimizer (don't)
+    fitted: str = ""  # file of tools.fit_mi with c0, a, k of c0 + a i^k; empty: the paper's
 
     # Model
     n_layer: int = 2  # blocks
@@ -109,9 +100,7 @@ class Config:
     total_batch: int = 8192  # positions per optimizer step over all ranks; a bag is one position
     batch_size: int = 0  # rows per micro-batch of a rank, accumulation follows from it; 0: all rows at once
     max_steps: int = 2000  # of the whole run; schedule and phases follow from it
-    optimizer: Literal[tuple(OPTIMIZERS)] = (
-        "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
-    )
+    optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # muon: for matrices of blocks, AdamW for the rest
     learning_rate: float = 8e-3  # at its highest
     matrix_learning_rate: float = 0.0  # of the matrices that Muon trains; 0: learning_rate
     schedule: Literal[SCHEDULES] = "wsd"  # warmup, constant, linear decay; or cosine
@@ -135,6 +124,8 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products; weights are float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto is on for cuda
     threads: int = 0  # CPU threads of a rank; 0: PyTorch's choice, or a rank's share of the cores
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # fsdp spreads the model over the ranks; auto: ddp
+    shard_size: int = 0  # fsdp: ranks that share one set of weights, such as those of a node; 0: all
 
 
 # knobs that may differ when a run is resumed: they do not change what is learned (what counts of the dataset
@@ -142,7 +133,7 @@ class Config:
 FREE_ON_RESUME = {
     "out_dir", "dataset", "resume", "allow_changes", "overwrite", "init_from", "batch_size", "eval_interval",
     "log_interval", "save_interval", "wandb_project", "device", "compile", "threads",
-    "checkpoint_activations",
+    "checkpoint_activations", "parallel", "shard_size",
 }  # fmt: skip
 
 
@@ -166,7 +157,7 @@ def reinitialise(model, optimizer, parts, seed):
     """Draw the named parts of the model anew, forget the optimizer's moments: what one had better not do."""
     torch.manual_seed(seed)
     if names := [REINIT[part] for part in parts if REINIT[part]]:
-        model.init_weights(names)
+        init_weights(model, names)
     if "optimizer" in parts:
         optimizer.forget()
 
@@ -182,7 +173,8 @@ def check(c, world_size):
         if not 0 <= getattr(c, key) <= 1:
             raise UserError(f"{key} must lie in 0..1, got {getattr(c, key)}")
     for key in ("seed", "batch_size", "n_kv_head", "head_dim", "ff_dim", "n_expert", "top_k", "warmup_steps",
-                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate"):  # fmt: skip
+                "weight_decay", "grad_clip", "save_interval", "threads", "matrix_learning_rate",
+                "shard_size"):  # fmt: skip
         if not getattr(c, key) >= 0:
             raise UserError(f"{key} must not be negative, got {getattr(c, key)}")
     for key in ("beta1", "beta2"):
@@ -191,6 +183,8 @@ def check(c, world_size):
     for key in ("learning_rate", "norm_eps", "rope_theta"):
         if not getattr(c, key) > 0:
             raise UserError(f"{key} must be positive, got {getattr(c, key)}")
+    if c.threads > 1024:
+        raise UserError(f"threads must be at most 1024, got {c.threads}")
     if not c.out_dir:
         raise UserError("out_dir must name a folder")
     if unknown := set(filter(None, c.reinit_at_switch.split(","))) - REINIT.keys():
@@ -222,49 +216,66 @@ def bag_sizes(bag_size):
     return sizes
 
 
+@torch.no_grad()
+def evaluate(net, rows, batch_size, machine):
+    """Ordinary next-token loss, nats per token, whatever the phase, of this rank's rows (n, L+1) and the
+    others'. Rows of -1 fill up a batch, so that there is one graph, and as many batches on all ranks."""
+    net.eval()
+    total = torch.zeros(2, device=machine.device)  # sum of the rows' losses, number of rows
+    for part in rows.split(batch_size):
+        tokens = F.pad(part, (0, 0, 0, batch_size - len(part)), value=-1).to(machine.device)  # (B, L+1)
+        n = (tokens[:, 0] >= 0).sum()
+        labels = tokens[:, 1:, None].long()  # (B, L, 1)
+        with machine.autocast():
+            loss = net(tokens[:, :-1, None].clamp(min=0), labels.masked_fill(labels < 0, -100))[0]
+        total += torch.stack((loss * n, n))
+    net.train()
+    loss_sum, n = machine.mean(total).tolist()
+    return loss_sum / n
+
+
 def main(c):
     # -------------------------------------------------------------------------------- machine, corpus, phases
     phases = check(c, int(os.environ.get("WORLD_SIZE", 1)))  # TST: the steps on bags, then ordinary ones
     machine = Machine.start(c)
     device, world_size, say = machine.device, machine.world_size, machine.say
-    corpus = open_mixture(c.dataset)
+    folder = RunFolder(c.out_dir, machine)
+    c = folder.after_restart(c)
+    corpus = open_mixture(c.dataset, say)
     if c.document_bags and corpus.meta["separator"] is None:
-        raise UserError(
-            f"document_bags needs a corpus with a separator of documents, and {c.dataset} names none"
-        )
-    for _, part, _ in corpus.parts:
-        if part.note:  # what was guessed of it
-            say(part.note)
+        raise UserError(f"document_bags needs a separator of documents, and {c.dataset} names none")
     n_rows = c.total_batch // c.block_size  # rows of a global batch
-    rows = range(
-        machine.rank * n_rows // world_size, (machine.rank + 1) * n_rows // world_size
-    )  # of this rank
+    first, end = (rank * n_rows // world_size for rank in (machine.rank, machine.rank + 1))
+    rows = range(first, end)  # those of this rank
     batch_size = c.batch_size or len(rows)  # rows of a micro-batch
     micro_steps = len(rows) // batch_size
     read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
     sources = [(part.train, share) for _, part, share in corpus.parts]
     stream = TokenStream(sources, c.block_size, phases, **read)
-    # the fixed validation rows of each corpus, the same whatever the phase and the world size: this rank's
+    # the fixed validation rows of each corpus, the same whatever the phase and the world size: this rank's,
+    # filled up with rows of -1, since all ranks have to run as many batches
     val = [validation_rows(part.val, c.eval_positions, c.block_size) for _, part, _ in corpus.parts]
+    val = [F.pad(rows, (0, 0, 0, -len(rows) % world_size), value=-1) for rows in val]
     val_mine = [rows[machine.rank :: world_size] for rows in val]
 
     # ---------------------------------------------------------------------------------- model, new or resumed
+    shape = model_config(dataclasses.asdict(c), corpus.meta)
+    check_size(shape, machine)
     torch.manual_seed(c.seed)
-    with torch.device(device):
-        model = GPT(model_config(dataclasses.asdict(c), corpus.meta))
+    model = build(shape, machine)
     if c.init_from.startswith("hf:") and not c.resume:
         load_hf(model, c.init_from[3:], say)
     elif c.init_from and not c.resume:
         load_initial(c.init_from, model, corpus)
     optimizer = make_optimizer(model, c, machine.device_type)
-    folder = RunFolder(c.out_dir, machine)
     folder.begin(c.resume, c.overwrite)
+    saver = Saver(machine)
     step, seconds, best_val = 0, 0.0, math.inf
     # MoE: the share of positions that chose each expert in the step before, of all ranks and micro-steps, so
     # that the balance loss is the same however a batch is cut; (n_layer, E), even before the first step
     shares = torch.full((c.n_layer, c.n_expert), c.top_k / c.n_expert, device=device) if c.n_expert else None
     if c.resume:
-        saved = resume(folder.last, model, optimizer, c, corpus, FREE_ON_RESUME)
+        saved = resume(folder.newest(), model, optimizer, c, corpus, FREE_ON_RESUME)
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
         shares = saved["shares"].to(device) if c.n_expert else None
         stream = TokenStream(sources, c.block_size, phases, **read, state=saved["stream"], step=step)
@@ -281,7 +292,7 @@ def main(c):
     kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases)  # each is a graph of its own
     weights = {n: bag_weights(c.bag_weights, n, **fit).to(device) for _, n in kinds if n > 1}  # (n_out,)
 
-    def forward(run, tokens, n_in, n_out):
+    def forward(net, tokens, n_in, n_out):
         """Rows (B, L*n_in + n_out) -> what is minimised, the loss of tokens in it, the routers'
         statistics."""
         bags, labels = bags_and_labels(tokens, n_in, n_out)  # TST: (B, L, n_in), (B, L, n_out)
@@ -291,39 +302,23 @@ def main(c):
             if c.document_bags:
                 bag_share, labels = within_documents(tokens, n_in, n_out, corpus.meta["separator"])
         with machine.autocast():
-            loss, router = run(bags, labels, weights.get(n_out), kind, shares, bag_share)
+            loss, router = net(bags, labels, weights.get(n_out), kind, shares, bag_share)
         if router is None:
             return loss, loss, None
         balance = c.balance_coef * router["balance_loss"].mean() + c.z_coef * router["z_loss"].mean()
         return loss + balance, loss, router
 
-    @torch.no_grad()
-    def evaluate(run, rows):
-        """Ordinary next-token loss, nats per token, whatever the phase, of this rank's rows (n, L+1) and the
-        others'."""
-        run.eval()
-        total = torch.tensor([0.0, len(rows)], device=device)  # sum of the rows' losses, number of rows
-        for part in rows.split(batch_size):
-            tokens = F.pad(part, (0, 0, 0, batch_size - len(part))).to(device)  # one shape, so one graph
-            labels = tokens[:, 1:, None].long()  # (B, L, 1)
-            labels[len(part) :] = -100
-            with machine.autocast():
-                total[0] += run(tokens[:, :-1, None], labels)[0] * len(part)
-        run.train()
-        loss_sum, n = machine.mean(total).tolist()
-        return loss_sum / n
-
-    def warm_up(run):
+    def warm_up(net):
         for n_in, n_out in kinds:
             first = next(p.start for p in phases if (p.n_in, p.n_out) == (n_in, n_out))
             tokens = stream.read(first)[:batch_size].to(device)  # any text will do
-            forward(run, tokens, n_in, n_out)[0].backward()
+            forward(net, tokens, n_in, n_out)[0].backward()
             optimizer.zero_grad()
-        evaluate(run, val_mine[0][:1])
+        evaluate(net, val_mine[0][:1], batch_size, machine)
 
     raw_model = model  # checkpoints hold its keys
     model, compiled = machine.compile(raw_model, c.compile, warm_up)
-    shared = machine.share(model)
+    shared = wrap(model, machine)
     describe_run(c, machine, raw_model, stream, compiled, micro_steps, step)
 
     # --------------------------------------------------------------------------------------------------- loop
@@ -338,15 +333,14 @@ def main(c):
         loss_sum, load, entropy = 0.0, 0.0, 0.0
         micro_batches = stream.batch(step).split(batch_size)  # (B, L*n_in + n_out) each
         for i, part in enumerate(micro_batches):
-            if machine.distributed:  # gradients travel once, with the last one
-                shared.require_backward_grad_sync = i == micro_steps - 1
+            sync_gradients(shared, i == micro_steps - 1)  # they travel once, with the last one
             objective, loss, router = forward(shared, part, phase.n_in, phase.n_out)
             (objective / micro_steps).backward()
             loss_sum += loss.detach()
             if router:
                 load += router["load"]
                 entropy += router["entropy"]
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), c.grad_clip or math.inf)
+        grad_norm = clip_gradients(raw_model, c.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         if c.n_expert:
@@ -379,13 +373,15 @@ def main(c):
         if c.n_expert:
             row |= router_metrics(load, machine.mean(entropy / micro_steps))
         if evaluate_now:
-            losses = [evaluate(model, rows) for rows in val_mine]
+            losses = [evaluate(model, rows, batch_size, machine) for rows in val_mine]
             row["val_loss"] = sum(loss * float(share) for loss, (*_, share) in zip(losses, corpus.parts))
             row |= {f"val_loss_{name}": loss for loss, (name, *_) in zip(losses, corpus.parts) if name}
             if corpus.bytes_per_token:
                 row["val_bpb"] = row["val_loss"] / math.log(2) / corpus.bytes_per_token
         # the loss is that of the weights before this step; those after it are tried before they are saved
-        after = row.get("val_loss") or (evaluate(model, val_mine[0][:batch_size]) if save_now else 0.0)
+        after = row.get("val_loss", 0.0)
+        if save_now and not evaluate_now:
+            after = evaluate(model, val_mine[0][:batch_size], batch_size, machine)
         if not all(map(math.isfinite, (loss, row["grad_norm"], after))):  # the same on all ranks; never saved
             raise UserError(
                 f"the loss is not finite at step {step} (before it {loss}, its gradient {row['grad_norm']}, "
@@ -398,18 +394,18 @@ def main(c):
             "meta": corpus.meta, "data": corpus.folder, "versions": described["versions"],
             "best_val": min(best_val, row.get("val_loss", best_val)),
         }  # fmt: skip
-        if (
-            machine.master and state["best_val"] < best_val
-        ):  # never resumed, and moments are twice the weights' size
-            save_checkpoint(folder.best, state)
-        if machine.master and save_now:
-            save_checkpoint(folder.last, state | {"optimizer": optimizer.state_dict()})
+        if state["best_val"] < best_val:  # never resumed, and moments are twice the weights' size
+            saver.save(folder.best, state)
+        if save_now:
+            saver.save(folder.last, state | {"optimizer": optimizer.state_dict()})
         best_val = state["best_val"]
         if stopping:
+            saver.wait()
             say(f"stopped by {signals.reason} after step {step}; go on with --resume")
             break
         clock, logged_at = time.perf_counter(), step
 
+    saver.wait()
     folder.finish()
     del shared
     machine.leave()
@@ -417,35 +413,11 @@ def main(c):
         sys.exit(1)
 
 
-def describe_run(c, machine, model, stream, compiled, micro_steps, step):
-    """The opening lines: what is trained, on what, and on how much text."""
-    if c.resume:
-        finished = "; it is finished" if step >= c.max_steps else ""
-        machine.say(f"going on with {c.out_dir} after step {step:,} of {c.max_steps:,}{finished}")
-    active = f" ({model.n_params(active=True):,} active)" if c.n_expert else ""
-    ranks = f", {machine.world_size} ranks" if machine.distributed else ""
-    machine.say(
-        f"{model.n_params():,} parameters{active}, {machine.dtype}, {'compiled' if compiled else 'eager'}, "
-        f"{machine.name}{ranks}"
-    )
-    bagged = [p for p in stream.phases if p.bag_size > 1]
-    if bagged:
-        steps = sum(p.stop - p.start for p in bagged)
-        extra = stream.tokens_at(c.max_steps) / (c.max_steps * c.total_batch)
-        machine.say(
-            f"TST: {steps:,} of {c.max_steps:,} steps on bags of {'-'.join(str(p.bag_size) for p in bagged)},"
-            f" then ordinary training; {extra:.2f} x the text of a baseline at the same FLOPs"
-        )
-    tokens = stream.tokens_at(c.max_steps)
-    machine.say(
-        f"{c.max_steps:,} steps of {c.total_batch:,} positions, in {micro_steps} micro-steps a rank; "
-        f"{tokens:,} tokens, {tokens / stream.epoch_tokens:.2f} epochs of the corpus"
-    )
-
-
 if __name__ == "__main__":
     try:
-        run(main, Config)
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; give a smaller --batch_size (the total batch stays the same), or "
+        run(as_one(main), Config)
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
+            raise
+        sys.exit("error: out of memory; give a smaller --batch_size (the total batch stays the same), or "
                  "--checkpoint_activations")  # fmt: skip

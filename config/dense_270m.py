@@ -24,4 +24,3 @@ superposition_ratio = 0.3
 eval_interval = 500
 eval_positions = 2**21
 save_interval = 1000
-log_interval = 5  # ranks stop at rows of the log, and torchrun waits 30 s for them

@@ -1,6 +1,11 @@
 """The paper's 10B-A1B mixture of experts: 10,132,484,608 parameters, 1.02B of them active without the input
-embedding. The paper does not state the shape; this one keeps Qwen3-30B-A3B's ratios. It needs weights sharded
-over GPUs (FSDP), which train.py does not do yet: with DDP alone the states take 162 GB on each.
+embedding. The paper does not state the shape; this one keeps Qwen3-30B-A3B's ratios. Its states,
+162 GB, are spread over the GPUs (FSDP2). Until the last micro-step each GPU also sums its gradients whole, in
+float32, 41 GB: that takes 80 GB GPUs, at least 8. On several nodes, see examples/slurm.sh.
+
+    torchrun --standalone --nproc_per_node=8 train.py config/moe_10b_a1b.py --out_dir=out/10b_tst
+
+Not run on GPUs yet: on two CPU ranks, one layer at this width has been.
 
 Paper, DCLM and FineWeb-Edu 50/50: baseline 2.252 after 125k steps (12,311 B200-hours), TST (s 16, r 0.25)
 2.236 after 50k steps (4,768 B200-hours).
@@ -23,6 +28,7 @@ block_size = 4096
 total_batch = 2048 * 4096  # 8M positions
 batch_size = 1
 checkpoint_activations = True
+parallel = "fsdp"
 max_steps = 50000
 warmup_steps = 2000
 learning_rate = 3e-4
@@ -31,4 +37,3 @@ superposition_ratio = 0.25
 eval_interval = 500
 eval_positions = 2**21
 save_interval = 1000
-log_interval = 1  # ranks stop at rows of the log, and torchrun waits 30 s for them

@@ -143,7 +143,9 @@ def text_documents(file, path, options):
     separator = options.separator.encode()
     end = re.escape(separator) + rb"\r*(?:\n|\Z)" if separator else rb"\r*\n"
     cut_here = {"empty lines": rb"|[ \t\r]*\n", "line ends": rb"|"}.get(options.cut_at, b"")
-    ends = re.compile(rb"(?m)^(?:(?P<separator>" + end + b")" + cut_here + b")")
+    # a pattern that begins with plain text is searched for several times faster than one with ^
+    anchor = rb"(?m)^" if cut_here or not separator else b""
+    ends = re.compile(anchor + rb"(?:(?P<separator>" + end + b")" + cut_here + b")")
     at_words = options.cut if options.cut_at == "words" else 0
     buffer, offset, started = bytearray(), 0, False  # offset: in the file, of the buffer; started: a document
 
@@ -177,7 +179,8 @@ def text_documents(file, path, options):
         offset = offset if buffer else start
         for match in ends.finditer(block):
             too_early = not match["separator"] and size + match.start() - taken < options.cut
-            if too_early or match.start() == 0 and not line_start:
+            inside_line = block[match.start() - 1] != 10 if match.start() else not line_start
+            if too_early or inside_line:
                 continue
             buffer += block[taken : match.start()]
             yield from last_piece()

@@ -224,6 +224,9 @@ def encode_batch(tokenizer, batch, separator):
 def map_in_order(function, items, workers):
     """Like map(), in threads, with at most 2 * workers results waiting. Threads are enough, since tiktoken
     releases the interpreter lock while it works; order, and so the output, stays the same."""
+    if workers == 1:
+        yield from map(function, items)
+        return
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         for item in items:
@@ -283,7 +286,7 @@ def check_disk(groups, tokenizer, out):
     free = shutil.disk_usage(out.folder).free
     if free < need:
         raise UserError(
-            f"{out.out_dir} needs {need / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free there"
+            f"{out.out_dir} needs {need / 1e6:,.0f} MB or more, {free / 1e6:,.0f} MB are free there"
         )
 
 

@@ -15,11 +15,15 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import io
 import math
 import operator
 import os
 import re
+import signal
 import sys
+import textwrap
+import tokenize
 from typing import Literal, get_args, get_origin
 
 from nanotst import UserError
@@ -40,10 +44,18 @@ def run(main, cls, argv=None):
     exit 1."""
     for stream in (sys.stdout, sys.stderr):  # whatever the terminal's encoding, a text never ends the program
         stream.reconfigure(errors="replace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # a script may have set it, for its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main(parse(cls, sys.argv[1:] if argv is None else argv))
+        try:
+            config = parse(cls, sys.argv[1:] if argv is None else argv)
+        except UserError:
+            if int(os.environ.get("RANK", 0)):  # all ranks have the same command line, and rank 0 says it
+                sys.exit(1)
+            raise
+        main(config)
     except UserError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {' '.join(str(e).splitlines())}")  # a path may hold a line end
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone
@@ -52,7 +64,8 @@ def run(main, cls, argv=None):
         )  # or Python would complain once more at its end
         sys.exit(1)
     except OSError as e:
-        sys.exit(f"error: {e}")
+        text = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)
+        sys.exit(f"error: {' '.join(text.splitlines())}")
 
 
 def parse(cls, argv):
@@ -120,7 +133,7 @@ def typed(field, key, value, where, fields):
     kind = field.type
     if get_origin(kind) is Literal:
         if value not in get_args(kind) or type(value) is not str:
-            raise UserError(f"{where}: {key} must be one of {', '.join(get_args(kind))}, got {value!r}")
+            raise UserError(f"{where}: {key} must be one of {', '.join(get_args(kind))}, got {shown(value)}")
         return value
     if kind == int | str:  # such as bag_size, 4 or "8-4-2"
         kind = (
@@ -128,7 +141,7 @@ def typed(field, key, value, where, fields):
             if type(value) is int or isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value.strip())
             else str
         )
-    wrong = UserError(f"{where}: {key} takes {kind.__name__}, got {value!r:.60}")
+    wrong = UserError(f"{where}: {key} takes {kind.__name__}, got {shown(value)}")
     if isinstance(value, str) and kind is not str:
         text = value.strip().replace("_", "")
         try:
@@ -151,8 +164,16 @@ def typed(field, key, value, where, fields):
     if type(value) is not kind:
         raise wrong
     if kind is int and abs(value) >= 2**63 or kind is float and not math.isfinite(value):
-        raise UserError(f"{where}: {key} takes a finite number of 64 bits, got {value!r:.60}")
+        raise UserError(f"{where}: {key} takes a finite number of 64 bits, got {shown(value)}")
     return value
+
+
+def shown(value):
+    """The beginning of a value, for people."""
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # Python prints no number of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def read_file(path):
@@ -200,14 +221,23 @@ def evaluate(node):
 
 def help_text(cls):
     """The dataclass as a --help page: its docstring, the comment lines between the fields as headings, the
-    comment on a field's line as its description."""
+    comment of a field, on its line or within its brackets, as its description."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {
+        token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT
+    }
+    fields = {node.lineno: node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)}
     lines, kinds = [inspect.getdoc(cls)], {field.name: field.type for field in dataclasses.fields(cls)}
-    for line in inspect.getsource(cls).splitlines():
-        if m := re.match(r"    (\w+): (.+?)(?: = (.*?))?(?:  # (.*))?$", line):
-            name = f"--{m[1]}={m[3].strip(chr(34))}" if m[3] else m[1].upper()
-            choices = get_args(kinds[m[1]]) if get_origin(kinds[m[1]]) is Literal else ()
-            text = (m[4] or "") + (f" [{', '.join(choices)}]" if choices else "")
-            lines.append(f"  {name}".ljust(36) + text)
-        elif m := re.match(r"    # (.*)", line):
-            lines += ["", m[1]]
+    for n in sorted(comments | fields):
+        if node := fields.get(n):
+            name = node.target.id
+            text = " ".join(comments.pop(i) for i in range(n, node.end_lineno + 1) if i in comments)
+            if get_origin(kinds[name]) is Literal:
+                text += f" [{', '.join(get_args(kinds[name]))}]"
+            default = node.value and ast.get_source_segment(source, node.value).strip(chr(34))
+            shown = name.upper() if default is None else f"--{name}={default}"
+            lines.append(f"  {shown}".ljust(36) + text)
+        elif n in comments:
+            lines += ["", comments[n]]
     return "\n".join(lines)

@@ -11,9 +11,11 @@ import json
 import os
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from nanotst import UserError
 from nanotst.checkpoint import all_finite
+from nanotst.parallel import copy_part
 
 KINDS = {  # model_type: qk_norm, MoE?, class
     "llama": (False, False, "LlamaForCausalLM"),
@@ -113,20 +115,30 @@ def load_hf(model, folder, say=print):
         raise UserError(f"{folder}: {min(unknown)} has no counterpart in this model")
     if missing := table.keys() - where.keys():
         raise UserError(f"{folder} lacks {min(missing)}")
-    for name, (us, view) in table.items():
-        target, source = view(ours[us].detach()), where[name].get_tensor(name)
-        shape = tuple(target.shape)
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            shape = rows, shape[1]
-        if tuple(source.shape) != shape:
-            raise UserError(
-                f"{folder}: {name} is {tuple(source.shape)}, by its config.json it would be {shape}"
-            )
-        if source.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise UserError(f"{folder}: {name} is {source.dtype}; quantized weights are not read")
-        if not all_finite([source]):
-            raise UserError(f"{folder}: {name} holds values that are not finite")
-        target.copy_(source[: len(target)])
+    names = {}  # those of theirs that make up one of ours
+    for name, (us, _) in table.items():
+        names.setdefault(us, []).append(name)
+    for us, p in ours.items():
+        whole = torch.zeros(p.shape) if isinstance(p, DTensor) else p.detach()  # a sharded one, one at a time
+        for name in names[us]:
+            copy_tensor(table[name][1](whole), name, where[name], folder, rows)
+        if isinstance(p, DTensor):
+            copy_part(p, whole)
+
+
+def copy_tensor(target, name, file, folder, rows):
+    """Copy a tensor of the folder into one of ours. rows: of its embedding."""
+    source = file.get_tensor(name)
+    shape = tuple(target.shape)
+    if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        shape = rows, shape[1]
+    if tuple(source.shape) != shape:
+        raise UserError(f"{folder}: {name} is {tuple(source.shape)}, by its config.json it would be {shape}")
+    if source.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise UserError(f"{folder}: {name} is {source.dtype}; quantized weights are not read")
+    if not all_finite([source]):
+        raise UserError(f"{folder}: {name} holds values that are not finite")
+    target.copy_(source[: len(target)])
 
 
 def knobs_of(config):

@@ -2,13 +2,16 @@
 write there."""
 
 import contextlib
+import dataclasses
+import errno
 import json
 import os
 import platform
 from pathlib import Path
 
 from nanotst import UserError
-from nanotst.checkpoint import write_safely
+from nanotst.checkpoint import exists, forms, newest, remove
+from nanotst.files import write_safely
 
 with contextlib.suppress(ImportError):  # not on Windows, where a folder has no lock
     import fcntl
@@ -17,37 +20,69 @@ with contextlib.suppress(ImportError):  # not on Windows, where a folder has no 
 class RunFolder:
     """The folder of a run. Only the master writes; the other ranks call the same methods to no effect.
 
-    metrics.jsonl holds a row per log interval; last.pt and best.pt are checkpoints; `lock` is held by the
-    process that trains, and released by the system when it ends, however it ends.
-    """
+    metrics.jsonl holds a row per log interval; last.pt and best.pt are checkpoints, of a sharded run last.dcp
+    and best.dcp; `lock` is held by the process that trains, and released by the system when it ends, however
+    it ends."""
 
     def __init__(self, out_dir, machine):
+        form = "dcp" if machine.parallel == "fsdp" else "pt"
         self.out_dir, self.machine = out_dir, machine
         self.metrics, self.last, self.best = (
-            os.path.join(out_dir, n) for n in ("metrics.jsonl", "last.pt", "best.pt")
+            os.path.join(out_dir, n) for n in ("metrics.jsonl", f"last.{form}", f"best.{form}")
         )
         self.wandb = None
 
+    def after_restart(self, c):
+        """The knobs, with which a process that torchrun has started again, since a rank of its run had died,
+        goes on with that run by itself. The folder of another run is not touched: `lock` says whose it is."""
+        restarted = False
+        if self.machine.master and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            with contextlib.suppress(OSError), open(os.path.join(self.out_dir, "lock")) as f:
+                restarted = f.read().endswith(f"{job()}\n")
+        if not self.machine.from_master(restarted):
+            return c
+        last = self.newest()
+        self.machine.say(f"torchrun has started again: going on from {last or 'the beginning'}")
+        return dataclasses.replace(c, resume=last is not None, overwrite=last is None)
+
+    def newest(self):
+        """The checkpoint to go on from, None if there is none."""
+        return newest(self.last)
+
     def begin(self, resume, overwrite):
-        """Lock the folder, and make room for a new run. Raises UserError if it holds a run that would be
-        lost."""
-        if not self.machine.master:
-            return
-        held = [path for path in (self.last, self.best, self.metrics) if os.path.exists(path)]
-        if resume and self.last not in held:
+        """Lock the folder, and make room for a new run. Raises UserError, on all ranks, if it holds a run
+        that would be lost."""
+        error = None
+        if self.machine.master:
+            try:
+                self._begin(resume, overwrite)
+            except UserError as e:
+                error = str(e)
+        if error := self.machine.from_master(error):
+            raise UserError(error)
+
+    def _begin(self, resume, overwrite):
+        if not resume:
+            os.makedirs(self.out_dir, exist_ok=True)
+        if os.path.isdir(self.out_dir):
+            self._lock()  # before looking: another process could come to its end in between
+        held = [path for path in (*forms(self.last), *forms(self.best)) if exists(path)]
+        held += [self.metrics] * os.path.exists(self.metrics)
+        last = self.newest()
+        if resume and not last:
             what = "the log of a run that ended before its first save" if held else "no run"
             start = "start without --resume" + (", but with --overwrite" if held else "")
             raise UserError(f"there is no checkpoint {self.last}: the folder holds {what}; {start}")
         if held and not resume and not overwrite:
-            go_on = "go on with it (--resume), " if self.last in held else ""
-            what = "a run" if go_on else f"{os.path.basename(held[0])} of a run, but no last.pt to go on from"
+            go_on = "go on with it (--resume), " if last else ""
+            first, name = os.path.basename(held[0]), os.path.basename(self.last)
+            what = "a run" if last else f"{first} of a run, but no {name} to go on from"
             todo = f"{go_on}replace it (--overwrite) or choose another --out_dir"
             raise UserError(f"{self.out_dir} already holds {what}: {todo}")
-        os.makedirs(self.out_dir, exist_ok=True)
-        self._lock()
         if not resume:
             for path in held:
-                os.remove(path)
+                remove(path)
+        self._sign()  # after that: what a restarted process finds in a folder signed by it is its own
 
     def _lock(self):
         if "fcntl" not in globals():
@@ -62,9 +97,12 @@ class RunFolder:
             raise UserError(f"{self.out_dir} is in use by {who}; wait for it or choose another") from None
         except OSError:  # a file system without locks
             return
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        self.lock.flush()
+
+    def _sign(self):
+        if hasattr(self, "lock"):
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()} on {platform.node()}{job()}\n")
+            self.lock.flush()
 
     def keep_rows(self, step):
         """On resuming, drop the rows after `step`, which will be written again, and half a line of a killed
@@ -74,7 +112,7 @@ class RunFolder:
         try:
             with open(self.metrics, encoding="utf-8") as f:
                 lines = [line for line in f if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in lines if step_of(line) <= step]
         except (ValueError, KeyError, TypeError, RecursionError):
             todo = f"move it away, and --resume goes on without the rows up to step {step}"
             raise UserError(f"{self.metrics} is damaged; {todo}") from None
@@ -111,7 +149,12 @@ class RunFolder:
             with open(self.metrics, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as e:
-            raise UserError(f"cannot write {self.metrics}: {e.strerror}; {self.last} is untouched") from None
+            full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            reason = "the disk is full" if full else e.strerror
+            todo = "; make room" * full
+            if os.path.exists(self.last):
+                todo = f"; {self.last} is untouched" + ": make room and use --resume" * full
+            raise UserError(f"cannot write {self.metrics}: {reason}{todo}") from None
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         self.machine.say(line)
@@ -119,6 +162,23 @@ class RunFolder:
     def finish(self):
         if self.wandb:
             self.wandb.finish()
+
+
+def job():
+    """The torchrun that has started this process, in words: its id, or itself if it was given none."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name == "none":
+        name = f"{os.getppid()}@{platform.node()}"
+    return f", torchrun {name}" if name else ""
+
+
+def step_of(line):
+    """The step of a row, from its line in metrics.jsonl. ValueError, KeyError or TypeError where there is
+    none."""
+    step = json.loads(line)["step"]
+    if type(step) is not int:
+        raise TypeError("no step")
+    return step
 
 
 def progress(row, max_steps, seconds_per_step):
@@ -158,3 +218,46 @@ def router_metrics(load, entropy):
         "dead_experts": dead.float().mean().item(),
         "dead_experts_worst": dead.max().item(),
     }
+
+
+def warn(c, machine, model):
+    """What works, but hardly as it was meant."""
+    if c.warmup_steps >= c.max_steps:
+        machine.say(
+            f"note: warmup_steps {c.warmup_steps} is not below max_steps {c.max_steps}, so the learning rate "
+            "still rises when the run ends"
+        )
+    V, C = model.config.vocab_size, model.config.n_embd
+    share = 6 * V * C / model.flops_per_position()  # of the head, in the FLOPs of a step
+    if machine.device == "cpu" and share > 0.75:
+        machine.say(
+            f"note: {min(share, 0.999):.1%} of the work of a step is the head over {V:,} tokens; on a CPU a "
+            f"corpus of bytes (--encoding=bytes) takes about {1 / (1 - share):.0f} times less for a step"
+        )
+
+
+def describe_run(c, machine, model, stream, compiled, micro_steps, step):
+    """The opening lines: what is trained, on what, and on how much text."""
+    if c.resume:
+        finished = "; it is finished" if step >= c.max_steps else ""
+        machine.say(f"going on with {c.out_dir} after step {step:,} of {c.max_steps:,}{finished}")
+    active = f" ({model.n_params(active=True):,} active)" if c.n_expert else ""
+    ranks = f", {machine.world_size} ranks" if machine.distributed else ""
+    machine.say(
+        f"{model.n_params():,} parameters{active}, {machine.dtype}, {'compiled' if compiled else 'eager'}, "
+        f"{machine.name}{ranks}"
+    )
+    bagged = [p for p in stream.phases if p.bag_size > 1]
+    if bagged:
+        steps = sum(p.stop - p.start for p in bagged)
+        extra = stream.tokens_at(c.max_steps) / (c.max_steps * c.total_batch)
+        machine.say(
+            f"TST: {steps:,} of {c.max_steps:,} steps on bags of {'-'.join(str(p.bag_size) for p in bagged)},"
+            f" then ordinary training; {extra:.2f} x the text of a baseline at the same FLOPs"
+        )
+    tokens = stream.tokens_at(c.max_steps)
+    machine.say(
+        f"{c.max_steps:,} steps of {c.total_batch:,} positions, in {micro_steps} micro-steps a rank; "
+        f"{tokens:,} tokens, {tokens / stream.epoch_tokens:.2f} epochs of the corpus"
+    )
+    warn(c, machine, model)

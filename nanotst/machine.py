@@ -1,4 +1,5 @@
-"""The machine a run is on: device, dtype, threads, ranks, compilation, and the signals that end it."""
+"""The machine a run is on: device, dtype, threads, ranks, compilation, and what ends it: signals, ranks that
+fail."""
 
 import contextlib
 import ctypes
@@ -6,16 +7,24 @@ import os
 import platform
 import re
 import signal
+import sys
 import time
-import warnings
+import traceback
+import uuid
+import zlib
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from nanotst import UserError
+from nanotst.parallel import compile_units
 
+# How long a rank waits for one that hangs. Of one that has died the others learn at once: from gloo by its
+# closed connection, from torchrun by a signal, and after 30 more seconds by SIGKILL. What all may have to
+# wait for is one that is slow: a compilation, a checkpoint of one file.
+TIMEOUT = timedelta(minutes=20)
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -63,29 +72,47 @@ def keep_freed_memory():
 
 @dataclass
 class Machine:
-    """One process of a run. Under torchrun there are world_size of them, rank 0 being the master: it alone
-    prints and writes files."""
+    """One process of a run. Under torchrun there are world_size of them, on one node or several, rank 0 being
+    the master: it alone prints, and it alone writes files, but for the parts of a sharded checkpoint."""
 
     device: str  # as torch knows it
     dtype: str  # of matrix products: bfloat16, float32
     rank: int = 0
-    local_rank: int = 0
+    local_rank: int = 0  # on its node: the number of its GPU
     world_size: int = 1
     distributed: bool = False  # started by torchrun
+    parallel: str = "none"  # or ddp, fsdp: see nanotst/parallel.py
+    shard_size: int = 1  # ranks that share one set of weights
 
     @classmethod
     def start(cls, c):
-        """Find out where we are, join the other ranks, set threads. c: the knobs device, dtype, threads."""
+        """Find out where we are, join the other ranks, set threads. c: the knobs device, dtype, threads,
+        parallel, shard_size."""
         env = {key: int(os.environ.get(key, default)) for key, default in
                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))}  # fmt: skip
         distributed = "RANK" in os.environ
         if distributed and c.device.startswith("cuda:"):
             raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
+        if c.parallel != "auto" and not distributed:
+            raise UserError(
+                f"parallel={c.parallel} needs ranks: torchrun --standalone --nproc_per_node=N train.py"
+            )
+        parallel = "none" if not distributed else "ddp" if c.parallel == "auto" else c.parallel
+        if c.shard_size and (parallel != "fsdp" or env["WORLD_SIZE"] % c.shard_size):
+            raise UserError(
+                f"shard_size {c.shard_size} is for parallel=fsdp and must divide {env['WORLD_SIZE']} ranks"
+            )
         device = pick_device(c.device, env["LOCAL_RANK"])
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         if distributed:
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            how = {"backend": "gloo", "timeout": TIMEOUT}
+            if device.startswith("cuda"):
+                how |= {"backend": "nccl", "device_id": torch.device(device)}
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = meet(env["RANK"], env["WORLD_SIZE"])
+                how |= {"store": store, "rank": env["RANK"], "world_size": env["WORLD_SIZE"]}
+            dist.init_process_group(**how)
         if c.threads or distributed and device == "cpu":  # torchrun's own choice is a single thread
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             torch.set_num_threads(c.threads or max(1, cores // env["LOCAL_WORLD_SIZE"]))
@@ -93,7 +120,8 @@ class Machine:
             keep_freed_memory()
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left on CUDA
         dtype = c.dtype if c.dtype != "auto" else "bfloat16" if has_fast_bfloat16(device) else "float32"
-        return cls(device, dtype, env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"], distributed)
+        ranks = env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]
+        return cls(device, dtype, *ranks, distributed, parallel, c.shard_size or env["WORLD_SIZE"])
 
     @property
     def master(self):
@@ -116,10 +144,19 @@ class Machine:
         known = (flops for name, flops in PEAK_FLOPS.items() if name in self.name)
         return next(known, None) if self.dtype == "bfloat16" else None
 
+    @property
+    def memory(self):
+        """Bytes of one device, 0 if that is not known."""
+        if self.device_type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return 0
+
     def versions(self):
         """What a run's results may depend on, as plain values."""
         return {"python": platform.python_version(), "torch": str(torch.__version__), "device": self.name,
-                "dtype": self.dtype, "world_size": self.world_size}  # fmt: skip
+                "dtype": self.dtype, "world_size": self.world_size, "parallel": self.parallel}  # fmt: skip
 
     def autocast(self):
         return torch.autocast(self.device_type, torch.bfloat16, enabled=self.dtype == "bfloat16")
@@ -144,7 +181,7 @@ class Machine:
     def compile(self, model, wanted, warm_up):
         """The model compiled, or as it is: (model, compiled?). wanted: auto (on CUDA), on, off.
         warm_up(model) runs each graph once, so that nothing is compiled later. If compiling fails, the run
-        goes on without it."""
+        goes on without it, unless it is sharded: ranks cannot take back a half of what they did together."""
         wanted = wanted == "on" or wanted == "auto" and self.device_type == "cuda"
         if wanted and model.config.n_expert and self.dtype == "float32":
             self.say("experts compile in bfloat16 only (torch's grouped_mm); going on without torch.compile")
@@ -154,6 +191,11 @@ class Machine:
             return model, False
         self.say("compiling, which takes a minute or more; --compile=off starts at once")
         started = time.perf_counter()
+        if self.parallel == "fsdp":
+            compile_units(model)
+            warm_up(model)
+            self.say(f"compiled in {time.perf_counter() - started:.0f} s")
+            return model, True
         for again in (True, False):
             try:
                 compiled = torch.compile(model, dynamic=False, fullgraph=True)
@@ -178,24 +220,41 @@ class Machine:
         warm_up(model)
         return model, False
 
-    def share(self, model):
-        """The model as it is trained by all ranks together. Its gradients travel in backward passes for which
-        require_backward_grad_sync was set before their forward pass."""
-        if not self.distributed:
-            return model
-        warnings.filterwarnings(
-            "ignore", message=".*broadcast_buffers.*"
-        )  # its new name is not known to torch 2.11
-        device_ids = [self.local_rank] if self.device_type == "cuda" else None
-        return DDP(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-
     def leave(self):
-        """Wait for the others (rank 0 may still be writing) and part from them. Drop what share() gave
+        """Wait for the others (rank 0 may still be writing) and part from them. Drop what parallel.wrap gave
         before: with the last reference to the group, DDP would wait for a thread that waits for Python's
         lock."""
         if self.distributed:
             dist.barrier()
             dist.destroy_process_group()
+
+
+def meet(rank, ranks):
+    """A store for the ranks that are alive. torchrun keeps one store through all its restarts, with the
+    addresses of processes that have died, at which a new one would wait for a partner in vain; and its
+    restart counts may differ between nodes. So rank 0 answers each of the others by a name that nobody has
+    had before."""
+    store = agent_store(TIMEOUT)
+    me, deadline, missing = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds(), set(range(1, ranks))
+    if rank:
+        store.set(f"hello {rank}", me)
+        me = store.get(f"welcome {me}").decode()  # waits for it
+        store.set(f"{me} {rank}", "")
+    while missing and not rank:
+        missing = {r for r in missing if not store.check([f"{me} {r}"])}
+        for r in missing:
+            if store.check([f"hello {r}"]):  # maybe from the dead: then the living one is yet to come
+                store.set(f"welcome {store.get(f'hello {r}').decode()}", me)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"timed out: ranks {sorted(missing)} have not come")
+        time.sleep(0.02)
+    return dist.PrefixStore(me, store)
+
+
+def agent_store(timeout):
+    """The store of the torchrun that has started this process."""
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*where, is_master=False, timeout=timeout)
 
 
 class StopSignals:
@@ -226,3 +285,54 @@ class StopSignals:
     @property
     def reason(self):
         return self.received[0] if self.received else "a signal to another rank"
+
+
+# ------------------------------------------------------------------------------------------ ranks that fail
+
+PARTNER_LOST = r"(?i)closed by peer|reset by peer|broken pipe|timed out|gloo|nccl"
+
+
+def as_one(main):
+    """main, whose ranks fail as one. An error that many of them meet is printed once, a rank whose partner
+    has died says so in a line instead of a traceback, and no rank that has failed waits for anybody."""
+
+    def ranked(config):
+        try:
+            return main(config)
+        except (UserError, OSError) as e:
+            if "RANK" not in os.environ or first_to_say(str(e)):
+                raise
+            sys.exit(1)
+        except RuntimeError as e:
+            if "RANK" not in os.environ or isinstance(e, torch.OutOfMemoryError):
+                raise
+            leave_at_once(e)
+        except Exception as e:
+            if "RANK" not in os.environ:
+                raise
+            leave_at_once(e)
+
+    return ranked
+
+
+def leave_at_once(e):
+    """End this process: Python's own end would wait for threads, and NCCL for ranks that are gone."""
+    lost = isinstance(e, RuntimeError) and re.search(PARTNER_LOST, str(e))
+    if not lost:
+        traceback.print_exception(e)
+    elif first_to_say("a rank is lost"):
+        print(
+            f"error: another rank has ended or hangs, and this one cannot go on without it ({str(e)[:100]})"
+        )
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def first_to_say(text):
+    """Whether no other rank has said this, as far as the store knows in which they have met."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    try:
+        store = agent_store(timedelta(seconds=5))
+        return store.add(f"said {attempt} {zlib.crc32(text.encode())}", 1) == 1
+    except (RuntimeError, ValueError, KeyError):
+        return True

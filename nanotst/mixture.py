@@ -41,11 +41,14 @@ class Mixture:
         return self.meta["bytes_per_token"]
 
 
-def open_mixture(spec):
+def open_mixture(spec, say=print):
     """The corpora of the knob `dataset`: NAME, or NAME:SHARE,NAME:SHARE ... whose shares sum to 1. Raises
-    UserError for shares that do not, or corpora of different vocabularies."""
+    UserError for shares that do not, or corpora of different vocabularies. say: called with
+    what was guessed of a corpus."""
     if not any(":" in part[1:] and is_number(part.rpartition(":")[2]) for part in spec.split(",")):
         corpus = open_corpus(spec)
+        if corpus.note:
+            say(corpus.note)
         return Mixture([("", corpus, Fraction(1))], corpus.meta)
     parts = []
     for part in spec.split(","):
@@ -62,6 +65,8 @@ def open_mixture(spec):
         raise UserError(f"dataset={spec}: shares must be positive, of few digits, and sum to 1, not {said}")
     first = parts[0][1].meta
     for name, corpus, _ in parts:
+        if corpus.note:
+            say(corpus.note)
         for key in ("vocabulary", "vocab_size", "separator"):
             if corpus.meta[key] != first[key]:
                 different = f"{name} has {key} {corpus.meta[key]}, {parts[0][0]} {first[key]}"

@@ -7,6 +7,9 @@ has its own rate, group["initial_lr"]; the schedule is a multiplier on all of th
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
+
+from nanotst import UserError
 
 
 class Optimizers(list):
@@ -31,12 +34,6 @@ class Optimizers(list):
         """Drop all moments and counters."""
         for optimizer in self:
             optimizer.state.clear()
-
-    def moments(self):
-        """(parameter, tensor) of all that is kept for a parameter."""
-        for optimizer in self:
-            for p, kept in optimizer.state.items():
-                yield from ((p, t) for t in kept.values() if torch.is_tensor(t))
 
     def load_state_dict(self, state):
         """Moments and counters of state_dict(); rates, decay and betas stay as configured. Raises ValueError
@@ -70,6 +67,10 @@ def muon(model, c, device_type):
     2502.16982), so that one learning_rate serves both, unless matrix_learning_rate gives Muon its own."""
     named = dict(model.blocks.named_parameters())
     matrices = [p for name, p in named.items() if p.dim() == 2 and "router" not in name]
+    if any(isinstance(p, DTensor) for p in matrices):  # each of its products would be a gathering of its own
+        raise UserError(
+            "optimizer=muon works on whole matrices, and parallel=fsdp has parts: use adamw, or ddp"
+        )
     chosen = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in chosen]
     return [

@@ -108,6 +108,7 @@ def _bpe_tokenizer(name: str, bpe, separator: int | None = None, rank_file: str 
 def _rank_file_tokenizer(path: str) -> Tokenizer:
     """A rank file has one "base64-of-the-token rank" line per token. It does not hold the special
     tokens: those of Llama 3 follow its 128000 ranks, any other file gets a single <|endoftext|>."""
+    # not by tiktoken.load: it keeps a copy by path alone, and goes on reading it when the file has changed
     try:
         with open(path, "rb") as f:
             pairs = [line.split() for line in f.read().splitlines() if line]

@@ -72,7 +72,7 @@ def test_a_disk_that_cannot_hold_the_corpus_is_refused_at_once(tmp_path, monkeyp
     (tmp_path / "a.txt").write_text(SEPARATOR.join(make_documents(50)))
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="out needs 0.0 GB or more, 0.0 GB are free there"):
+    with pytest.raises(UserError, match="out needs 0 MB or more, 0 MB are free there"):
         prepare(tmp_path / "a.txt", out=tmp_path / "out")
     assert contents(tmp_path / "out") == {}
 

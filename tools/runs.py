@@ -46,7 +46,7 @@ def load_metrics(path):
     for n, line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if n != lines[-1][0]:
                 raise UserError(f"{path}:{n}: not a JSON object: {line[:40]!r}") from None
             print(f"note: {path}:{n}: torn last line skipped", file=sys.stderr)
@@ -75,7 +75,7 @@ def describe(folder):
         if files := described["data"].get("sha256"):  # of all token files
             files = json.dumps(files, sort_keys=True).encode()
             facts["fingerprint"] = facts["fingerprint"] or hashlib.sha256(files).hexdigest()[:16]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is not the config.json of a run") from None
     return {key: str(value) for key, value in facts.items() if value not in (None, "")}
 

@@ -74,9 +74,10 @@ def fetch_wheels(folder):
     last = errors[-1] if errors else (lines or ["no output"])[-1]
     if "DO NOT MATCH THE HASHES" in result.stderr:
         wheel = re.search(r"^\s+(\S+==\S+)", result.stderr, re.M)
+        name = wheel[1] if wheel else "a wheel"
         raise UserError(
-            f"{wheel[1] if wheel else 'a wheel'} is not the file that {WHEELS.name} pins (its sha256 "
-            "differs), so nothing was taken: look at the package index that pip uses, or use --source=installed"
+            f"{name} is not the file that {WHEELS.name} pins (its sha256 differs), so nothing was taken: "
+            "look at the package index that pip uses, or use --source=installed"
         )
     unreachable = re.search(r"connection broken by '(\w+)|(\w+Error)\(.*Max retries exceeded", result.stderr)
     if unreachable:

@@ -110,8 +110,8 @@ def own_documents(paths, options):
     share = min(0.1, FEW_DOCUMENTS * size / max(n_bytes, sum(map(os.path.getsize, paths))))
     print(
         f"{n_documents} documents in {n_bytes / 1e6:,.1f} MB or more are too few to hold some of them out: "
-        f"the text is cut at {where} into documents of {size / 1000:.0f} kB or more, and {share:.1%} of them are "
-        "held out. Give --val=FILE, or a --separator, for another way"
+        f"the text is cut at {where} into documents of {size / 1000:.0f} kB or more, and {share:.1%} of them "
+        "are held out. Give --val=FILE, or a --separator, for another way"
     )
     return share
 
