@@ -42,7 +42,6 @@ LONG = dict(max_steps=40, total_batch=192, batch_size=0, warmup_steps=4, eval_in
 SHORT = {**LONG, "max_steps": 12, "eval_interval": 6}  # 12 rows a step, 11 of validation; 5 steps on bags
 
 SAME = [  # (kind, ranks, knobs)
-    ("dense", 1, dict(parallel="fsdp")),
     ("dense", 4, dict(parallel="ddp", batch_size=1)),
     ("dense", 4, dict(parallel="fsdp", batch_size=1)),
     ("moe", 2, dict(parallel="fsdp")),
