@@ -17,7 +17,8 @@ import torch
 from conftest import ROOT, read_rows
 
 import train
-from nanotst import UserError, checkpoint, configurator, log
+from model import GPT
+from nanotst import UserError, checkpoint, configurator, log, parallel
 from nanotst.configurator import help_text, parse
 from tools.runs import load_metrics
 
@@ -62,18 +63,18 @@ def test_what_this_machine_cannot_hold_is_one_line(run, tiny, knobs, words):
     assert "\n" not in str(e.value) and not os.path.exists(tiny().out_dir)
 
 
-def test_the_largest_model_that_fits_is_not_refused(tiny, monkeypatch):
+def test_the_largest_model_that_fits_is_not_refused(tiny):
     """16 bytes a parameter, and the rotary tables."""
     c = tiny(n_layer=3)
     shape = checkpoint.model_config(vars(c), {"vocab_size": 50})
-    needed = 16 * train.GPT(shape).n_params() + 4 * c.block_size * shape.head_dim
+    needed = 16 * GPT(shape).n_params() + 4 * c.block_size * shape.head_dim
     for memory, fits in ((needed, True), (needed - 1, False), (0, True)):  # 0: not known
         machine = type("Stub", (), dict(memory=memory, world_size=1))
         if fits:
-            train.check_size(shape, machine)
+            parallel.check_size(shape, machine)
         else:
             with pytest.raises(UserError, match="GB"):
-                train.check_size(shape, machine)
+                parallel.check_size(shape, machine)
 
 
 def test_a_warmup_that_never_ends_is_said(run, capsys):
@@ -88,7 +89,7 @@ def test_a_vocabulary_that_dwarfs_the_model_is_said(tiny, capsys):
     for vocab_size in (50, 50_257):
         shape = checkpoint.model_config(vars(c), {"vocab_size": vocab_size})
         with torch.device("meta"):
-            train.warn(c, machine, train.GPT(shape))
+            log.warn(c, machine, GPT(shape))
     out = capsys.readouterr().out
     assert (
         re.search(r"note: 99\.\d% of the work .* 50,257 tokens.*--encoding=bytes", out)
