@@ -57,9 +57,8 @@ class Saver:
         """Write a dict of tensors and plain values that load_checkpoint reads. Raises UserError, and leaves
         the old checkpoint, for weights that are not finite."""
         if not all(of_all_ranks(all_finite(state["model"].values()))):
-            raise UserError(
-                f"the weights after step {state['step']} are not finite; {path} was not written, lower learning_rate"
-            )
+            lost = f"the weights after step {state['step']} are not finite"
+            raise UserError(f"{lost}; {path} was not written, lower learning_rate")
         if self.machine.parallel == "fsdp":
             if self.step != state["step"]:  # best and last of one step may wait for the thread together
                 self.wait()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -659,6 +660,40 @@ def test_zero_logits_cost_log_v(kind, s):
     """Not log V / s, not log V - log s."""
     loss = fused(7)(torch.zeros(N, C), torch.randn(V, C), torch.randint(V, (N, s)), bag_weights(kind, s))
     assert_close(loss.item(), math.log(V), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_zero_logits_cost_log_v_in_bfloat16_too(compiled):
+    """Softmax and its log-sum-exp are in float32: log V rounded to bfloat16 would be 0.04 % off."""
+    torch.compiler.reset()
+    form = torch.compile(fused(7), backend="aot_eager", fullgraph=True) if compiled else fused(7)
+    hidden, weight = torch.zeros(N, C).bfloat16(), torch.randn(V, C).bfloat16()
+    loss = form(hidden, weight, torch.randint(V, (N, 3)))
+    assert_close(loss.item(), math.log(V), rtol=1e-6, atol=0)
+
+
+class LivingAtOnce(TorchDispatchMode):
+    """The largest number of tensors of `size` numbers that were in memory at once."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.living, self.most = size, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() == self.size:
+            ref = StorageWeakRef(out.untyped_storage())
+            self.living[ref.cdata] = ref
+        self.living = {key: ref for key, ref in self.living.items() if not ref.expired()}
+        self.most = max(self.most, len(self.living))
+        return out
+
+
+def test_the_logits_of_a_chunk_are_gone_before_the_next_ones_are_made():
+    inputs, labels = leaves((70, 2), (V, 2), dtype=torch.float32), torch.randint(V, (70, 3))
+    with LivingAtOnce(7 * V) as seen:
+        fused(7)(*inputs, labels)
+    assert seen.most == 2  # logits and, while they are turned into it, their softmax
 
 
 def test_one_label_is_ordinary_cross_entropy():

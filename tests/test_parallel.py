@@ -609,6 +609,5 @@ def test_an_error_that_all_ranks_meet_is_printed_once(torchrun, corpus, tmp_path
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.findall("^error: .*", out, re.M) == re.findall("^error: .*run already holds.*", out, re.M)
-    assert out.count("error: ") == 1 + out.count("error: <N/A>") and os.listdir(tmp_path / "run") == [
-        "metrics.jsonl"
-    ]
+    assert out.count("error: ") == 1 + out.count("error: <N/A>")  # torchrun's own
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "of another run"

@@ -49,12 +49,14 @@ def test_the_planned_peak_is_within_a_tenth_of_what_the_allocator_counts(knobs):
     assert found["planned"] == pytest.approx(found["measured"], rel=0.1)
 
 
-def test_the_planned_peak_under_ddp_counts_its_buckets(monkeypatch):
+@pytest.mark.parametrize("batch_size", [4, 1])  # one micro-step, or four
+def test_the_planned_peak_under_ddp_counts_its_buckets(monkeypatch, batch_size):
     for key, value in dict(
         RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=0
     ).items():
         monkeypatch.setenv(key, str(value))
-    found = measure(config(*SMALL, "dtype=float32", "block_size=64", "total_batch=256", "vocab_size=8192"))
+    knobs = ["dtype=float32", "block_size=64", "total_batch=256", f"batch_size={batch_size}"]
+    found = measure(config(*SMALL, *knobs, "vocab_size=8192"))
     assert found["way"]["parallel"] == "ddp"
     assert found["planned"] == pytest.approx(found["measured"], rel=0.1)
 
@@ -109,10 +111,11 @@ def test_the_3b_model_as_counted_by_hand():
     assert found["tokens"] == 20000 * 2**21 * (1 + 0.3 * 5)
     assert found["days"] == pytest.approx(found["flops"] / (0.4 * 989e12 * 8) / 86400)
     ddp, fsdp = found["options"][:2]
-    for part, n_bytes in dict(weights=4 * n, gradients=4 * n, moments=8 * n).items():
+    for part, n_bytes in dict(weights=4 * n, moments=8 * n).items():
         assert ddp["parts"][part] == n_bytes
-        whole = part == "gradients"  # summed over micro-steps before they are cut
-        assert fsdp["parts"][part] == (n_bytes if whole else n_bytes / 8)
+        assert fsdp["parts"][part] == n_bytes / 8
+    # summed over micro-steps before they go into buckets, or are cut
+    assert ddp["parts"]["gradients"] == 8 * n and fsdp["parts"]["gradients"] == 4 * n
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ The model is built on the meta device: its shapes are the real ones, its weights
 keeps and makes is counted tensor by tensor, from the code of model.py and nanotst/kernels.py. What is
 assumed:
 
-    gradients     in float32, there all the time with DDP (its buckets) or several micro-steps, otherwise from
-                  the backward pass on; FSDP keeps them whole on each GPU between micro-steps
+    gradients     in float32; from the backward pass on, with several micro-steps all the time. DDP has its
+                  buckets all the time, and those of several micro-steps beside them; FSDP keeps those whole
     kept          for the backward pass, what autograd saves. Compiled, what torch's partitioner saved on a
                   CPU, the inputs of matrix products among it; on a GPU it may choose otherwise
     loss, logits  a chunk of logits, and the gradient of the head in float32, for a moment twice
@@ -235,8 +235,12 @@ def moments(m, rows, way, bag=1):
     of_first = m.block + (0 if c.tie_embeddings else m.table)  # block, and the embedding: the last to come
     gradients, of_head, but_first = 0, 4 * m.table / shards, all_gradients - 4 * of_first / shards
     at_end = all_gradients
-    if stay:  # FSDP sums those of several micro-steps before it cuts them
-        gradients = of_head = but_first = at_end = 4 * m.parameters if sharded else all_gradients
+    if (
+        stay
+    ):  # FSDP sums those of several micro-steps before it cuts them, DDP before they go into its buckets
+        twice = way.parallel == "ddp" and way.micro_steps > 1
+        whole = 4 * m.parameters * (2 if twice else 1)
+        gradients, of_head, but_first, at_end = whole, whole, whole, whole
     of_mlp = 0 if stay or sharded else 4 * sum(n for name, n in m.matrices.items() if name.startswith("mlp"))
     new_table = 0 if sharded else 4 * m.table  # while it is made, or added to what is there
     states = {"weights": 4 * m.parameters / shards, "moments": m.moments / shards}
@@ -460,7 +464,7 @@ def show(plan):
 
 
 def steps_here(machine, shape, knobs, rows, micro_steps, kinds, mark):
-    """Train a new model for two steps of each kind (n_in, n_out), as train.py does, the second in mark()."""
+    """Train a new model for three steps of each kind (n_in, n_out), as train.py does, the last in mark()."""
     torch.manual_seed(0)
     with torch.device(machine.device):
         model = GPT(shape)
@@ -484,8 +488,8 @@ def steps_here(machine, shape, knobs, rows, micro_steps, kinds, mark):
 
     run, compiled = machine.compile(model, knobs.compile, warm_up)
     run = machine.share(run)
-    for again in (False, True):
-        with mark() if again else contextlib.nullcontext():
+    for last in (False, False, True):  # in the first two, moments and DDP's buckets are made
+        with mark() if last else contextlib.nullcontext():
             for kind in kinds:
                 for i in range(micro_steps):
                     if machine.distributed:
