@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -257,6 +258,33 @@ def test_wandb_works_without_a_key(run, tmp_path, monkeypatch, mode):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert len(run(wandb_project="x")) == 10
     assert any(tmp_path.glob("wandb/offline-run-*")) == (mode == "offline")
+
+
+def command_line(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def test_resuming_needs_no_other_knob(run, tiny, tmp_path, monkeypatch):
+    """Knobs that are not given are those of the run; one that is given and differs is still refused."""
+    wanted = run(out_dir=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        multiplier = train.rate_multiplier
+        patch.setattr(train, "rate_multiplier", lambda *a: os.kill(os.getpid(), 15) or multiplier(*a))
+        run()
+    assert len(read_rows(tiny().out_dir)) == 1
+    here = f"--out_dir={tiny().out_dir}"
+    with pytest.raises(SystemExit, match="last.pt was trained with other settings: seed 1337 -> 5; give"):
+        command_line(monkeypatch, here, "--resume", "--seed=5")
+    command_line(monkeypatch, here, "--resume")
+    rows = read_rows(tiny().out_dir)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in wanted]
+    config = Path(tiny().out_dir, "config.json")
+    whole = config.read_text()
+    for damaged in ("{", "[]", '{"config": 3}', whole.replace('"seed": 1337', '"seed": "x"')):
+        config.write_text(damaged)
+        with pytest.raises(SystemExit, match="^error: .*config.json"):
+            command_line(monkeypatch, here, "--resume")
 
 
 def test_config_json_is_json_without_nan(run, tiny):
