@@ -30,7 +30,7 @@ from nanotst import UserError
 from nanotst.checkpoint import Saver, load_initial, model_config, resume
 from nanotst.configurator import run, validate
 from nanotst.huggingface import load_hf
-from nanotst.log import RunFolder, describe_run, progress, router_metrics
+from nanotst.log import RunFolder, describe_run, knobs_of_run, progress, router_metrics, warn
 from nanotst.machine import Machine, StopSignals, as_one
 from nanotst.mixture import open_mixture
 from nanotst.optim import OPTIMIZERS, SCHEDULES, make_optimizer, rate_multiplier, set_rates
@@ -57,7 +57,7 @@ class Config:
     # Run
     out_dir: str = "out/run"  # metrics.jsonl, config.json and checkpoints go here
     dataset: str = "python_source"  # a corpus, in data/ or elsewhere, or several, A:0.5,B:0.5
-    resume: bool = False  # go on from out_dir's last checkpoint, exactly; give the same knobs again
+    resume: bool = False  # go on from out_dir's last checkpoint, exactly; knobs not given are the run's
     allow_changes: bool = False  # with --resume: let knobs differ that change the training
     overwrite: bool = False  # start anew in an out_dir that holds a run
     init_from: str = ""  # initial weights: a checkpoint of ours, or hf:FOLDER of Hugging Face's
@@ -316,6 +316,7 @@ def main(c):
             optimizer.zero_grad()
         evaluate(net, val_mine[0][:1], batch_size, machine)
 
+    warn(c, machine, model)  # before minutes of compiling
     raw_model = model  # checkpoints hold its keys
     model, compiled = machine.compile(raw_model, c.compile, warm_up)
     shared = wrap(model, machine)
@@ -415,7 +416,7 @@ def main(c):
 
 if __name__ == "__main__":
     try:
-        run(as_one(main), Config)
+        run(as_one(main), Config, known=knobs_of_run)
     except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
         if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
             raise

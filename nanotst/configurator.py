@@ -39,16 +39,18 @@ ARITHMETIC = {
 LARGEST_FILE = 2**20  # bytes of a config file
 
 
-def run(main, cls, argv=None):
+def run(main, cls, argv=None, known=None):
     """An entry point: main(the knobs of the command line), with what a user can act on printed as one line,
-    exit 1."""
+    exit 1. known(knobs): values of the knobs that the command line does not give, a dict."""
     for stream in (sys.stdout, sys.stderr):  # whatever the terminal's encoding, a text never ends the program
         stream.reconfigure(errors="replace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # a script may have set it, for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    argv = sys.argv[1:] if argv is None else argv
     try:
         try:
-            config = parse(cls, sys.argv[1:] if argv is None else argv)
+            config = parse(cls, argv)
+            config = parse(cls, argv, known(config)) if known else config
         except UserError:
             if int(os.environ.get("RANK", 0)):  # all ranks have the same command line, and rank 0 says it
                 sys.exit(1)
@@ -68,9 +70,9 @@ def run(main, cls, argv=None):
         sys.exit(f"error: {' '.join(text.splitlines())}")
 
 
-def parse(cls, argv):
+def parse(cls, argv, known=()):
     """A `cls` with the values of the arguments: --key=value, places, and, for a class without places, config
-    files.
+    files. What they do not give is as in `known`, or by default.
 
     --flag alone sets a bool to True, -h or --help prints a page and exits. Raises UserError for what it does
     not understand.
@@ -80,7 +82,7 @@ def parse(cls, argv):
         sys.exit(0)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     places = [name for name, field in fields.items() if is_place(field)]
-    values, positional = {}, []
+    values, positional = dict(known), []
     for arg in argv:
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")

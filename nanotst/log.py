@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nanotst import UserError
 from nanotst.checkpoint import exists, forms, newest, remove
+from nanotst.configurator import typed
 from nanotst.files import write_safely
 
 with contextlib.suppress(ImportError):  # not on Windows, where a folder has no lock
@@ -172,6 +173,23 @@ def job():
     return f", torchrun {name}" if name else ""
 
 
+def knobs_of_run(c):
+    """With --resume, the knobs of the run in out_dir, from its config.json, for those that are not given."""
+    path = os.path.join(c.out_dir, "config.json")
+    if not c.resume or not os.path.exists(path):
+        return {}
+    fields = {field.name: field for field in dataclasses.fields(c)}
+    for key in ("out_dir", "resume", "allow_changes", "overwrite", "init_from"):  # not of the run as such
+        del fields[key]
+    try:
+        with open(path, encoding="utf-8") as f:
+            saved = json.load(f)["config"]
+        known = [key for key in fields if key in saved]  # an older run lacks the latest ones
+        return {key: typed(fields[key], key, saved[key], path, fields) for key in known}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} is damaged; move it away, and --resume needs all knobs") from None
+
+
 def step_of(line):
     """The step of a row, from its line in metrics.jsonl. ValueError, KeyError or TypeError where there is
     none."""
@@ -260,4 +278,3 @@ def describe_run(c, machine, model, stream, compiled, micro_steps, step):
         f"{c.max_steps:,} steps of {c.total_batch:,} positions, in {micro_steps} micro-steps a rank; "
         f"{tokens:,} tokens, {tokens / stream.epoch_tokens:.2f} epochs of the corpus"
     )
-    warn(c, machine, model)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import torch
 from conftest import ROOT, read_rows
 
 import train
-from nanotst import UserError, checkpoint, configurator, log
+from model import GPT
+from nanotst import UserError, checkpoint, configurator, log, parallel
 from nanotst.configurator import help_text, parse
 from tools.runs import load_metrics
 
@@ -62,18 +64,18 @@ def test_what_this_machine_cannot_hold_is_one_line(run, tiny, knobs, words):
     assert "\n" not in str(e.value) and not os.path.exists(tiny().out_dir)
 
 
-def test_the_largest_model_that_fits_is_not_refused(tiny, monkeypatch):
+def test_the_largest_model_that_fits_is_not_refused(tiny):
     """16 bytes a parameter, and the rotary tables."""
     c = tiny(n_layer=3)
     shape = checkpoint.model_config(vars(c), {"vocab_size": 50})
-    needed = 16 * train.GPT(shape).n_params() + 4 * c.block_size * shape.head_dim
+    needed = 16 * GPT(shape).n_params() + 4 * c.block_size * shape.head_dim
     for memory, fits in ((needed, True), (needed - 1, False), (0, True)):  # 0: not known
         machine = type("Stub", (), dict(memory=memory, world_size=1))
         if fits:
-            train.check_size(shape, machine)
+            parallel.check_size(shape, machine)
         else:
             with pytest.raises(UserError, match="GB"):
-                train.check_size(shape, machine)
+                parallel.check_size(shape, machine)
 
 
 def test_a_warmup_that_never_ends_is_said(run, capsys):
@@ -88,7 +90,7 @@ def test_a_vocabulary_that_dwarfs_the_model_is_said(tiny, capsys):
     for vocab_size in (50, 50_257):
         shape = checkpoint.model_config(vars(c), {"vocab_size": vocab_size})
         with torch.device("meta"):
-            train.warn(c, machine, train.GPT(shape))
+            log.warn(c, machine, GPT(shape))
     out = capsys.readouterr().out
     assert (
         re.search(r"note: 99\.\d% of the work .* 50,257 tokens.*--encoding=bytes", out)
@@ -256,6 +258,33 @@ def test_wandb_works_without_a_key(run, tmp_path, monkeypatch, mode):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert len(run(wandb_project="x")) == 10
     assert any(tmp_path.glob("wandb/offline-run-*")) == (mode == "offline")
+
+
+def command_line(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def test_resuming_needs_no_other_knob(run, tiny, tmp_path, monkeypatch):
+    """Knobs that are not given are those of the run; one that is given and differs is still refused."""
+    wanted = run(out_dir=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        multiplier = train.rate_multiplier
+        patch.setattr(train, "rate_multiplier", lambda *a: os.kill(os.getpid(), 15) or multiplier(*a))
+        run()
+    assert len(read_rows(tiny().out_dir)) == 1
+    here = f"--out_dir={tiny().out_dir}"
+    with pytest.raises(SystemExit, match="last.pt was trained with other settings: seed 1337 -> 5; give"):
+        command_line(monkeypatch, here, "--resume", "--seed=5")
+    command_line(monkeypatch, here, "--resume")
+    rows = read_rows(tiny().out_dir)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in wanted]
+    config = Path(tiny().out_dir, "config.json")
+    whole = config.read_text()
+    for damaged in ("{", "[]", '{"config": 3}', whole.replace('"seed": 1337', '"seed": "x"')):
+        config.write_text(damaged)
+        with pytest.raises(SystemExit, match="^error: .*config.json"):
+            command_line(monkeypatch, here, "--resume")
 
 
 def test_config_json_is_json_without_nan(run, tiny):
