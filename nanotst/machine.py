@@ -93,14 +93,15 @@ class Machine:
         distributed = "RANK" in os.environ
         if distributed and c.device.startswith("cuda:"):
             raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
-        if c.parallel != "auto" and not distributed:
+        parallel, shard_size = getattr(c, "parallel", "auto"), getattr(c, "shard_size", 0)
+        if parallel != "auto" and not distributed:
             raise UserError(
-                f"parallel={c.parallel} needs ranks: torchrun --standalone --nproc_per_node=N train.py"
+                f"parallel={parallel} needs ranks: torchrun --standalone --nproc_per_node=N train.py"
             )
-        parallel = "none" if not distributed else "ddp" if c.parallel == "auto" else c.parallel
-        if c.shard_size and (parallel != "fsdp" or env["WORLD_SIZE"] % c.shard_size):
+        parallel = "none" if not distributed else "ddp" if parallel == "auto" else parallel
+        if shard_size and (parallel != "fsdp" or env["WORLD_SIZE"] % shard_size):
             raise UserError(
-                f"shard_size {c.shard_size} is for parallel=fsdp and must divide {env['WORLD_SIZE']} ranks"
+                f"shard_size {shard_size} is for parallel=fsdp and must divide {env['WORLD_SIZE']} ranks"
             )
         device = pick_device(c.device, env["LOCAL_RANK"])
         if device.startswith("cuda"):
@@ -121,7 +122,7 @@ class Machine:
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left on CUDA
         dtype = c.dtype if c.dtype != "auto" else "bfloat16" if has_fast_bfloat16(device) else "float32"
         ranks = env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]
-        return cls(device, dtype, *ranks, distributed, parallel, c.shard_size or env["WORLD_SIZE"])
+        return cls(device, dtype, *ranks, distributed, parallel, shard_size or env["WORLD_SIZE"])
 
     @property
     def master(self):
