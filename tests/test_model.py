@@ -15,6 +15,7 @@ import model as model_module
 from model import GPT, MLP, GPTConfig, Linear, MoE, RMSNorm, rotary, rotate
 from nanotst.checkpoint import model_config
 from nanotst.configurator import parse, read_file
+from nanotst.parallel import init_weights
 from train import Config
 from tst import LOSSES
 
@@ -157,12 +158,22 @@ def test_initialisation():
 def test_weights_of_some_parts_are_drawn_anew_and_the_others_stay():
     model = gpt()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    model.init_weights(("embed", "blocks.1.mlp"))
+    init_weights(model, ("embed", "blocks.1.mlp"))
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"embed.weight", "blocks.1.mlp.gate_up.weight", "blocks.1.mlp.down.weight"}
     model.init_weights()
     matrices = {name for name, p in model.named_parameters() if p.dim() > 1}
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == matrices
+
+
+def test_buffers_are_filled_as_in_a_new_model():
+    """Of a model that was built without memory, where they hold anything."""
+    model = gpt(balance_bias=True, **EXPERTS)
+    wanted = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for buffer in model.buffers():
+        buffer.fill_(torch.nan)
+    model.init_buffers()
+    assert len(wanted) == 4 and all(torch.equal(b, wanted[name]) for name, b in model.named_buffers())
 
 
 @pytest.mark.parametrize(
