@@ -233,8 +233,8 @@ class Machine:
 def meet(rank, ranks):
     """A store for the ranks that are alive. torchrun keeps one store through all its restarts, with the
     addresses of processes that have died, at which a new one would wait for a partner in vain; and its
-    restart counts may differ between nodes. So rank 0 answers each of the others by a name that nobody has
-    had before."""
+    restart counts may differ between nodes (pytorch issue 135712). So rank 0 answers each of the others by a
+    name that nobody has had before."""
     store = agent_store(TIMEOUT)
     me, deadline, missing = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds(), set(range(1, ranks))
     if rank:
@@ -300,18 +300,14 @@ def as_one(main):
     def ranked(config):
         try:
             return main(config)
-        except (UserError, OSError) as e:
-            if "RANK" not in os.environ or first_to_say(str(e)):
-                raise
-            sys.exit(1)
-        except RuntimeError as e:
+        except Exception as e:
             if "RANK" not in os.environ or isinstance(e, torch.OutOfMemoryError):
                 raise
-            leave_at_once(e)
-        except Exception as e:
-            if "RANK" not in os.environ:
+            if not isinstance(e, (UserError, OSError)):
+                leave_at_once(e)
+            if first_to_say(str(e)):
                 raise
-            leave_at_once(e)
+            sys.exit(1)
 
     return ranked
 
@@ -322,9 +318,10 @@ def leave_at_once(e):
     if not lost:
         traceback.print_exception(e)
     elif first_to_say("a rank is lost"):
-        print(
+        said = (
             f"error: another rank has ended or hangs, and this one cannot go on without it ({str(e)[:100]})"
         )
+        print(said, file=sys.stderr)
     sys.stderr.flush()
     os._exit(1)
 
