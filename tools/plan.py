@@ -24,6 +24,7 @@ none of recomputing, attention without its causality. A GB is 10^9 bytes.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -463,8 +464,9 @@ def show(plan):
 # ---------------------------------------------------------------------------------------- measured beside it
 
 
-def steps_here(machine, shape, knobs, rows, micro_steps, kinds, mark):
-    """Train a new model for three steps of each kind (n_in, n_out), as train.py does, the last in mark()."""
+def steps_here(machine, shape, knobs, rows, micro_steps, kinds, record):
+    """Train a new model for three steps of each kind (n_in, n_out), as train.py does, the last ones under
+    `record`. Returns whether it is compiled, and the bytes of tensors that are there between two steps."""
     torch.manual_seed(0)
     with torch.device(machine.device):
         model = GPT(shape)
@@ -477,9 +479,8 @@ def steps_here(machine, shape, knobs, rows, micro_steps, kinds, mark):
             loss, router = run(*bags_and_labels(tokens, n_in, n_out))
         if router is None:
             return loss
-        return (
-            loss + knobs.balance_coef * router["balance_loss"].mean() + knobs.z_coef * router["z_loss"].mean()
-        )
+        balance = knobs.balance_coef * router["balance_loss"].mean()
+        return loss + balance + knobs.z_coef * router["z_loss"].mean()
 
     def warm_up(run):
         for kind in kinds:
@@ -489,7 +490,7 @@ def steps_here(machine, shape, knobs, rows, micro_steps, kinds, mark):
     run, compiled = machine.compile(model, knobs.compile, warm_up)
     run = machine.share(run)
     for last in (False, False, True):  # in the first two, moments and DDP's buckets are made
-        with mark() if last else contextlib.nullcontext():
+        with record if last else contextlib.nullcontext():
             for kind in kinds:
                 for i in range(micro_steps):
                     if machine.distributed:
@@ -498,7 +499,16 @@ def steps_here(machine, shape, knobs, rows, micro_steps, kinds, mark):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf)
                 optimizer.step()
                 optimizer.zero_grad()
-    return compiled
+    kept = [t for one in optimizer for state in one.state.values() for t in state.values()]
+    buckets = list(model.parameters()) if machine.distributed else []
+    there = [*model.parameters(), *model.buffers(), *kept, *buckets]
+    return compiled, sum(t.nbytes for t in there if torch.is_tensor(t))
+
+
+@contextlib.contextmanager
+def peak_of_cuda():
+    torch.cuda.reset_peak_memory_stats()
+    yield
 
 
 def measure(c):
@@ -511,27 +521,17 @@ def measure(c):
     rows = knobs.batch_size or rank_rows
     phases = phases_of(knobs)
     kinds = list(dict.fromkeys((p.n_in, p.n_out) for p in phases))
-    arguments = machine, shape, knobs, rows, rank_rows // rows, kinds
+    # only in the last step: the profiler does not see what gloo's threads free, such as DDP's first buckets
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+    record = peak_of_cuda() if machine.device_type == "cuda" else profiler
+    compiled, there = steps_here(machine, shape, knobs, rows, rank_rows // rows, kinds, record)
     if machine.device_type == "cuda":
-
-        @contextlib.contextmanager
-        def mark():
-            torch.cuda.reset_peak_memory_stats()
-            yield
-
-        compiled = steps_here(*arguments, mark)
         measured = torch.cuda.max_memory_allocated()
     else:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-            compiled = steps_here(*arguments, lambda: torch.profiler.record_function("measured step"))
         events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-        begun = next(event.start_ns() for event in events if event.name() == "measured step")
-        held, measured = 0, 0
-        for event in events:
-            if event.name() == "[memory]":  # allocated, or, as a negative number, freed
-                held += event.nbytes()
-                measured = max(measured, held if event.start_ns() >= begun else 0)
+        changes = [event.nbytes() for event in events if event.name() == "[memory]"]  # freed: negative
+        measured = there + max(itertools.accumulate(changes))
     with torch.device("meta"):
         m = Model.of(GPT(shape), knobs)
     way = Way(machine.device_type, 2 if machine.dtype == "bfloat16" else 4, compiled,
