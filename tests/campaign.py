@@ -358,7 +358,8 @@ def signals(lab, folder, rng, i):
 
 
 def torchrun_signal(lab, folder, rng, number):
-    """It must be heeded between two rows that are far apart."""
+    """It must be heeded between two rows that are far apart: "bit-equal" here means that what was saved is
+    the step in which it stopped. (Two ranks against one: tests/test_train.py.)"""
     rare = ["--max_steps=1000000", "--log_interval=100000", "--eval_interval=100000", "--save_interval=0"]
     argv = lab.train(folder / "run", "dense", *rare, "--batch_size=4", "--threads=1")
     argv = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / argv[0]), *argv[1:]]
@@ -863,9 +864,10 @@ INTRODUCTION = """# Reliability
 
 What happens to a run that is killed, and to files that are damaged: tests/campaign.py does it, and counts.
 Each trial is a real process of a real script on a tiny model on a CPU. *bit-equal*: it went on, where needed
-by the advice of its own messages, and weights and losses are those of the undisturbed run (of a command line:
-it worked). *One line*: it said what is wrong, exit status 1, and every file is as before. The last three
-columns should be empty: a traceback, a crash or a hang; another result without a word; work that is gone."""
+by the advice of its own messages, and weights and losses are those of the undisturbed run (a command line: it
+worked; the two signals to torchrun: the step in which the ranks stopped was saved). *One line*: it said what
+is wrong, exit status 1, and every file is as before. The last three columns should be empty: a traceback, a
+crash or a hang; another result without a word; work that is gone."""
 
 
 def table(counts, where, costs):
