@@ -30,9 +30,9 @@ import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
-from typing import Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from model import GPT, GPTConfig
 from nanotst import UserError
@@ -42,6 +42,7 @@ from nanotst.kernels import rows_of_chunk
 from nanotst.machine import PEAK_FLOPS, Machine
 from nanotst.mixture import open_mixture
 from nanotst.optim import make_optimizer
+from nanotst.parallel import build, clip_gradients, sync_gradients, wrap
 from tools.bench import VOCAB_SIZES
 from tools.runner import TRAINER, knobs_of, places, read_arguments
 from tst import bags_and_labels, phase_list
@@ -66,8 +67,6 @@ class Config:
     gpus_per_node: int = 8  # for the command line
     mfu: float = 0.4  # share of the peak FLOPs that the model's own FLOPs will reach
     reserve: float = 6.0  # GB of each GPU for CUDA, NCCL and fragmentation
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # auto: DDP if it fits without recomputing, or FSDP
-    shard_size: int = 0  # FSDP: GPUs that share one copy of the states; 0: all
     vocab_size: int = 0  # 0: of the dataset, or, where it is not prepared yet, as in tools/bench.py
 
     # Output
@@ -329,13 +328,12 @@ def ways(c, knobs):
     width = 4 if knobs.dtype == "float32" else 2
     compiled = knobs.compile != "off" and not (knobs.n_expert and width == 4)
     one = Way(width=width, compiled=compiled, parallel="none")
-    wanted = c.parallel if c.parallel != "auto" else getattr(knobs, "parallel", "auto")
-    shards = c.shard_size or getattr(knobs, "shard_size", 0) or c.gpus
+    shards = knobs.shard_size or c.gpus
     kinds = [one] if c.gpus == 1 else [replace(one, parallel="ddp"),
                                        replace(one, parallel="fsdp", shards=shards)]  # fmt: skip
     if knobs.optimizer == "muon":  # works on whole matrices
         kinds = [way for way in kinds if way.parallel != "fsdp"]
-    kinds = [way for way in kinds if wanted in ("auto", way.parallel) or c.gpus == 1]
+    kinds = [way for way in kinds if knobs.parallel in ("auto", way.parallel) or c.gpus == 1]
     return [replace(way, checkpointing=again) for again in (False, True) for way in kinds]
 
 
@@ -348,9 +346,9 @@ def make_plan(c):
         raise UserError(f"gpu must be one of {', '.join(PEAK_FLOPS)}, got {c.gpu!r}")
     if not 0 < c.mfu <= 1:
         raise UserError(f"mfu must lie between 0 and 1, got {c.mfu}")
-    if c.shard_size < 0 or c.shard_size and c.gpus % c.shard_size:
-        raise UserError(f"shard_size must divide the {c.gpus} GPUs, got {c.shard_size}")
     knobs, files, given = read_knobs(c.arguments)
+    if knobs.shard_size < 0 or knobs.shard_size and c.gpus % knobs.shard_size:
+        raise UserError(f"shard_size must divide the {c.gpus} GPUs, got {knobs.shard_size}")
     shape = model_config(vars(knobs), {"vocab_size": find_vocab_size(c, knobs)})
     with torch.device("meta"):
         gpt = GPT(shape)
@@ -470,8 +468,7 @@ def steps_here(machine, shape, knobs, rows, micro_steps, kinds, record):
     """Train a new model for three steps of each kind (n_in, n_out), as train.py does, the last ones under
     `record`. Returns whether it is compiled, and the bytes of tensors that are there between two steps."""
     torch.manual_seed(0)
-    with torch.device(machine.device):
-        model = GPT(shape)
+    model = build(shape, machine)
     optimizer = make_optimizer(model, knobs, machine.device_type)
 
     def forward(run, n_in, n_out):
@@ -490,21 +487,21 @@ def steps_here(machine, shape, knobs, rows, micro_steps, kinds, record):
             optimizer.zero_grad()
 
     run, compiled = machine.compile(model, knobs.compile, warm_up)
-    run = machine.share(run)
+    run = wrap(run, machine)
     for last in (False, False, True):  # in the first two, moments and DDP's buckets are made
         with record if last else contextlib.nullcontext():
             for kind in kinds:
                 for i in range(micro_steps):
-                    if machine.distributed:
-                        run.require_backward_grad_sync = i == micro_steps - 1
+                    sync_gradients(run, i == micro_steps - 1)
                     (forward(run, *kind) / micro_steps).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf)
+                clip_gradients(model, knobs.grad_clip)
                 optimizer.step()
                 optimizer.zero_grad()
     kept = [t for one in optimizer for state in one.state.values() for t in state.values()]
-    buckets = list(model.parameters()) if machine.distributed else []
+    buckets = list(model.parameters()) if machine.parallel == "ddp" else []
     there = [*model.parameters(), *model.buffers(), *kept, *buckets]
-    return compiled, sum(t.nbytes for t in there if torch.is_tensor(t))
+    there = [t.to_local() if isinstance(t, DTensor) else t for t in there if torch.is_tensor(t)]
+    return compiled, sum(t.nbytes for t in there)
 
 
 @contextlib.contextmanager
@@ -537,8 +534,8 @@ def measure(c):
     with torch.device("meta"):
         m = Model.of(GPT(shape), knobs)
     way = Way(machine.device_type, 2 if machine.dtype == "bfloat16" else 4, compiled,
-              knobs.checkpoint_activations, "ddp" if machine.distributed else "none",
-              micro_steps=rank_rows // rows)  # fmt: skip
+              knobs.checkpoint_activations, machine.parallel, machine.shard_size,
+              rank_rows // rows)  # fmt: skip
     at, parts = peak(m, rows, way, max(n_out for _, n_out in kinds))
     machine.leave()
     return {"measured": measured, "planned": sum(parts.values()), "peak_at": at, "way": asdict(way),
