@@ -27,7 +27,7 @@ class HubFile(File):
 
     def fetch(self):
         hub = needs("huggingface_hub", self.repo)
-        needs("tqdm", "the progress bar").tqdm.write(f"fetching {self.name} ({self.size / 1e9:.2f} GB)")
+        needs("tqdm", self.repo).tqdm.write(f"fetching {self.name} ({self.size / 1e9:.2f} GB)")
         return ask(
             f"fetching {self.name} of {self.repo}",
             hub.hf_hub_download,

@@ -20,9 +20,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.documents import kind, needs, read_documents
+from data.documents import kind, read_documents
 from data.token_files import TokenFiles
 from nanotst import UserError
+
+try:
+    from tqdm import tqdm
+except ImportError:  # a bare machine makes the same corpus, without a bar
+    tqdm = None
 
 BATCH = 1024 * 1024  # bytes of text handed to a worker at a time
 FEW_DOCUMENTS, FEW_TOKENS = 20, 1_000_000  # a validation split with less of both is warned about
@@ -238,13 +243,14 @@ def map_in_order(function, items, workers):
 
 
 class Progress:
-    """A bar with rate and time left: tokens if the group has a limit, else stored bytes of its files."""
+    """A bar with rate and time left: tokens if the group has a limit, else stored bytes of its files. None
+    without tqdm."""
 
     def __init__(self, group, file, out):
         self.group, self.out = group, out
         self.before = np.cumsum([0, *(f.size for f in group.files)]).tolist()
         total = group.limit or self.before[-1]
-        self.bar = needs("tqdm", "the progress bar").tqdm(
+        self.bar = tqdm and tqdm(
             desc=group.split or "train and val",
             total=total,
             initial=out.n_tokens[group.split] if group.limit else self.before[file],
@@ -255,13 +261,15 @@ class Progress:
 
     def show(self, file, position):
         done = self.out.n_tokens[self.group.split] if self.group.limit else self.before[file] + position
-        self.bar.update(done - self.bar.n)
+        if self.bar:
+            self.bar.update(done - self.bar.n)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.bar.close()
+        if self.bar:
+            self.bar.close()
 
 
 def describe(groups, tokenizer, options, val_fraction, shard_tokens, seed):

@@ -128,6 +128,8 @@ def is_ordinary(settings):
 def make_member(settings, files, chosen, varied, out_dir):
     """The run with the knobs `chosen` over `settings`, told from its neighbours by those in `varied`."""
     full = {k: v for k, v in (settings | chosen).items() if k not in FREE}
+    if full.get("bag_weights") != "fitted" and "fitted" in full:
+        full["fitted"] = ""  # no other weights read it
     point = {k: chosen[k] for k in varied if k in chosen}
     if is_ordinary(full):
         chosen = {k: v for k, v in chosen.items() if k not in SUPERPOSITION} | {"bag_size": 1}

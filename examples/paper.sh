@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# The paper's experiments, and those that it leaves open: a sweep each, at any scale.
+#
+#     bash examples/paper.sh                     all, at the scale of results/paper: hours on two CPU cores
+#     bash examples/paper.sh bag_size ratio      some
+#     CONFIG=config/dense_270m.py JOBS=8 bash examples/paper.sh bag_size      eight runs at a time, a GPU each
+#
+# Experiments share their runs, and go on where they were cut off. For each, OUT holds NAME.md, NAME.csv and NAME.png.
+# Their values are in the lines below: edit them for another scale.
+set -eu
+config=${CONFIG:-config/small.py} seeds=${SEEDS:-1,2,3} out=${OUT:-out/paper} jobs=${JOBS:-1} python=${PYTHON:-python}
+threads=${THREADS:-0}
+
+keep() {  # what a tool says in the end, by the name of the experiment
+    for ending in md csv png; do
+        for written in "$2"/table.$ending "$2"/runs.$ending "$2"/sweep.$ending "$2"/compare.$ending; do
+            [ ! -e "$written" ] || mv "$written" "$out/$1.$ending"
+        done
+    done
+}
+
+sweep() {  # NAME, grid; the runs go to runs, unless they are not to be told from those by what varies
+    name=$1; shift
+    echo "---- $name"
+    "$python" -m tools.sweep "$config" --seed="$seeds" --out_dir="$out/${runs:-runs}" --jobs="$jobs" --threads="$threads" "$@"
+    keep "$name" "$out/${runs:-runs}"
+}
+
+# ------------------------------------------------------------------------------------------- the paper's own
+
+rates() { sweep rates --bag_size=1,2,4 --learning_rate=4e-3,8e-3,1.6e-2 --rows=learning_rate --best_of=none; }
+bag_size() { sweep bag_size --bag_size=1,2,3,4,6,8; }
+ratio() { sweep ratio --bag_size=1,2 --superposition_ratio=0.1,0.2,0.3,0.4,0.5,0.6; }
+sides() { sweep sides --bag_size=1,2,4 --superposition=full,input,output; }
+losses() { sweep losses --bag_size=1,2,4 --loss=mce,mce_alt,bce,hinge; }
+reinit() { sweep reinit --bag_size=1,2 --reinit_at_switch=';embedding;head;optimizer'; }
+weights() {
+    "$python" -m tools.fit_mi --dataset="${DATASET:-python_source}" --out="$out/fitted.json"
+    sweep weights --bag_size=1,2,8 --bag_weights=uniform,power,exponential,first,fitted --fitted="$out/fitted.json"
+}
+compare() {  # equal FLOPs, equal loss, equal data
+    "$python" -m tools.compare "$config" --seeds="$seeds" --lengths=1,1.25,1.5,2 --out_dir="$out/runs" --jobs="$jobs" \
+        --threads="$threads"
+    keep compare "$out/runs"
+}
+
+# ----------------------------------------------------------------------------------------- what it leaves open
+
+step_down() { sweep step_down --bag_size=1,2,4,4-2,8,8-4-2; }
+documents() { sweep documents --bag_size=1,2,4 --document_bags=False,True; }
+muon() { sweep muon --bag_size=1,2 --optimizer=adamw,muon; }
+window() { sweep window --bag_size=1,2 --attention_window=0,32; }
+experts() { runs=experts sweep experts --bag_size=1,2 --n_expert=8 --top_k=2 --ff_dim=96; }
+schedule() { sweep schedule --bag_size=1,2 --schedule=wsd,cosine; }
+
+all="rates bag_size ratio sides losses reinit weights compare step_down documents muon window experts schedule"
+mkdir -p "$out"
+for experiment in ${@:-$all}; do
+    case " $all " in
+    *" $experiment "*) $experiment ;;
+    *) echo "error: no experiment $experiment; there are $all" >&2; exit 1 ;;
+    esac
+done
