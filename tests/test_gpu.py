@@ -18,11 +18,14 @@ TEXT = "\n<|endoftext|>\n".join(
     " ".join(f"{verb} the {noun} {i}," for verb in ("see", "hear", "follow") for noun in ("cat", "dog")) * 6
     for i in range(60)
 )
+LAUNCH = gpu.launch
 
 
 def launch_here(command, say, seconds=0.0):
     """As gpu.launch, in this process, which has imported everything already."""
     where, *arguments = command if command[0] != "-m" else command[1:]
+    if where == "torch.distributed.run":
+        return LAUNCH(command, say)
     say(f"{where} in this process")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -86,6 +89,14 @@ def test_pair_is_kept_and_not_trained_again(dry):
     assert len(trained) == 2
     dry("pair")
     assert [line for line in commands(results) if "train.py" in line] == trained
+
+
+def test_a_run_sharded_over_one_rank_comes_to_the_same(dry):
+    results = dry("fsdp")
+    plain, sharded = kept(results).values()
+    assert [plain["label"] + " FSDP", "fsdp"] == [sharded["label"], sharded["parallel"]]
+    assert float(sharded["val_loss"]) == pytest.approx(float(plain["val_loss"]), rel=1e-5)
+    assert (results / "fsdp.md").exists()
 
 
 def losses_by_rate(monkeypatch, best):

@@ -39,6 +39,7 @@ class Config:
         seeds   three seeds of each at its best learning rate, TST's with the best s, in all steps
         long    baselines of 1.5 and 2 times the steps: from these the speed-up at equal loss is read
         moe     baseline and TST with a mixture of experts, as in config/gpu_moe.py
+        fsdp    TST in a tenth of the steps, sharded over one rank, beside the same run without torchrun
         bench   speed and memory: against nanoGPT, of the paper's shapes, of bags, of mixtures of experts
     """
 
@@ -76,10 +77,11 @@ class Run:
     max_steps: int
     learning_rate: float
     seed: int = 1337
+    fsdp: bool = False
 
     @property
     def name(self):
-        kind = self.config.removeprefix("gpu_")
+        kind = self.config.removeprefix("gpu_") + "_fsdp" * self.fsdp
         return f"{kind}_s{self.bag_size}_{self.max_steps}_lr{self.learning_rate:g}_seed{self.seed}"
 
     @property
@@ -87,7 +89,7 @@ class Run:
         """What its seeds share."""
         kind = "MoE " if "moe" in self.config else ""
         kind += f"TST s={self.bag_size}" if self.bag_size > 1 else "baseline"
-        return f"{kind} lr={self.learning_rate:g}"
+        return f"{kind} lr={self.learning_rate:g}" + " FSDP" * self.fsdp
 
 
 class TimeIsUp(UserError):
@@ -155,7 +157,9 @@ class Session:
                    "seed": run.seed, "dataset": self.corpus} | (TINY if self.dry else {})  # fmt: skip
         begin = "--resume" if (folder / "last.pt").exists() else "--overwrite"
         knobs = [f"--{key}={value}" for key, value in changed.items()]
-        self.call("train.py", f"config/{run.config}.py", f"--out_dir={folder}", begin, *knobs)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"] * run.fsdp
+        knobs += ["--parallel=fsdp"] * run.fsdp
+        self.call(*torchrun, "train.py", f"config/{run.config}.py", f"--out_dir={folder}", begin, *knobs)
         self.call("-m", "tools.keep", str(folder), f"--out_dir={self.results}", f"--labels={run.label}")
         return run
 
@@ -281,6 +285,12 @@ def moe(g):
     g.draw("moe", [g.train(g.run("gpu_moe", bag_size=1)), g.train(g.run("gpu_moe"))])
 
 
+def fsdp(g):
+    """Two runs of one seed: the same losses up to rounding, and what sharding costs in tokens a second."""
+    short = g.run(part=0.1)
+    g.draw("fsdp", [g.train(short), g.train(replace(short, fsdp=True))])
+
+
 def bench(g):
     failed = []
     for name, knobs in BENCHES.items():
@@ -305,7 +315,7 @@ def bench(g):
         raise UserError(f"{', '.join(failed)} failed, see {g.results}/log.txt")
 
 
-PARTS = dict(pair=pair, sweep=sweep, bags=bags, seeds=seeds, long=long, moe=moe, bench=bench)
+PARTS = dict(pair=pair, sweep=sweep, bags=bags, seeds=seeds, long=long, moe=moe, fsdp=fsdp, bench=bench)
 
 
 def main(config):
