@@ -183,11 +183,16 @@ def check(c, world_size):
     for key in ("learning_rate", "norm_eps", "rope_theta"):
         if not getattr(c, key) > 0:
             raise UserError(f"{key} must be positive, got {getattr(c, key)}")
+    for key in ("learning_rate", "matrix_learning_rate"):
+        if getattr(c, key) > 1e30:  # float32 ends at 3e38, and optimizers multiply it
+            raise UserError(f"{key} must be at most 1e30, got {getattr(c, key)}")
     if c.threads > 1024:
         raise UserError(f"threads must be at most 1024, got {c.threads}")
+    if c.balance_bias and not c.n_expert:
+        raise UserError("balance_bias belongs to a mixture of experts: give n_expert and top_k, too")
     if not c.out_dir:
         raise UserError("out_dir must name a folder")
-    if unknown := set(filter(None, c.reinit_at_switch.split(","))) - REINIT.keys():
+    if unknown := c.reinit_at_switch and set(c.reinit_at_switch.split(",")) - REINIT.keys():
         raise UserError(f"reinit_at_switch takes {', '.join(REINIT)}, between commas, got {min(unknown)!r}")
     if c.loss != "mce" and c.bag_weights != "uniform":
         raise UserError(f"bag_weights={c.bag_weights} belongs to loss=mce, not to loss={c.loss}")

@@ -1,7 +1,6 @@
 """The paper's 10B-A1B mixture of experts: 10,132,484,608 parameters, 1.02B of them active without the input
 embedding. The paper does not state the shape; this one keeps Qwen3-30B-A3B's ratios. Its states,
-162 GB, are spread over the GPUs (FSDP2). Until the last micro-step each GPU also sums its gradients whole, in
-float32, 41 GB: that takes 80 GB GPUs, at least 8. On several nodes, see examples/slurm.sh.
+162 GB, are spread over the GPUs (FSDP2): 8 of 80 GB hold them. On several nodes, see examples/slurm.sh.
 
     torchrun --standalone --nproc_per_node=8 train.py config/moe_10b_a1b.py --out_dir=out/10b_tst
 

@@ -8,6 +8,7 @@ import shutil
 from nanotst import UserError
 
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+FULL_IN_TORCH = "unexpected pos", "PytorchStreamWriter"  # in torch.save's RuntimeErrors
 
 
 def write_safely(path, write):
@@ -29,7 +30,7 @@ def write_safely(path, write):
 def why_not_written(path, error, kept):
     """A line about an error in writing. kept: whether what was there before is still there."""
     free = shutil.disk_usage(os.path.dirname(path) or ".").free
-    full = isinstance(error, RuntimeError) or getattr(error, "errno", None) in FULL
+    full = getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL_IN_TORCH)
     reason = (
         getattr(error, "strerror", None) or f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
     )

@@ -13,6 +13,7 @@ from nanotst import UserError
 from nanotst.checkpoint import exists, forms, newest, remove
 from nanotst.configurator import typed
 from nanotst.files import write_safely
+from nanotst.sharded import of_all_ranks
 
 with contextlib.suppress(ImportError):  # not on Windows, where a folder has no lock
     import fcntl
@@ -37,18 +38,21 @@ class RunFolder:
         """The knobs, with which a process that torchrun has started again, since a rank of its run had died,
         goes on with that run by itself. The folder of another run is not touched: `lock` says whose it is."""
         restarted = False
-        if self.machine.master and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        # each node counts for itself, and not when it was another's rank that died
+        again = any(of_all_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
+        if self.machine.master and again:
             with contextlib.suppress(OSError), open(os.path.join(self.out_dir, "lock")) as f:
                 restarted = f.read().endswith(f"{job()}\n")
         if not self.machine.from_master(restarted):
             return c
-        last = self.newest()
+        last = self.newest()  # the same on all ranks
         self.machine.say(f"torchrun has started again: going on from {last or 'the beginning'}")
         return dataclasses.replace(c, resume=last is not None, overwrite=last is None)
 
     def newest(self):
-        """The checkpoint to go on from, None if there is none."""
-        return newest(self.last)
+        """The checkpoint to go on from, None if there is none, as the master sees it: on a shared file system
+        the others may not see it yet."""
+        return self.machine.from_master(newest(self.last) if self.machine.master else None)
 
     def begin(self, resume, overwrite):
         """Lock the folder, and make room for a new run. Raises UserError, on all ranks, if it holds a run
@@ -69,7 +73,7 @@ class RunFolder:
             self._lock()  # before looking: another process could come to its end in between
         held = [path for path in (*forms(self.last), *forms(self.best)) if exists(path)]
         held += [self.metrics] * os.path.exists(self.metrics)
-        last = self.newest()
+        last = newest(self.last)
         if resume and not last:
             what = "the log of a run that ended before its first save" if held else "no run"
             start = "start without --resume" + (", but with --overwrite" if held else "")

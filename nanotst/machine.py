@@ -114,6 +114,8 @@ class Machine:
                 store = meet(env["RANK"], env["WORLD_SIZE"])
                 how |= {"store": store, "rank": env["RANK"], "world_size": env["WORLD_SIZE"]}
             dist.init_process_group(**how)
+        if c.threads < 0:
+            raise UserError(f"threads must not be negative, got {c.threads}")
         if c.threads or distributed and device == "cpu":  # torchrun's own choice is a single thread
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             torch.set_num_threads(c.threads or max(1, cores // env["LOCAL_WORLD_SIZE"]))
@@ -147,11 +149,12 @@ class Machine:
 
     @property
     def memory(self):
-        """Bytes of one device, 0 if that is not known."""
+        """Bytes of one device, of a CPU a rank's share; 0 if that is not known."""
         if self.device_type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
         if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            n_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            return n_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return 0
 
     def versions(self):
@@ -290,7 +293,7 @@ class StopSignals:
 
 # ------------------------------------------------------------------------------------------ ranks that fail
 
-PARTNER_LOST = r"(?i)closed by peer|reset by peer|broken pipe|timed out|gloo|nccl"
+PARTNER_LOST = r"(?i)closed by peer|reset by peer|broken pipe|timed out|timeout|remote process|remote error"
 
 
 def as_one(main):
@@ -318,10 +321,9 @@ def leave_at_once(e):
     if not lost:
         traceback.print_exception(e)
     elif first_to_say("a rank is lost"):
-        said = (
-            f"error: another rank has ended or hangs, and this one cannot go on without it ({str(e)[:100]})"
-        )
-        print(said, file=sys.stderr)
+        why = " ".join(str(e).split())
+        said = "error: another rank has ended or hangs, and this one cannot go on without it"
+        print(f"{said} ({why[:100]}{' ... ' + why[-100:] if len(why) > 200 else why[100:]})", file=sys.stderr)
     sys.stderr.flush()
     os._exit(1)
 

@@ -1,7 +1,8 @@
 """One model on many ranks: DDP, or FSDP2 where its states do not fit on each. The only file that wraps a
 model; model.py knows nothing of it, and there is no tensor, pipeline or expert parallelism.
 
-    ddp   every rank holds all of it: 16 bytes a parameter (float32 weight, gradient and two moments)
+    ddp   every rank holds all of it: 16 bytes a parameter (float32 weight, gradient and two moments), 20
+          where gradients are summed over micro-steps beside DDP's buckets
     fsdp  every rank holds a part of each of these and gathers one unit after the other: embedding, blocks,
           head.
           With shard_size N the parts are spread over N neighbouring ranks, say those of a node, and each such
@@ -40,11 +41,12 @@ def check_size(shape, machine):
         raise UserError(f"there is no such model: {' '.join(str(e).split())[:100]}") from None
     n_params = one + (shape.n_layer - 1) * (two - one)
     needed = 16 * n_params + 4 * shape.block_size * shape.head_dim  # bytes; the rotary tables, too
-    memory = machine.memory * machine.world_size
+    memory = machine.memory * (machine.shard_size if machine.parallel == "fsdp" else 1)
     if memory and needed > memory:
+        hint = " --parallel=fsdp spreads them over the ranks, or" * (machine.parallel == "ddp")
         raise UserError(
             f"training {n_params:,} parameters takes {needed / 1e9:,.0f} GB, here are {memory / 1e9:,.0f};"
-            " give a smaller model: n_embd, n_layer, ff_dim, n_expert or block_size"
+            f"{hint} give a smaller model: n_embd, n_layer, ff_dim, n_expert or block_size"
         )
 
 
@@ -115,12 +117,12 @@ def wrap(model, machine):
 
 def sync_gradients(model, wanted):
     """Whether gradients travel in the next backward pass, said before its forward pass: with the last
-    micro-step is enough. Until then FSDP keeps them whole, in float32: 4 bytes for each parameter of the
-    model on each rank."""
+    micro-step is enough. FSDP reduces them in each, since it would have to keep them whole until then: 4
+    bytes for each parameter of the model on each rank, which are what it is there to save."""
     if isinstance(model, DDP):
         model.require_backward_grad_sync = wanted
     elif isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
+        model.set_requires_all_reduce(wanted)  # of hybrid sharding: the sum over groups of ranks can wait
 
 
 def clip_gradients(model, limit):

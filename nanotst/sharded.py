@@ -77,9 +77,9 @@ def write_folder(path, state, parts, group):
     def write():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DCP's about its own calls
-            dcp.save(
-                parts, storage_writer=dcp.FileSystemWriter(folder), process_group=group
-            )  # syncs its files
+            # nothing is copied ahead: all is on the host, and DCP would make a CUDA stream in this thread
+            writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+            dcp.save(parts, storage_writer=writer, process_group=group)  # syncs its files
         mine = glob.glob(f"{glob.escape(folder)}/__{rank}_*")
         mine += [f"{folder}/.metadata", f"{folder}/state.pt"] * (rank == 0)
         return {os.path.relpath(file, path): sha256_of(file) for file in mine}

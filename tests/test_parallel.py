@@ -44,7 +44,8 @@ SHORT = {**LONG, "max_steps": 12, "eval_interval": 6}  # 12 rows a step, 11 of v
 SAME = [  # (kind, ranks, knobs)
     ("dense", 4, dict(parallel="ddp", batch_size=1)),
     ("dense", 4, dict(parallel="fsdp", batch_size=1)),
-    ("moe", 2, dict(parallel="fsdp")),
+    ("moe", 4, dict(parallel="ddp", batch_size=1)),
+    ("moe", 2, dict(parallel="fsdp", checkpoint_activations=True)),
     ("moe", 4, dict(parallel="fsdp", batch_size=1)),
     ("moe", 4, dict(parallel="fsdp", shard_size=2, batch_size=3)),
     ("tied", 2, dict(parallel="fsdp", batch_size=2)),

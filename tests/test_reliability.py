@@ -1,5 +1,6 @@
 """What a hostile week found (tests/campaign.py), one small case of each kind, and what people are told."""
 
+import contextlib
 import errno
 import importlib
 import json
@@ -69,13 +70,17 @@ def test_the_largest_model_that_fits_is_not_refused(tiny):
     c = tiny(n_layer=3)
     shape = checkpoint.model_config(vars(c), {"vocab_size": 50})
     needed = 16 * GPT(shape).n_params() + 4 * c.block_size * shape.head_dim
-    for memory, fits in ((needed, True), (needed - 1, False), (0, True)):  # 0: not known
-        machine = type("Stub", (), dict(memory=memory, world_size=1))
-        if fits:
+    for memory, way, shards, words in (
+        (needed, "none", 4, None),
+        (0, "none", 4, None),  # not known
+        (needed - 1, "none", 4, "here are .*; give a smaller model"),
+        (needed - 1, "ddp", 4, "--parallel=fsdp spreads them"),  # each of the ranks holds all
+        (needed // 2 + 1, "fsdp", 2, None),
+        (needed // 2 - 1, "fsdp", 2, "here are .*; give a smaller model"),
+    ):
+        machine = type("Stub", (), dict(memory=memory, parallel=way, shard_size=shards))
+        with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
             parallel.check_size(shape, machine)
-        else:
-            with pytest.raises(UserError, match="GB"):
-                parallel.check_size(shape, machine)
 
 
 def test_a_warmup_that_never_ends_is_said(run, capsys):

@@ -678,6 +678,10 @@ def test_errors_of_the_command_line_are_one_line(run, corpus, monkeypatch, argv,
         (dict(compile="true"), "compile"),
         (dict(learning_rate=0.0), "learning_rate"),
         (dict(learning_rate=math.nan), "learning_rate"),
+        (dict(learning_rate=1e31), "learning_rate must be at most 1e30"),
+        (dict(optimizer="muon", matrix_learning_rate=1e308), "matrix_learning_rate must be at most 1e30"),
+        (dict(balance_bias=True), "balance_bias belongs to a mixture of experts"),
+        (dict(reinit_at_switch=","), "reinit_at_switch takes embedding, head, optimizer"),
         (dict(n_head=3), "n_embd 16 must be a multiple of n_head 3"),
         (dict(batch_size=3), "total_batch 128"),
         (dict(batch_size=16), "total_batch 128"),
@@ -1125,6 +1129,14 @@ def test_full_disk_leaves_the_old_file(tmp_path, error):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["last.pt"]
     checkpoint.write_safely(str(path), lambda temporary: Path(temporary).write_text("new"))
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_what_else_goes_wrong_in_writing_is_not_called_a_full_disk(tmp_path):
+    def fail(temporary):
+        raise RuntimeError("connection closed by peer")
+
+    with pytest.raises(UserError, match="cannot write .*last.pt: RuntimeError connection closed by peer$"):
+        checkpoint.write_safely(str(tmp_path / "last.pt"), fail)
 
 
 def test_run_can_be_resumed_after_the_disk_was_full(run, tiny, tmp_path, monkeypatch):

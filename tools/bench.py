@@ -435,6 +435,9 @@ PARTS = {"roofline": roofline, "loss": loss, "step": steps, "moe": moe, "loader"
 
 
 def main(config):
+    for key in ("repeats", "rows", "positions"):
+        if getattr(config, key) < (key == "repeats"):
+            raise UserError(f"{key} must be at least {int(key == 'repeats')}, got {getattr(config, key)}")
     parts = config.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         raise UserError(f"parts are {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")

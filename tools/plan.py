@@ -9,7 +9,7 @@ keeps and makes is counted tensor by tensor, from the code of model.py and nanot
 assumed:
 
     gradients     in float32; from the backward pass on, with several micro-steps all the time. DDP has its
-                  buckets all the time, and those of several micro-steps beside them; FSDP keeps those whole
+                  buckets all the time, and those of several micro-steps beside them; FSDP keeps its part
     kept          for the backward pass, what autograd saves. Compiled, what torch's partitioner saved on a
                   CPU, the inputs of matrix products among it; on a GPU it may choose otherwise
     loss, logits  a chunk of logits, and the gradient of the head in float32, for a moment twice
@@ -237,18 +237,18 @@ def moments(m, rows, way, bag=1):
     of_first = m.block + (0 if c.tie_embeddings else m.table)  # block, and the embedding: the last to come
     gradients, of_head, but_first = 0, 4 * m.table / shards, all_gradients - 4 * of_first / shards
     at_end = all_gradients
-    if (
-        stay
-    ):  # FSDP sums those of several micro-steps before it cuts them, DDP before they go into its buckets
+    if stay:  # DDP sums those of several micro-steps before they go into its buckets
         twice = way.parallel == "ddp" and way.micro_steps > 1
-        whole = 4 * m.parameters * (2 if twice else 1)
-        gradients, of_head, but_first, at_end = whole, whole, whole, whole
+        sums = all_gradients * (2 if twice else 1)
+        gradients, of_head, but_first, at_end = sums, sums, sums, sums
     of_mlp = 0 if stay or sharded else 4 * sum(n for name, n in m.matrices.items() if name.startswith("mlp"))
     new_table = 0 if sharded else 4 * m.table  # while it is made, or added to what is there
     states = {"weights": 4 * m.parameters / shards, "moments": m.moments / shards}
     if sharded:
         head = m.table * ((16 if c.tie_embeddings else 4 * e) + 4)
         states["gathered"] = max(m.block * (4 * e + 4), head)
+        if way.micro_steps > 1:  # its part of a reduced gradient, beside the sum
+            states["gathered"] += 4 * max(m.block, m.table) / shards
 
     inputs = N * e * c.n_embd  # of a block
     casts = 2 * sum(m.matrices.values()) if e == 2 and not sharded else 0  # weights of a block in bfloat16
