@@ -238,6 +238,8 @@ def help_text(cls):
             if get_origin(kinds[name]) is Literal:
                 text += f" [{', '.join(get_args(kinds[name]))}]"
             default = node.value and ast.get_source_segment(source, node.value).strip(chr(34))
+            if isinstance(node.value, ast.Call):  # not as it is written: a folder
+                default = os.path.relpath(getattr(cls, name))
             shown = name.upper() if default is None else f"--{name}={default}"
             lines.append(f"  {shown}".ljust(36) + text)
         elif n in comments:

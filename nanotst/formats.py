@@ -42,7 +42,7 @@ class Found:
     dtype: np.dtype
     header: tuple = ()  # magic and version that each file begins with
     sha256: dict = field(default_factory=dict)  # name of a file: its hash
-    note: str = ""  # what was guessed
+    note: str = ""  # what was guessed, or is wrong with it
 
 
 def find(name):
@@ -141,7 +141,9 @@ def read_ours(folder, names):
         if digest != sha256.get(vocabulary, digest):
             raise damaged(os.path.join(folder, vocabulary))
         meta["vocabulary"] = f"rank file {digest[:16]}"
-    return Found(folder, files, meta, dtype, sha256=sha256)
+    note = (meta["source"] or [""])[0]
+    note = f"{folder}: {note}" if note.startswith("NOT THE PINNED CORPUS") else ""
+    return Found(folder, files, meta, dtype, sha256=sha256, note=note)
 
 
 # ----------------------------------------------------------------------------------------------------- others
@@ -156,7 +158,7 @@ def read_foreign(folder, names):
     meta = dict.fromkeys(("bytes_per_token", "encoding", "separator", "vocabulary"))
     if magic in LLM_C:
         version, dtype, known = LLM_C[magic]
-        meta |= known | {"vocabulary": known["encoding"]}
+        meta |= known | {"vocabulary": known["encoding"] or "Llama 3"}
         return Found(folder, files, meta, np.dtype(dtype), (magic, version))
     if files["train"] != ["train.bin"]:
         raise UserError(

@@ -162,9 +162,12 @@ class TokenStream:
         spans = [(p.n_in, b - a) for p, a, b in zip(self.phases, bounds, bounds[1:])]
         tail, n_tokens = max(p.n_out for p in self.phases), len(self.tokens[corpus])
         order = Order(n_tokens, self.block_size, spans, tail, (seed + corpus, self.first_step))
-        if order.n_runs < self.n_rows:
+        # rows of a batch that are of this corpus, its share rounded up
+        n_rows = -(-self.n_rows * int(self.pattern.before[corpus, -1]) // self.pattern.n)
+        if order.n_runs < n_rows:
+            which = "the corpus" if len(self.tokens) == 1 else f"corpus {corpus + 1} of {len(self.tokens)}"
             raise UserError(
-                f"the corpus has {n_tokens:,} tokens, too few for {self.n_rows} rows of {self.block_size} x "
+                f"{which} has {n_tokens:,} tokens, too few for {n_rows} rows of {self.block_size} x "
                 f"bag_size {self.phases[0].n_in}; use smaller ones or more text"
             )
         return order

@@ -681,3 +681,28 @@ def test_meta_pkl_with_a_flipped_bit_is_read_or_refused(tmp_path):
         except UserError as e:
             assert "\n" not in str(e)
         flip(path, bit)
+
+
+@pytest.mark.parametrize(
+    "make, knobs, vocab_size",
+    [
+        (nanogpt, dict(pickled={"vocab_size": 300, "itos": {i: chr(i + 40) for i in range(300)}}), 300),
+        (nanogpt, {}, 50257),
+        (llm_c, {}, 50257),
+        (llm_c, dict(magic=20240801, version=7, code="I"), 128256),
+    ],
+    ids=["nanoGPT's characters", "nanoGPT's tokens", "llm.c", "llm.c of Llama 3"],
+)
+def test_a_corpus_of_others_trains_as_ours_of_the_same_tokens(run, tmp_path, make, knobs, vocab_size):
+    shards = {"shards": [TRAIN[:600], TRAIN[600:]]} if make is llm_c else {}
+    theirs = make(tmp_path / "theirs", **shards, **knobs)
+    same = ours(tmp_path / "ours", vocab_size=vocab_size, bytes_per_token=None, encoding=None, separator=None)
+    small = dict(n_embd=8, ff_dim=8, max_steps=4, warmup_steps=1, eval_interval=2, log_interval=1)
+    rows = [
+        run(dataset=path, out_dir=str(tmp_path / f"run_{i}"), **small)
+        for i, path in enumerate((theirs, same))
+    ]
+    assert [len(r) for r in rows] == [4, 4] and "val_loss" in rows[0][-1]
+    for one, other in zip(*rows):
+        assert all(one[key] == other[key] for key in ("loss", "grad_norm", "data_tokens"))
+        assert one.get("val_loss") == other.get("val_loss")

@@ -2,6 +2,7 @@
 own."""
 
 import json
+import shutil
 from fractions import Fraction
 
 import numpy as np
@@ -17,7 +18,10 @@ HALVES = [Fraction(1, 2), Fraction(1, 2)]
 UNEVEN = [Fraction(7, 10), Fraction(1, 4), Fraction(1, 20)]
 
 
-@pytest.mark.parametrize("shares", [[Fraction(1)], HALVES, UNEVEN, [Fraction(1, 3), Fraction(2, 3)]])
+MANY = [Fraction(n, 129) for n in (40, 1, 1, 40, 3, 1, 3, 40)]
+
+
+@pytest.mark.parametrize("shares", [[Fraction(1)], HALVES, UNEVEN, [Fraction(1, 3), Fraction(2, 3)], MANY])
 def test_shares_hold_over_any_stretch(shares):
     pattern, n = Pattern(shares), 400
     corpora = pattern.corpus_of(np.arange(n))
@@ -25,11 +29,17 @@ def test_shares_hold_over_any_stretch(shares):
         count = np.concatenate([[0], np.cumsum(corpora == i)])  # rows of it before each row
         assert (pattern.rows_before(np.arange(n + 1), i) == count).all()
         assert abs(count - np.arange(n + 1) * float(share)).max() < 1
-        for length in (20, 60):
-            assert set(count[length:] - count[:-length]) <= {
-                *range(int(length * share) - 1, int(length * share) + 3)
-            }
-    assert np.bincount(corpora[: 20 * 3], minlength=len(shares)).tolist() == [60 * share for share in shares]
+    period = np.lcm.reduce([share.denominator for share in shares])
+    assert np.bincount(corpora[:period], minlength=len(shares)).tolist() == [period * x for x in shares]
+
+
+def test_shares_of_any_number_of_corpora_hold():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        weights = rng.integers(1, 50, rng.integers(2, 9)).tolist()
+        pattern = Pattern([Fraction(w, sum(weights)) for w in weights])
+        off = pattern.before * sum(weights) - np.arange(pattern.n + 1) * np.array(weights)[:, None]
+        assert abs(off).max() < sum(weights)
 
 
 def test_each_row_is_of_one_corpus_and_each_corpus_is_read_once(tmp_path):
@@ -75,16 +85,24 @@ def corpora(tmp_path):
         tokens = np.cumsum(rng.choice([step, 20], 4500)) % 50
         write_corpus(tmp_path / name, tokens[:4000], tokens[4000:], 50)
     write_corpus(tmp_path / "c", range(60), range(60), 60)
-    return {name: str(tmp_path / name) for name in "abc"}
+    write_corpus(tmp_path / "unnamed", range(50), range(50), 50)
+    for name in "abc":
+        path = tmp_path / name / "meta.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"encoding": "toy", "source": [name]}))
+    shutil.copytree(tmp_path / "a", tmp_path / "same")
+    return {name: str(tmp_path / name) for name in ("a", "b", "c", "unnamed", "same")}
 
 
 @pytest.mark.parametrize(
     "spec, words",
     [
-        ("{a}:0.5,{b}:0.4", "sum to 1, not 0.9"), ("{a}:1.5,{b}:-0.5", "positive"),
-        ("{a}:0.5,{b}", "NAME:SHARE"),
+        ("{a}:0.5,{b}:0.4", "sum to 1, not .* = 9/10"), ("{a}:1.5,{b}:-0.5", "positive"),
+        ("{a}:0.5,{b}", "NAME:SHARE"), ("{a},{b}", "NAME:SHARE"), ("{a}:1/2,{b}:1/0", "NAME:SHARE"),
+        ("{a}:0.00001,{b}:0.99999", "fewer digits"), ("{a}:0.3333,{b}:0.3333", "sum to 1, not 3333/10000"),
+        ("{a}:1/2,{same}:1/2", "hold the same text"), ("{a}:0.5,{unnamed}:0.5", "has vocabulary None"),
+        ("{unnamed}:0.5,{unnamed}:0.5", "names no encoding"),
         ("{a}:0.5,{c}:0.5", "vocab_size 60.*same --encoding"), ("{a}:0.5,no/such:0.5", "no prepared corpus"),
-        ("{a}:0.1,{b}:0.2,{b}:0.6", "sum to 1, not 0.9"), ("{a}:nan,{b}:0.5", "NAME:SHARE|no prepared"),
+        ("{a}:0.1,{b}:0.2,{b}:0.6", "sum to 1, not .* = 9/10"), ("{a}:nan,{b}:0.5", "NAME:SHARE|no prepared"),
     ],
 )  # fmt: skip
 def test_mixtures_that_cannot_be_are_one_line(corpora, spec, words):
@@ -107,6 +125,7 @@ def test_a_run_on_a_mixture(run, tiny, corpora, tmp_path):
     assert row["val_loss"] == pytest.approx(0.25 * alone[0] + 0.75 * alone[1])
     described = json.loads((tmp_path / "run" / "config.json").read_text())
     assert [part["share"] for part in described["data"]["mixture"]] == ["1/4", "3/4"]
+    assert described["data"]["source"] == ["a", "b"] and described["data"]["train_tokens"] == 8000
     with pytest.raises(UserError, match="does not hold the corpus"):
         run(dataset="{a}:0.5,{b}:0.5".format(**corpora), resume=True, **knobs)
     assert run(dataset=spec, resume=True, **knobs)[-1] == row

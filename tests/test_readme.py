@@ -1,6 +1,7 @@
 """README.md and TRAPS.md: their changes apply and train, their links and tests exist."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,11 @@ def test_a_change_of_the_method_is_these_lines(corpus, tmp_path, knob, diff):
     argv = [f"--{key}={value}" for key, value in knobs.items()] + [knob]
     done = subprocess.run([sys.executable, "train.py", *argv], cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0 and "step 10/10" in done.stdout, done.stderr
+
+
+def test_the_corpus_that_the_readme_names_is_the_one_that_is_made():
+    hashes = runpy.run_path(str(ROOT / "data/python_source/prepare.py"))["SHA256"]
+    assert len(hashes) == 2 and all(digest in README for digest in hashes.values())
 
 
 def test_the_readme_shows_the_four_changes():

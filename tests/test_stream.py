@@ -1,6 +1,7 @@
 """stream.py on a corpus whose tokens are their own positions, so what was read is known exactly."""
 
 import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -235,6 +236,15 @@ def test_memory_does_not_grow_with_the_corpus(n):
 def test_a_corpus_too_short_is_one_line(phases, n):
     with pytest.raises(UserError, match="the corpus has 1,000 tokens, too few for 6 rows"):
         stream(phases, n=n)
+
+
+def test_a_corpus_of_a_small_share_may_be_small():
+    """Of 6 rows, 2 of 16 tokens are the second corpus's: 40 tokens hold them, and 20 do not."""
+    shares = Fraction(3, 4), Fraction(1, 4)
+    two = lambda n: [(np.arange(m), share) for m, share in zip((1000, n), shares)]
+    assert TokenStream(two(40), 16, [Phase(0, 9, 1, 1)], 6, range(6)).orders[1].n_runs == 2
+    with pytest.raises(UserError, match="corpus 2 of 2 has 20 tokens, too few for 2 rows"):
+        TokenStream(two(20), 16, [Phase(0, 9, 1, 1)], 6, range(6))
 
 
 def test_an_order_of_two_epochs_in_one_batch():
