@@ -9,7 +9,8 @@ keeps and makes is counted tensor by tensor, from the code of model.py and nanot
 assumed:
 
     gradients     in float32; from the backward pass on, with several micro-steps all the time. DDP has its
-                  buckets all the time, and those of several micro-steps beside them; FSDP keeps its part
+                  buckets all the time, and those of several micro-steps beside them; FSDP keeps its part.
+                  A compiled model gives all of them at the end of the backward pass, beside those
     kept          for the backward pass, what autograd saves. Compiled, what torch's partitioner saved on a
                   CPU, the inputs of matrix products among it; on a GPU it may choose otherwise
     loss, logits  a chunk of logits, and the gradient of the head in float32, for a moment twice
@@ -241,6 +242,8 @@ def moments(m, rows, way, bag=1):
         twice = way.parallel == "ddp" and way.micro_steps > 1
         sums = all_gradients * (2 if twice else 1)
         gradients, of_head, but_first, at_end = sums, sums, sums, sums
+        if way.compiled and not sharded:  # a graph gives all gradients at its end, to be added then
+            but_first, at_end = sums + 4 * (m.parameters - of_first), sums + 4 * (m.parameters - m.table)
     of_mlp = 0 if stay or sharded else 4 * sum(n for name, n in m.matrices.items() if name.startswith("mlp"))
     new_table = 0 if sharded else 4 * m.table  # while it is made, or added to what is there
     states = {"weights": 4 * m.parameters / shards, "moments": m.moments / shards}
