@@ -39,21 +39,36 @@ weights() {
     sweep weights --bag_size=1,2,8 --bag_weights=uniform,power,exponential,first,fitted --fitted="$out/fitted.json"
 }
 compare() {  # equal FLOPs, equal loss, equal data
-    "$python" -m tools.compare "$config" --seeds="$seeds" --lengths=1,1.25,1.5,2 --out_dir="$out/runs" --jobs="$jobs" \
+    "$python" -m tools.compare "$config" --seeds="$seeds" --lengths=1,1.5,2 --out_dir="$out/runs" --jobs="$jobs" \
         --threads="$threads"
     keep compare "$out/runs"
 }
 
 # ----------------------------------------------------------------------------------------- what it leaves open
 
-step_down() { sweep step_down --bag_size=1,2,4,4-2,8,8-4-2; }
+step_down() { sweep step_down --bag_size=1,2,4,8,4-2,8-4-2; }
 documents() { sweep documents --bag_size=1,2,4 --document_bags=False,True; }
-muon() { sweep muon --bag_size=1,2 --optimizer=adamw,muon; }
+muon() { sweep muon --bag_size=1,2 --optimizer=adamw,muon --matrix_learning_rate="${MATRIX_LEARNING_RATE:-0.02}"; }
+muon_rates() { runs=muon_rates sweep muon_rates --bag_size=1,2 --optimizer=muon --matrix_learning_rate=0.01,0.02,0.04; }
 window() { sweep window --bag_size=1,2 --attention_window=0,32; }
-experts() { runs=experts sweep experts --bag_size=1,2 --n_expert=8 --top_k=2 --ff_dim=96; }
 schedule() { sweep schedule --bag_size=1,2 --schedule=wsd,cosine; }
+experts() { runs=experts sweep experts --bag_size=1,2 --n_expert=8 --top_k=2 --ff_dim=96; }
+texts() { # prepare them first: --out_dir=data/english, and data/english_1024 with a vocabulary of 1,024
+    for text in ${TEXTS:-english english_1024}; do runs=$text sweep "$text" --dataset="$text" --bag_size=1,2; done
+}
+repeat() { # corpora so small that TST, s 2 and r 0.3, reads them 2, 4, 8 and 16 times
+    for times in ${TIMES:-2 4 8 16}; do
+        "$python" -m examples.small_corpus python_source "$out/repeat_$times" --tokens=$((10649600 / times))
+        runs=repeat_${times}_runs sweep "repeat_$times" --dataset="$out/repeat_$times" --bag_size=1,2
+    done
+}
+size_400k() { # three blocks of width 96, as many bytes a parameter
+    runs=size_400k sweep size_400k --bag_size="${SIZES:-1,2,3,4,6}" --n_layer=3 --n_embd=96 --max_steps=2750 \
+        --learning_rate=6e-3
+}
 
-all="rates bag_size ratio sides losses reinit weights compare step_down documents muon window experts schedule"
+all="rates bag_size ratio sides losses reinit weights compare step_down documents muon_rates muon window schedule experts texts"
+all="$all repeat size_400k"
 mkdir -p "$out"
 for experiment in ${@:-$all}; do
     case " $all " in

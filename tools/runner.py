@@ -29,6 +29,8 @@ TRAINER = Path(__file__).resolve().parents[1] / "train.py"
 # without superposition, these knobs change nothing
 SUPERPOSITION = {"bag_size", "superposition_ratio", "superposition", "loss", "bag_weights", "fitted"}
 SUPERPOSITION |= {"document_bags", "reinit_at_switch"}
+# and these where another knob has another value: {knob: (the other, that value, what to take it for)}
+IDLE = {"fitted": ("bag_weights", "fitted", ""), "matrix_learning_rate": ("optimizer", "muon", 0.0)}
 OURS = {"resume", "overwrite", "allow_changes"}  # a member's folder decides these
 SHORT = {"bag_size": "s", "superposition_ratio": "r", "learning_rate": "lr", "seed": "seed"}  # in names
 
@@ -128,8 +130,9 @@ def is_ordinary(settings):
 def make_member(settings, files, chosen, varied, out_dir):
     """The run with the knobs `chosen` over `settings`, told from its neighbours by those in `varied`."""
     full = {k: v for k, v in (settings | chosen).items() if k not in FREE}
-    if full.get("bag_weights") != "fitted" and "fitted" in full:
-        full["fitted"] = ""  # no other weights read it
+    for knob, (reader, value, nothing) in IDLE.items():
+        if knob in full and full[reader] != value:
+            full[knob] = nothing
     point = {k: chosen[k] for k in varied if k in chosen}
     if is_ordinary(full):
         chosen = {k: v for k, v in chosen.items() if k not in SUPERPOSITION} | {"bag_size": 1}

@@ -1,0 +1,52 @@
+"""The small scripts of examples/ that nothing else tests."""
+
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import ROOT, write_corpus
+
+import train
+from examples import small_corpus
+from nanotst import UserError
+from nanotst.configurator import parse
+from nanotst.corpus import open_corpus
+from tools import compare, sweep
+from tools.runner import places
+
+
+def test_a_small_corpus_is_blocks_of_a_large_one(tmp_path):
+    write_corpus(tmp_path / "large", np.arange(6400), range(64), 6400)
+    small_corpus.main(small_corpus.Config(str(tmp_path / "large"), str(tmp_path / "small"), tokens=640))
+    small = open_corpus(str(tmp_path / "small"))
+    assert small.train[:].tolist() == [100 * i + j for i in range(64) for j in range(10)]
+    assert small.val[:].tolist() == list(range(64)) and small.meta["vocab_size"] == 6400
+    with pytest.raises(UserError, match="must lie in 64..6400, got 9000"):
+        small_corpus.main(small_corpus.Config(str(tmp_path / "large"), str(tmp_path / "no"), tokens=9000))
+
+
+def test_the_experiments_of_the_paper_are_command_lines_that_work(tmp_path):
+    """Every experiment of examples/paper.sh, with a Python that only writes down what it is asked for."""
+    log = tmp_path / "log"
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\nfor argument; do printf "%s\\n" "$argument" >> {log}; done\necho "" >> {log}\n'
+    )
+    python.chmod(0o755)
+    env = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    script = str(ROOT / "examples" / "paper.sh")
+    done = subprocess.run(["bash", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    calls = [call.split("\n") for call in log.read_text().strip().split("\n\n")]
+    for _, name, *arguments in calls:
+        if name in ("tools.sweep", "tools.compare"):
+            tool = {"tools.sweep": sweep, "tools.compare": compare}[name]
+            c = parse(tool.Config, places(arguments, tool.Config))
+            knobs = "bag_size=1", *(a for a in c.arguments if "=" in a and "," not in a and ";" not in a)
+            train.check(parse(train.Config, ["config/small.py", *(f"--{knob}" for knob in knobs)]), 1)
+            if name == "tools.sweep":  # all of its runs have names of their own
+                sweep.axes_of(sweep.plan(c.arguments, tmp_path / c.out_dir)[1], c)
+    names = [call[1] for call in calls]
+    assert names.count("tools.sweep") > 15 and "tools.compare" in names and "tools.fit_mi" in names
+    unknown = subprocess.run(["bash", script, "nothing"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert unknown.returncode == 1 and "no experiment nothing; there are rates" in unknown.stderr
