@@ -417,3 +417,11 @@ def test_an_outlier_does_not_press_the_picture_together():
     assert table(usual).limits == pytest.approx((3.01, 3.44))
     assert table(usual | {(9, 9): group(9.0)}).limits[1] < 4.1
     assert table(usual | {(9, 9): group(9.0)}, 5.0).limits[1] == 5.0  # ordinary training is always shown
+
+
+def test_a_knob_that_nothing_reads_makes_no_other_run(tmp_path):
+    """The file of fitted weights is read by those alone: with others a run is the one without it."""
+    members, _ = sweep.plan(["bag_size=2", "bag_weights=power,fitted", "fitted=f.json"], tmp_path)
+    assert [member.settings["fitted"] for member in members] == ["", "f.json"]
+    (plain,), _ = sweep.plan(["bag_size=2", "bag_weights=power"], tmp_path)
+    assert members[0].settings == plain.settings
