@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -220,6 +221,56 @@ def test_one_long_text_is_cut_by_itself(tmp_path, capsys, where):
     every = sorted(bytes(d).decode() for split in splits.values() for d in split)
     start = {d: "".join(BOOK[where].split()).index("".join(d.split())) for d in every}
     assert "".join("".join(d.split()) for d in sorted(every, key=start.get)) == "".join(BOOK[where].split())
+
+
+def few(folder, how):
+    """25 short documents in a file, 22 books of one document each, or 400 documents in a file."""
+    texts = [f"{i} {d[:60]}" for i, d in enumerate(make_documents(25 if how == "short" else 22))]
+    texts = make_documents(400) if how == "400" else texts
+    folder.mkdir()
+    if how == "books":
+        for i, d in enumerate(texts):
+            (folder / f"{i}.txt").write_text(d)
+    else:
+        name = "a.txt" if how == "400" else "a.jsonl"
+        (folder / name).write_text(SEPARATOR.join(texts) if how == "400" else json_lines(texts))
+    return texts
+
+
+@pytest.mark.parametrize("how, n_val", [("short", 2.5), ("books", 2.2), ("400", 20)])
+def test_of_few_documents_more_are_held_out(tmp_path, capsys, how, n_val):
+    texts = few(tmp_path / "in", how)
+    prepare(tmp_path / "in", out=tmp_path / "out")
+    assert f"{len(texts)} documents are few: {n_val / len(texts):.1%} of them are held out" in (
+        capsys.readouterr().out
+    )
+    splits = byte_documents(tmp_path / "out")
+    assert sorted(splits["train"] + splits["val"]) == sorted(texts)
+    assert 1 <= len(splits["val"]) < 3 * n_val
+
+
+@pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
+@pytest.mark.parametrize("how", ["short", "books", "400"])
+def test_where_the_hash_picks_none_or_all_one_document_is_held_out(tmp_path, capsys, how, val_fraction):
+    texts = few(tmp_path / "in", how)
+    for workers in (1, 3):
+        out = tmp_path / f"out{workers}"
+        prepare(tmp_path / "in", val_fraction=val_fraction, workers=workers, out=out)
+        assert "so one is held out: that with the smallest hash" in capsys.readouterr().out
+        smallest = min(texts, key=lambda d: hashlib.blake2b(d.encode(), digest_size=8).digest())
+        assert byte_documents(out)["val"] == [smallest]
+        assert len(byte_documents(out)["train"]) == len(texts) - 1
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
+
+
+def test_many_documents_are_held_out_as_val_fraction_says(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(text, "MANY_DOCUMENTS", 400)
+    texts = few(tmp_path / "in", "400")
+    prepare(tmp_path / "in", val_fraction=text.Config.val_fraction, out=tmp_path / "out")
+    assert "are few" not in capsys.readouterr().out
+    hashes = [int.from_bytes(hashlib.blake2b(d.encode(), digest_size=8).digest(), "big") for d in texts]
+    held_out = [d for d, key in zip(texts, hashes) if key < 0.005 * 2**64]
+    assert byte_documents(tmp_path / "out")["val"] == held_out != []
 
 
 def test_output_does_not_depend_on_workers(tmp_path, monkeypatch):
