@@ -314,6 +314,21 @@ SCRIPTS = {
 }
 
 
+# a prepare script that hands over little at a time, and is stopped when it has that many finished shards
+STOPPED = """
+import runpy, sys
+from data import pipeline, token_files
+sys.argv, most = sys.argv[1:-1], int(sys.argv[-1])
+close = token_files.TokenFiles.close_shard
+def close_and_stop(self):
+    close(self)
+    if len(self.state["shards"]) >= most:
+        raise KeyboardInterrupt
+pipeline.BATCH, token_files.TokenFiles.close_shard = 3000, close_and_stop
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.fixture(params=SCRIPTS)
 def hub(request, tmp_path):
     """A hub of six files of 60 documents and a file of another kind; hub.prepare(out, ...) runs the script.
@@ -326,12 +341,16 @@ def hub(request, tmp_path):
     server.name = name
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1")
+    environment |= dict(PYTHONPATH=str(ROOT))
 
-    def prepare(out, **knobs):
+    def prepare(out, stop_at=0, **knobs):
         knobs = dict(encoding="bytes", tokens="0", val_tokens="5k", shard_tokens="50k") | knobs
-        command = [sys.executable, str(ROOT / "data" / request.param / "prepare.py"), f"--out_dir={out}"]
+        command = [str(ROOT / "data" / request.param / "prepare.py"), f"--out_dir={out}"]
         command += [f"--{key}={value}" for key, value in knobs.items()]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        command = ["-c", STOPPED, *command, str(stop_at)] if stop_at else command
+        return subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path
+        )
 
     server.prepare = prepare
     yield server
@@ -372,3 +391,25 @@ def test_from_the_hub_with_broken_connections(tmp_path, hub):
     hub.log.clear()
     assert "is prepared already" in hub.prepare(tmp_path / "broken").stdout
     assert not hub.log
+
+
+def test_from_the_hub_stopped_after_finished_shards(tmp_path, hub):
+    """Gone on with in the middle of a file: the same files, no finished shard made again."""
+    assert hub.prepare(tmp_path / "whole", shard_tokens="20k").returncode == 0
+    for workers in (1, 3):
+        out = tmp_path / f"out{workers}"
+        unfinished, before = out / "unfinished.tmp", {}
+        for stop_at in (2, 5):
+            assert hub.prepare(out, stop_at, workers=workers, shard_tokens="20k").returncode != 0
+            state = json.loads((unfinished / "progress.json").read_text())
+            assert len(state["shards"]) >= stop_at and state["place"][2] > 0
+            shards = {p.name: p.stat().st_ino for p in unfinished.glob("*.bin")}
+            assert len(shards) == len(state["shards"]) and before.items() < shards.items()
+            before = shards
+        hub.log.clear()
+        resumed = hub.prepare(out, workers=workers, shard_tokens="20k")
+        assert f"going on after {len(shards)} finished shards" in resumed.stdout
+        assert len(hub.log) < 6
+        moved = {p.stat().st_ino for p in out.glob("*.bin")}
+        assert set(before.values()) <= moved
+        assert contents(out) == contents(tmp_path / "whole")
