@@ -342,4 +342,7 @@ def token_count(text, knob):
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbBtT]?)", text.strip().replace("_", ""))
     if not match:
         raise UserError(f"--{knob} takes a number of tokens such as 10B or 500M, got {text!r}")
-    return int(float(match[1]) * 1000 ** " kmbt".index(match[2].lower() or " "))
+    n = float(match[1]) * 1000 ** " kmbt".index(match[2].lower() or " ")
+    if 0 < n < 1 or n > 2**48:
+        raise UserError(f"--{knob} is 0 or from 1 to 2^48 tokens, got {text!r}")
+    return int(n)

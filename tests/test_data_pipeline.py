@@ -201,10 +201,16 @@ def test_token_counts_in_words():
         ("100_000", 10**5),
         ("1e9", 10**9),
         ("3 k", 3000),
+        ("0", 0),
+        ("0.5k", 500),
+        (str(2**48), 2**48),
     ):
         assert token_count(written, "tokens") == n
     for wrong in ("", "ten", "-1", "10X", "1e", "nan"):
         with pytest.raises(UserError, match="--tokens takes a number of tokens such as 10B"):
+            token_count(wrong, "tokens")
+    for wrong in ("0.5", "0.0001k", "1e400", "9" * 400, "1e300T", "1000T"):
+        with pytest.raises(UserError, match=r"--tokens is 0 or from 1 to 2\^48 tokens, got"):
             token_count(wrong, "tokens")
 
 
