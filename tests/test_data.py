@@ -19,9 +19,9 @@ from test_tokenizer import write_ranks
 
 from data import documents, pipeline
 from data.text import prepare as text
-from data.token_files import TokenFiles, token_dtype
+from data.token_files import TokenFiles
 from nanotst import UserError
-from nanotst.corpus import open_corpus
+from nanotst.corpus import open_corpus, smallest_dtype
 from nanotst.tokenizer import get_tokenizer
 
 
@@ -34,8 +34,8 @@ def prepare(*inputs, out, **knobs):
 
 def test_dtype_by_vocabulary():
     sizes = [256, 257, 65536, 65537, 128256]
-    assert [token_dtype(v).name for v in sizes] == ["uint8", "uint16", "uint16", "uint32", "uint32"]
-    assert token_dtype(50257).newbyteorder("<") == token_dtype(50257)
+    assert [smallest_dtype(v).name for v in sizes] == ["uint8", "uint16", "uint16", "uint32", "uint32"]
+    assert smallest_dtype(50257).newbyteorder("<") == smallest_dtype(50257)
 
 
 def fill(folder, value):
@@ -189,6 +189,14 @@ def test_what_is_read_and_left_out_is_said(tmp_path, capsys):
         assert re.search(line, said), line
     splits = byte_documents(tmp_path / "out")
     assert len(splits["train"] + splits["val"]) == 60
+
+
+def test_a_file_of_another_kind_that_was_named_is_read_as_text_and_that_is_said(tmp_path, capsys):
+    (tmp_path / "x.json").write_text(SEPARATOR.join(make_documents(30)))
+    (tmp_path / "y.csv").write_text("a,b")
+    prepare(tmp_path / "x.json", val=str(tmp_path / "y.csv"), out=tmp_path / "out")
+    assert re.search(r"^\S*x\.json, \S*y\.csv: read as plain text$", capsys.readouterr().out, re.M)
+    assert byte_documents(tmp_path / "out") == {"train": make_documents(30), "val": ["a,b"]}
 
 
 def test_separators_inside_lines_and_few_documents_are_said(tmp_path, capsys):

@@ -386,6 +386,7 @@ def test_from_the_hub_with_broken_connections(tmp_path, hub):
     hub.cut, hub.missing = {large}, {next(name for name in by_file if name not in (val, large))}
     stopped = hub.prepare(tmp_path / "broken")
     assert stopped.returncode == 1
+    assert "no shard is finished, what was fetched is kept: the same command goes on" in stopped.stderr
     assert "error: fetching" in stopped.stderr and "start again to go on" in stopped.stderr.splitlines()[-1]
     hub.missing = set()
     assert hub.prepare(tmp_path / "broken").returncode == 0

@@ -151,6 +151,8 @@ def main(config):
     for arguments, some_paths in ((config.inputs, paths), (config.val.split(","), val_paths)):
         if arguments != [""] and not some_paths:
             raise UserError(f"no text files in {' '.join(arguments)} (looked for {' '.join(SUFFIXES)})")
+    if other := [p for p in paths + val_paths if not p.lower().endswith(SUFFIXES)]:  # named by hand
+        print(f"{some(other)}: read as plain text")
     kinds = ", ".join(f"{n:,} {k} file{'s' * (n > 1)}" for k, n in Counter(map(kind, paths)).items())
     print(f"reading {kinds}: {some(paths)}" + f"; held out: {some(val_paths)}" * bool(val_paths))
 
