@@ -82,6 +82,8 @@ def prepare(groups, tokenizer, out_dir, options, *, val_fraction=0.0, workers=0,
         state.setdefault("documents", {})
         state.setdefault("held_out", [])
         held_out = {bytes.fromhex(key) for key in state["held_out"]}
+        if tokenizer.note:
+            print(f"warning: {tokenizer.note}")
         if state["shards"]:
             print(f"going on after {len(state['shards'])} finished shards in {out.folder}")
         for index in range(state["place"][0], 0 if state["meta"] else len(groups)):

@@ -281,7 +281,7 @@ def test_many_documents_are_held_out_as_val_fraction_says(tmp_path, capsys, monk
     assert byte_documents(tmp_path / "out")["val"] == held_out != []
 
 
-def test_output_does_not_depend_on_workers(tmp_path, monkeypatch):
+def test_output_does_not_depend_on_workers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "BATCH", 2000)  # many batches from little text
     ranks, texts = write_ranks(tmp_path / "tiny.model"), make_documents()
     (tmp_path / "a.jsonl").write_text(json_lines(texts))
@@ -291,6 +291,7 @@ def test_output_does_not_depend_on_workers(tmp_path, monkeypatch):
         prepare(tmp_path / "a.jsonl", encoding=ranks, val_fraction=0.1, workers=workers, out=out)
         bins.append(contents(out))
     assert bins[0] == bins[1]
+    assert "warning: " + get_tokenizer(ranks).note in capsys.readouterr().out
     meta, splits = dataset(out)
     assert (meta["encoding"], meta["dtype"]) == ("tokenizer.model", "uint16")
     t = get_tokenizer(meta["encoding"], folder=str(out))  # the copy beside the .bin files
