@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.documents import kind, read_documents
-from data.token_files import TokenFiles
+from data.token_files import SPLITS, TokenFiles
 from nanotst import UserError
 
 try:
@@ -64,7 +64,7 @@ class Group:
 class Piece(NamedTuple):
     file: int  # index in the group
     position: int  # stored bytes of the file read so far
-    split: str  # "" for a copy of a held-out document, which is left out
+    split: str  # "train" or "val"; or why it is left out: "copies" (of a held-out document) or "empty"
     key: bytes  # hash of the first piece of its document
     text: str
     last: bool  # of its document
@@ -118,14 +118,14 @@ def write_group(out, groups, index, held_out, tokenizer, options, val_fraction, 
     with Progress(group, file, out) as progress:
         for batch in batches:
             for piece, ids, n_bytes, inline in batch:
-                if piece.split:
+                if piece.split in SPLITS:
                     out.add(piece.split, ids, n_bytes)
                 note(state, group, piece, inline)
                 if not piece.last:
                     continue
                 file, done = piece.file, done + 1 if piece.file == file else 1
                 state["place"] = [index, file, done]
-                if group.split == "val" and piece.key not in held_out:
+                if group.split == piece.split == "val" and piece.key not in held_out:
                     held_out.add(piece.key)
                     state["held_out"].append(piece.key.hex())
                 if out.end_document(piece.split):
@@ -150,8 +150,8 @@ def note(state, group, piece, inline):
 
     count(f"inline {name}", inline if kind(name) == "text" else 0)
     count("nul", piece.n_nul)
-    count(piece.split or "copies", int(piece.last))
-    count(f"file {name}", int(piece.last))
+    count(piece.split, int(piece.last))
+    count(f"file {name}", int(piece.last and piece.split != "empty"))
 
 
 def read_pieces(group, file, skip, left_out, options, val_fraction):
@@ -173,15 +173,17 @@ def read_pieces(group, file, skip, left_out, options, val_fraction):
                 continue
             n_nul = text.count("\0")
             text = text.replace("\0", "")
-            if first:
+            if first and last and not text.strip():
+                key, split = b"", "empty"
+            elif first:
                 key = hashlib.blake2b(text.encode(), digest_size=8).digest()
                 split = group.split
                 if not split:
                     split = "val" if int.from_bytes(key, "big") < val_fraction * 2**64 else "train"
                 elif key in left_out:
-                    split = ""
+                    split = "copies"
             first = last
-            yield Piece(index, position, split, key, text if split else "", last, n_nul)
+            yield Piece(index, position, split, key, text if split in SPLITS else "", last, n_nul)
         skip = 0
 
 
@@ -216,8 +218,8 @@ def encode_batch(tokenizer, batch, separator):
     """-> [(piece, ids (T,), bytes of text, separators inside of it)], a separator token after documents."""
     end, none, out = np.array([tokenizer.separator]), np.zeros(0, dtype=np.int64), []
     for piece in batch:
-        if not piece.split:
-            out.append((piece._replace(text=""), none, 0, 0))
+        if piece.split not in SPLITS:
+            out.append((piece, none, 0, 0))
             continue
         ids = tokenizer.encode(piece.text)
         n_bytes = len(piece.text.encode()) + piece.last
@@ -326,6 +328,8 @@ def report(out, counts, options):
             f"warning: only {counts['val']} documents ({out.n_tokens['val']:,} tokens) are held out: "
             "validation loss will be noisy. A larger --val_fraction or --val=FILE gives more"
         )
+    if counts["empty"]:
+        print(f"{counts['empty']:,} empty documents were left out")
     if counts["nul"]:
         print(f"{counts['nul']:,} NUL bytes were left out of the text")
     inline = {name.removeprefix("inline "): n for name, n in counts.items() if name.startswith("inline ")}

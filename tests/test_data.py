@@ -373,6 +373,7 @@ ZSTD = zstandard.ZstdCompressor().compress(json_lines(make_documents(5)).encode(
         ("empty/.hidden.txt", b"x", "no text files in"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3 is not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n["text"]\n', r"a\.jsonl:2 has no text in field 'text'"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 7}\n', r"a\.jsonl:2 has no text in field 'text'"),
         ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1 has no text in field 'text'"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1 is not valid JSON"),
         ("a.jsonl", b'{"text":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", r"a\.jsonl:1 (is not|has no)"),
@@ -401,9 +402,24 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, name, content, message)
     assert contents(tmp_path / "out") == {}
 
 
-def test_a_parquet_file_without_the_column_or_with_empty_rows_is_refused(tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="a.parquet has no text in column 'text'"):
-        prepare(tmp_path / "a.parquet", out=tmp_path / "out")
+def test_a_parquet_file_without_the_column_or_with_something_else_in_it_is_refused(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"], "n": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet has no text in column 'n'"):
+        prepare(tmp_path / "a.parquet", field="n", out=tmp_path / "out")
     with pytest.raises(UserError, match="a.parquet has no column 'body'"):
         prepare(tmp_path / "a.parquet", field="body", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_without_text_are_counted_and_left_out(tmp_path, capsys, suffix):
+    texts = make_documents(20)
+    rows = [None, *texts[:9], "", " \n", "\0", *texts[9:], None]
+    if suffix == ".jsonl":
+        (tmp_path / "a.jsonl").write_text(json_lines(rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    prepare(tmp_path / f"a{suffix}", val_fraction=0.3, out=tmp_path / "out")
+    assert "\n5 empty documents were left out\n" in capsys.readouterr().out
+    splits = byte_documents(tmp_path / "out")
+    assert sorted(splits["train"] + splits["val"]) == sorted(texts)
+    assert dataset(tmp_path / "out")[0]["source"] == [f"{tmp_path / 'a'}{suffix}: 20 documents"]

@@ -124,7 +124,7 @@ def look_at(files, options):
         found["bytes"] += len(piece.text.encode())
         found["line ends"] += piece.text.count("\n")
         found["empty lines"] += piece.text.count("\n\n") + piece.text.count("\n\r\n")
-        if piece.last:
+        if piece.last and piece.split != "empty":
             keys.append(int.from_bytes(piece.key, "big"))
         few = may_cut and len(keys) < FEW_DOCUMENTS
         if len(keys) >= MANY_DOCUMENTS or few and found["bytes"] >= 1000 * CUT[1]:
