@@ -23,6 +23,7 @@ import numpy as np
 from data.documents import kind, read_documents
 from data.token_files import SPLITS, TokenFiles
 from nanotst import UserError
+from nanotst.formats import sha256_of
 
 try:
     from tqdm import tqdm
@@ -71,8 +72,21 @@ class Piece(NamedTuple):
     n_nul: int  # NUL bytes that were left out: they are no text, and the separator of the byte vocabulary
 
 
-def prepare(groups, tokenizer, out_dir, options, *, val_fraction=0.0, workers=0, shard_tokens=0, seed=None):
-    """Make the corpus, or go on with it. -> Counter of documents by split and by name of file."""
+def prepare(
+    groups,
+    tokenizer,
+    out_dir,
+    options,
+    *,
+    val_fraction=0.0,
+    workers=0,
+    shard_tokens=0,
+    seed=None,
+    source=(),
+    knobs=None,
+):
+    """Make the corpus, or go on with it. -> Counter of documents by split and by name of file. `source`,
+    lines before those about files, and `knobs`, a dict, go to meta.json."""
     workers = workers or n_cores()
     job = describe(groups, tokenizer, options, val_fraction, shard_tokens, seed)
     with TokenFiles(out_dir, tokenizer, shard_tokens, seed, job) as out:
@@ -94,7 +108,7 @@ def prepare(groups, tokenizer, out_dir, options, *, val_fraction=0.0, workers=0,
                 f"{counts['train']:,} documents for training and {counts['val']:,} held out for validation: "
                 "give --val=FILE, another --val_fraction, or a --separator that splits the text"
             )
-        out.source = source_lines(groups, counts)
+        out.source, out.knobs = [*source, *source_lines(groups, counts)], knobs
     return report(out, counts, options)
 
 
@@ -278,14 +292,15 @@ class Progress:
 
 def describe(groups, tokenizer, options, val_fraction, shard_tokens, seed):
     """What shards depend on, as a hash. An unfinished preparation of the same is gone on with."""
-    ranks = ""
-    if tokenizer.rank_file:
-        with open(tokenizer.rank_file, "rb") as f:
-            ranks = hashlib.sha256(f.read()).hexdigest()
     files = [(g.split, [(f.name, f.size, f.version) for f in g.files]) for g in groups]
     limits = [g.limit for g in groups[:-1]]  # that of the last group ends the corpus but changes no shard
-    rules = (tokenizer.name, tokenizer.vocab_size, ranks, asdict(options), val_fraction, shard_tokens, seed)
+    rules = (vocabulary(tokenizer), asdict(options), val_fraction, shard_tokens, seed)
     return hashlib.sha256(repr((files, limits, rules)).encode()).hexdigest()
+
+
+def vocabulary(tokenizer):
+    """Its name; of a rank file, wherever it lies, its content."""
+    return f"rank file {sha256_of(tokenizer.rank_file)[:16]}" if tokenizer.rank_file else tokenizer.name
 
 
 def check_disk(groups, tokenizer, out):

@@ -5,7 +5,8 @@
                          train_00001.bin ... instead, and val_00000.bin ... if there are several of those
     meta.json            vocab_size, dtype, train_tokens, val_tokens, train_bytes, val_bytes (UTF-8 bytes of
                          text, a separator counted as one), bytes_per_token (of val), encoding, separator,
-                         source (lines for people: what was taken), sha256 (of the other files), seal
+                         source (lines for people: what was taken), sha256 (of the other files), seal; from
+                         the hub also knobs, by which a second preparation sees whether it would be the same
     tokenizer.model      only with encoding "tokenizer.model": a copy of the rank file
     train.crc, val.crc   only of a large corpus: checksums of the parts of each token file (nanotst/corpus.py)
 
@@ -60,7 +61,7 @@ class TokenFiles:
         self.dtype = smallest_dtype(tokenizer.vocab_size)
         self.shard_tokens, self.seed = shard_tokens, seed
         self.state = {"job": json.loads(json.dumps(job)), "shards": [], "meta": None}
-        self.source = []  # to be filled by the caller
+        self.source, self.knobs = [], None  # of meta.json, to be filled by the caller
         self.open = {}  # split -> the Shard being written
         self.n_tokens, self.n_bytes = Counter(), Counter()  # of each split so far
 
@@ -170,6 +171,8 @@ class TokenFiles:
             source=self.source,
             sha256=sha256,
         )
+        if self.knobs:
+            self.state["meta"]["knobs"] = self.knobs
         self.state["meta"] = sealed(self.state["meta"])
         with self._writing():
             self._write_whole("progress.json", json.dumps(self.state))

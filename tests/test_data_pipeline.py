@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pyarrow
@@ -18,8 +20,12 @@ import pytest
 import zstandard
 from corpora import byte_documents, contents, dataset, json_lines, make_documents
 from killed_preparations import campaign
+from test_tokenizer import write_ranks
 
+from data import hub as data_hub
 from data import pipeline, token_files
+from data.dclm import prepare as dclm
+from data.fineweb_edu import prepare as fineweb_edu
 from data.pipeline import File, Group, token_count
 from data.text import prepare as text
 from data.token_files import TokenFiles
@@ -235,6 +241,7 @@ class Hub(ThreadingHTTPServer):
         self.cut = set()  # files whose next connection breaks half way
         self.missing = set()
         self.log = []  # (name, first byte sent)
+        self.asked = []  # paths, for what the newest commit is or that of a tag
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -262,7 +269,8 @@ class HubHandler(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server, unquote(self.path.split("?")[0])
         api, resolve = f"/api/datasets/{hub.repo}", f"/datasets/{hub.repo}/resolve/{hub.sha}/"
-        if path == api:
+        if path in (api, f"{api}/revision/v1"):
+            hub.asked.append(path)
             self.answer(200, json.dumps({"id": hub.repo, "sha": hub.sha}).encode())
         elif path.startswith(f"{api}/tree/{hub.sha}"):
             folder = path.removeprefix(f"{api}/tree/{hub.sha}").strip("/")
@@ -365,6 +373,7 @@ def hub(request, tmp_path):
 
 
 def test_from_the_hub_with_broken_connections(tmp_path, hub):
+    ranks = write_ranks(tmp_path / "tiny.model")
     first = hub.prepare(tmp_path / "smooth", workers=1)
     assert first.returncode == 0, first.stderr
     assert len(hub.log) == len({name for name, _ in hub.log}) == 6  # each file once
@@ -379,6 +388,7 @@ def test_from_the_hub_with_broken_connections(tmp_path, hub):
     assert sorted(splits["train"]) == sorted(train) and splits["train"] != train
     assert len([n for n in meta["sha256"] if n.startswith("train")]) > 2
     assert f"{val}: {len(splits['val'])} documents, held out" in meta["source"]
+    assert meta["source"][0] == f"{hub.repo} at {hub.sha}, seed 0"
 
     # a connection breaks half way, and another file is not there at first
     hub.log.clear()
@@ -387,17 +397,25 @@ def test_from_the_hub_with_broken_connections(tmp_path, hub):
     stopped = hub.prepare(tmp_path / "broken")
     assert stopped.returncode == 1
     assert "no shard is finished, what was fetched is kept: the same command goes on" in stopped.stderr
-    assert "error: fetching" in stopped.stderr and "start again to go on" in stopped.stderr.splitlines()[-1]
+    assert "error: fetching" in stopped.stderr and "RemoteEntryNotFoundError" in stopped.stderr
     hub.missing = set()
     assert hub.prepare(tmp_path / "broken").returncode == 0
     assert contents(tmp_path / "broken") == smooth
     # the rest of the broken file was asked for, and nothing again after the stop
     assert sorted(hub.log) == sorted([(name, 0) for name in by_file] + [(large, 10 * 2**20)])
 
-    # finished is finished
-    hub.log.clear()
+    # finished is finished, and something else is not taken for it
+    hub.log.clear(), hub.asked.clear()
     assert "is prepared already" in hub.prepare(tmp_path / "broken").stdout
-    assert not hub.log
+    for other in (dict(seed=1), dict(revision="v1"), dict(tokens="9k"), dict(encoding=ranks)):
+        refused = hub.prepare(tmp_path / "broken", **other)
+        assert refused.returncode == 1 and not hub.log and not hub.asked
+        (knob,) = other
+        assert re.search(
+            rf"holds a corpus of other knobs \({knob} [^,]* there, [^,]* here\): choose another --out_dir",
+            refused.stderr,
+        )
+    assert contents(tmp_path / "broken") == smooth
 
 
 def test_from_the_hub_stopped_after_finished_shards(tmp_path, hub):
@@ -420,3 +438,32 @@ def test_from_the_hub_stopped_after_finished_shards(tmp_path, hub):
         moved = {p.stat().st_ino for p in out.glob("*.bin")}
         assert set(before.values()) <= moved
         assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_revision_of_the_repository(tmp_path, hub):
+    assert hub.prepare(tmp_path / "out", revision="v1", tokens="9k").returncode == 0
+    assert hub.asked == [f"/api/datasets/{hub.repo}/revision/v1"]
+    assert hub.prepare(tmp_path / "none", revision="v2").returncode == 1
+    assert not (tmp_path / "none" / "meta.json").exists()
+
+
+@pytest.mark.parametrize("script, package", [(dclm, "zstandard"), (fineweb_edu, "pyarrow.parquet")])
+def test_a_missing_package_is_said_before_anything_is_fetched(tmp_path, monkeypatch, script, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(data_hub, "list_files", None)
+    config = script.Config(out_dir=str(tmp_path / "out"), encoding="bytes")
+    with pytest.raises(UserError, match=f"needs the package {package.split('.')[0]}: pip install"):
+        script.main(config)
+
+
+def test_starting_again_is_proposed_where_it_can_help():
+    for status, helps in ((None, True), (503, True), (429, True), (408, True), (404, False), (401, False)):
+        error = OSError("no")
+        error.response = status and SimpleNamespace(status_code=status)
+
+        def refuse(error=error):
+            raise error
+
+        with pytest.raises(UserError, match="^fetching x failed [(]OSError: no[)]") as e:
+            data_hub.ask("fetching x", refuse)
+        assert str(e.value).endswith("; start again to go on") == helps
