@@ -27,6 +27,20 @@ class HubFile(File):
 
     must_be_fetched = True
 
+    @property
+    def stays(self):
+        return not self.folder
+
+    @property
+    def lies_in(self):
+        return self.folder or needs("huggingface_hub.constants", self.repo).HF_HUB_CACHE
+
+    def is_here(self):
+        if self.folder:
+            return os.path.exists(os.path.join(self.folder, self.name))
+        find = needs("huggingface_hub", self.repo).try_to_load_from_cache
+        return isinstance(find(self.repo, self.name, revision=self.revision, repo_type="dataset"), str)
+
     def fetch(self):
         hub = needs("huggingface_hub", self.repo)
         needs("tqdm", self.repo).tqdm.write(f"fetching {self.name} ({self.size / 1e9:.2f} GB)")

@@ -32,7 +32,9 @@ except ImportError:  # a bare machine makes the same corpus, without a bar
 
 BATCH = 1024 * 1024  # bytes of text handed to a worker at a time
 FEW_DOCUMENTS, FEW_TOKENS = 20, 1_000_000  # a validation split with less of both is warned about
-BYTES_PER_TOKEN = 6  # of text: more than any vocabulary reaches, so that no disk is called too small wrongly
+# so that no disk is called too small wrongly: more bytes of text to a token than any vocabulary reaches, less
+# than any has of English, and fewer stored bytes to a byte of text than zstd or parquet reach
+BYTES_PER_TOKEN, LEAST_BYTES_PER_TOKEN, LEAST_STORED = 6, 3, 1 / 4
 
 
 @dataclass
@@ -90,8 +92,9 @@ def prepare(
     workers = workers or n_cores()
     job = describe(groups, tokenizer, options, val_fraction, shard_tokens, seed)
     with TokenFiles(out_dir, tokenizer, shard_tokens, seed, job) as out:
-        check_disk(groups, tokenizer, out)
         state = out.state
+        if not state["meta"]:  # else all is written
+            check_disk(groups, tokenizer, out)
         state.setdefault("place", [0, 0, 0])  # group, file, documents of that file which are done
         state.setdefault("documents", {})
         state.setdefault("held_out", [])
@@ -307,14 +310,39 @@ def check_disk(groups, tokenizer, out):
     """UserError if what is still to be written cannot fit. How much text there is shows only when it is read,
     so this is the least that is needed."""
     per_byte = 1 if tokenizer.name == "bytes" else 1 / BYTES_PER_TOKEN
-    n_tokens = sum(g.limit or per_byte * sum(f.size for f in g.files) for g in groups) - out.n_tokens.total()
-    fetched = sorted(f.size for g in groups for f in g.files if f.must_be_fetched)
-    need = max(n_tokens, 0) * out.dtype.itemsize + sum(fetched[-2:])  # while one is read, another comes
-    free = shutil.disk_usage(out.folder).free
-    if free < need:
-        raise UserError(
-            f"{out.out_dir} needs {need / 1e6:,.0f} MB or more, {free / 1e6:,.0f} MB are free there"
-        )
+    n_tokens = [g.limit or per_byte * sum(f.size for f in g.files) for g in groups]
+    twice = 0 if out.shard_tokens or out.seed is None else max(n_tokens)  # the shard being shuffled
+    n_tokens = max(sum(n_tokens) + twice - out.n_tokens.total(), 0)
+    needs = {disk_of(out.out_dir): [out.out_dir, n_tokens * out.dtype.itemsize]}
+    coming = [f for g in groups for f in least_files(g, tokenizer) if f.must_be_fetched and not f.is_here()]
+    if out.shard_tokens and not any(f.stays for f in coming):  # while one is read, another comes
+        coming = sorted(coming, key=lambda f: f.size)[-2:]
+    for file in coming:
+        needs.setdefault(disk_of(file.lies_in), [file.lies_in, 0])[1] += file.size
+    for folder, need in needs.values():
+        free = shutil.disk_usage(existing(folder)).free
+        if free < need:
+            raise UserError(
+                f"{folder} needs {need / 1e6:,.0f} MB or more, {free / 1e6:,.0f} MB are free there"
+            )
+
+
+def least_files(group, tokenizer):
+    """Those that a group will read, or fewer: its limit of tokens may need more."""
+    least = group.limit * LEAST_STORED * (1 if tokenizer.name == "bytes" else LEAST_BYTES_PER_TOKEN)
+    sizes = np.cumsum([0, *(f.size for f in group.files[:-1])])  # before each file
+    return [f for f, before in zip(group.files, sizes.tolist()) if not group.limit or before < least]
+
+
+def existing(folder):
+    """The folder, or the nearest one above it that is there."""
+    while not os.path.exists(folder):
+        folder = os.path.dirname(os.path.abspath(folder))
+    return folder
+
+
+def disk_of(folder):
+    return os.stat(existing(folder)).st_dev
 
 
 def n_cores():

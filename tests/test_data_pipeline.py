@@ -19,6 +19,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from corpora import byte_documents, contents, dataset, json_lines, make_documents
+from huggingface_hub import constants as huggingface_constants
 from killed_preparations import campaign
 from test_tokenizer import write_ranks
 
@@ -467,3 +468,45 @@ def test_starting_again_is_proposed_where_it_can_help():
         with pytest.raises(UserError, match="^fetching x failed [(]OSError: no[)]") as e:
             data_hub.ask("fetching x", refuse)
         assert str(e.value).endswith("; start again to go on") == helps
+
+
+def test_the_disk_that_fetched_files_lie_on_is_measured(tmp_path, monkeypatch):
+    """For three files of 400 MB, one of them to validate on: what is needed is said where nothing is free."""
+    monkeypatch.setattr(huggingface_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def which(path):
+        return os.path.relpath(path, tmp_path).split(os.sep)[0]
+
+    def needed(on, limit=0, stays=False, shard_tokens=10**6, seed=None, n_here=0, one_disk=True):
+        folder = "" if stays else str(tmp_path / "out" / "unfinished.tmp" / "files")
+        files = [data_hub.HubFile(f"{i}.parquet", 400 * 10**6, "", "a/b", "", folder) for i in range(3)]
+        monkeypatch.setattr(data_hub.HubFile, "is_here", lambda self: self in files[:n_here])
+        monkeypatch.setattr(pipeline, "disk_of", lambda path: one_disk or which(path))
+        monkeypatch.setattr(pipeline, "existing", lambda path: path)
+        monkeypatch.setattr(
+            pipeline.shutil,
+            "disk_usage",
+            lambda path: SimpleNamespace(free=0 if which(path) == on else 1e15),
+        )
+        groups = [Group("val", files[:1], 1000), Group("train", files[1:], limit)]
+        with pytest.raises(UserError, match=f"{on} needs .* MB or more, 0 MB are free there") as e:
+            pipeline.prepare(
+                groups,
+                get_tokenizer("bytes"),
+                str(tmp_path / "out"),
+                text.Options(),
+                shard_tokens=shard_tokens,
+                seed=seed,
+            )
+        return re.search(r"needs (.*) MB or", str(e.value))[1]
+
+    assert needed("out") == "1,600"  # 800 MB of tokens, and a file that is read while another comes
+    assert needed("out", limit=10**6) == "801"  # one file to train on is enough
+    assert needed("out", shard_tokens=0) == "2,000"  # no file is removed before the end
+    assert (
+        needed("out", shard_tokens=0, seed=0) == "2,800"
+    )  # and the 800 MB are written again to shuffle them
+    assert needed("out", stays=True) == "2,000"
+    assert needed("out", stays=True, n_here=2) == "1,200"
+    assert needed("out", stays=True, one_disk=False) == "800"
+    assert needed("hub", stays=True, one_disk=False) == "1,200"
