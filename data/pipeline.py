@@ -165,7 +165,7 @@ def note(state, group, piece, inline):
         if n:
             counts[what] = counts.get(what, 0) + n
 
-    count(f"inline {name}", inline if kind(name) == "text" else 0)
+    count(f"inline {name}", inline if inline and kind(name) == "text" else 0)
     count("nul", piece.n_nul)
     count(piece.split, int(piece.last))
     count(f"file {name}", int(piece.last and piece.split != "empty"))
@@ -188,8 +188,8 @@ def read_pieces(group, file, skip, left_out, options, val_fraction):
             if skip:
                 skip -= last
                 continue
-            n_nul = text.count("\0")
-            text = text.replace("\0", "")
+            if n_nul := text.count("\0"):
+                text = text.replace("\0", "")
             if first and last and not text.strip():
                 key, split = b"", "empty"
             elif first:

@@ -87,8 +87,11 @@ def _bpe_tokenizer(name: str, bpe, separator: int | None = None, rank_file: str 
     """bpe: a tiktoken.Encoding."""
 
     def encode(text: str) -> np.ndarray:
-        text = text.encode("utf-8", errors="replace").decode("utf-8")
-        return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+        try:
+            ids = bpe.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair becomes "?"
+            ids = bpe.encode_to_numpy(text.encode("utf-8", "replace").decode(), disallowed_special=())
+        return ids.astype(np.int64)
 
     def one(i: int) -> bytes:
         try:

@@ -46,6 +46,7 @@ def test_rank_file_round_trip(ranks):
     ids = t.encode(HARD)
     assert t.decode(ids) == HARD and len(ids) < len(HARD.encode())
     assert t.separator not in ids  # "<|endoftext|>" in the text is ordinary text
+    assert t.encode("a\ud800").tolist() == [ord("a"), ord("?")]
     assert t.encode(" the").tolist() == [260]
     assert t.decode([264]) == "<|endoftext|>"
     assert t.decode([97, 300, 98]) == "a\ufffdb"  # a padded row of a model

@@ -121,13 +121,15 @@ def look_at(files, options):
     """-> (keys of the first documents, at most MANY_DOCUMENTS; Counter of what would be places to cut at)"""
     keys, found, may_cut = [], Counter(), can_be_cut(files, options)
     for piece in read_pieces(Group("", files), 0, 0, (), options, 0.0):
-        found["bytes"] += len(piece.text.encode())
-        found["line ends"] += piece.text.count("\n")
-        found["empty lines"] += piece.text.count("\n\n") + piece.text.count("\n\r\n")
         if piece.last and piece.split != "empty":
             keys.append(int.from_bytes(piece.key, "big"))
-        few = may_cut and len(keys) < FEW_DOCUMENTS
-        if len(keys) >= MANY_DOCUMENTS or few and found["bytes"] >= 1000 * CUT[1]:
+        if may_cut and len(keys) < FEW_DOCUMENTS:
+            found["bytes"] += len(piece.text.encode())
+            found["line ends"] += piece.text.count("\n")
+            found["empty lines"] += piece.text.count("\n\n") + piece.text.count("\n\r\n")
+            if found["bytes"] >= 1000 * CUT[1]:
+                break
+        if len(keys) >= MANY_DOCUMENTS:
             break
     return keys, found
 
