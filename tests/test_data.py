@@ -8,6 +8,7 @@ import lzma
 import os
 import re
 import sys
+import tracemalloc
 
 import numpy as np
 import pyarrow
@@ -423,3 +424,20 @@ def test_rows_without_text_are_counted_and_left_out(tmp_path, capsys, suffix):
     splits = byte_documents(tmp_path / "out")
     assert sorted(splits["train"] + splits["val"]) == sorted(texts)
     assert dataset(tmp_path / "out")[0]["source"] == [f"{tmp_path / 'a'}{suffix}: 20 documents"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
+def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path, monkeypatch, suffix):
+    """The peak for 16 MB is that for 2 MB, but for what the noise of batches makes of it."""
+    monkeypatch.setattr(pipeline, "BATCH", 100_000)
+    texts = [f"{i} " + "word " * 1600 for i in range(2000)]
+    peaks = []
+    for n in (250, 2000):
+        path, out = tmp_path / f"{n}{suffix}", tmp_path / f"out{n}"
+        path.write_text(SEPARATOR.join(texts[:n]) if suffix == ".txt" else json_lines(texts[:n]))
+        tracemalloc.start()
+        prepare(path, shard_tokens="1M", workers=1, out=out)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert sum(p.stat().st_size for p in out.glob("*.bin")) > 8000 * n
+    assert peaks[1] < 1.5 * peaks[0] < 8e6
