@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from data.documents import PIECE, Options, read_documents  # noqa: E402
 from data.text import prepare  # noqa: E402
 
-RATE_MB, ROUNDS = 20, 7
+RATE_MB, ROUNDS = 20, 15
 MEMORY_MB, TIMES = 10, (1, 4, 16)
 # a script, and then its peak memory in kB. getrusage would also count what the parent held at the start
 WITH_PEAK = """
@@ -76,7 +76,11 @@ def measure_rate(source, folder):
         rates = [[megabytes / s for s in seconds(side)] for side in (alone, pipeline)]
         ratios.append([b / a for a, b in zip(*rates)])
         print("  ".join(f"{a:5.2f} {b:5.2f} {b / a:.2f}" for a, b in zip(*rates)))
-    print("median of the ratios: " + ", ".join(f"{statistics.median(r):.2f}" for r in zip(*ratios)))
+    for of, side in zip(("the processor", "the clock"), zip(*ratios)):
+        low, median, high = statistics.quantiles(side)
+        print(
+            f"ratio by the time of {of}: median {median:.2f}, half of the rounds in {low:.2f} to {high:.2f}"
+        )
 
 
 def measure_memory(source, folder):
