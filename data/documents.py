@@ -1,7 +1,8 @@
 """Files to documents. Everything streams: memory does not grow with the size of a file.
 
 read_documents(path, options) yields (text, last, position): a document comes in one or more pieces of at most
-PIECE bytes, `last` marks its last one, and position is how far the file has been read, in stored bytes.
+PIECE bytes, `last` marks its last one, and position is how far the file has been read, in stored bytes. A row
+of JSON or parquet that is null or blank is the document "", for whoever reads them to count and leave out.
 """
 
 import gzip
@@ -204,10 +205,9 @@ def json_documents(file, path, options):
             row = json.loads(line)
         except (ValueError, RecursionError) as e:  # also UnicodeDecodeError; nested too deeply
             raise UserError(f"{where} is not valid JSON: {e}") from None
-        text = row.get(options.field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
+        if not (isinstance(row, dict) and isinstance(row.get(options.field, 0), str | None)):
             raise UserError(f"{where} has no text in field '{options.field}' (see --field)")
-        yield from in_pieces(text)
+        yield from in_pieces(row[options.field] or "")
 
 
 def parquet_documents(path, options):
@@ -227,9 +227,9 @@ def parquet_documents(path, options):
                 )
                 for text in (text for batch in batches for text in batch.column(0).to_pylist()):
                     rows += 1
-                    if not isinstance(text, str):
+                    if not isinstance(text, str | None):
                         raise UserError(f"{path} has no text in column '{options.field}' (row group {group})")
-                    for piece, last in in_pieces(text):
+                    for piece, last in in_pieces(text or ""):
                         yield piece, last, size * rows // n_rows
     except (OSError, arrow.ArrowException) as e:
         raise UserError(f"cannot read {path}: {' '.join(str(e).split())[:200]}") from None
@@ -243,5 +243,4 @@ def in_pieces(text):
         cut = start + cut_point(data[start : start + PIECE + 2], PIECE)
         yield data[start:cut].decode(), False
         start = cut
-    if start or text.strip():
-        yield data[start:].decode(), True
+    yield data[start:].decode() if start or text.strip() else "", True

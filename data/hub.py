@@ -6,14 +6,16 @@ what they always do.
 """
 
 import hashlib
+import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
 
 from data.documents import Options, needs
-from data.pipeline import File, Group, prepare, token_count
+from data.pipeline import File, Group, prepare, token_count, vocabulary
 from data.token_files import FETCHED, UNFINISHED
 from nanotst import UserError
+from nanotst.corpus import differences
 from nanotst.tokenizer import get_tokenizer
 
 
@@ -24,6 +26,20 @@ class HubFile(File):
     folder: str = ""  # to fetch to, or "" for the hub's own cache, where files stay
 
     must_be_fetched = True
+
+    @property
+    def stays(self):
+        return not self.folder
+
+    @property
+    def lies_in(self):
+        return self.folder or needs("huggingface_hub.constants", self.repo).HF_HUB_CACHE
+
+    def is_here(self):
+        if self.folder:
+            return os.path.exists(os.path.join(self.folder, self.name))
+        find = needs("huggingface_hub", self.repo).try_to_load_from_cache
+        return isinstance(find(self.repo, self.name, revision=self.revision, repo_type="dataset"), str)
 
     def fetch(self):
         hub = needs("huggingface_hub", self.repo)
@@ -46,31 +62,56 @@ class HubFile(File):
 
 def prepare_from_hub(repo, suffix, config):
     """The corpus of a prepare script over a repository of the hub. `config` is its Config."""
-    ready, unfinished = (os.path.exists(os.path.join(config.out_dir, n)) for n in ("meta.json", UNFINISHED))
-    if ready and not unfinished:
-        print(f"{config.out_dir} is prepared already; remove its meta.json to do it again")
-        return
     if config.seed < 0:
         raise UserError("--seed is at least 0")
-    tokens, val_tokens = token_count(config.tokens, "tokens"), token_count(config.val_tokens, "val_tokens")
+    sizes = {n: token_count(getattr(config, n), n) for n in ("tokens", "val_tokens", "shard_tokens")}
     tokenizer = get_tokenizer(config.encoding)
+    knobs = dict(repo=repo, revision=config.revision, folder=config.folder, seed=config.seed, **sizes)
+    knobs["encoding"] = vocabulary(tokenizer)
+    if prepared_already(config.out_dir, knobs):
+        print(f"{config.out_dir} is prepared already; remove its meta.json to do it again")
+        return
+    needs("zstandard" if suffix.endswith(".zst") else "pyarrow.parquet", repo)  # before anything is fetched
     files = list_files(repo, suffix, config)
+    revision = files[0].revision
     size = sum(f.size for f in files)
     print(
-        f"{repo}/{config.folder}: {len(files):,} files, {size / 1e9:,.1f} GB; {files[0].name} is validated on"
+        f"{repo}/{config.folder} at {revision}: {len(files):,} files, {size / 1e9:,.1f} GB; "
+        f"{files[0].name} is validated on"
     )
     if not config.keep:
         print("each file is removed when its tokens are written (--keep leaves it in the hub's cache)")
-    groups = [Group("val", files[:1], val_tokens), Group("train", files[1:], tokens)]
+    groups = [Group("val", files[:1], sizes["val_tokens"]), Group("train", files[1:], sizes["tokens"])]
     prepare(
         groups,
         tokenizer,
         config.out_dir,
         Options(seed=config.seed),
         workers=config.workers,
-        shard_tokens=token_count(config.shard_tokens, "shard_tokens"),
+        shard_tokens=sizes["shard_tokens"],
         seed=config.seed,
+        source=[f"{repo} at {revision}, seed {config.seed}"],
+        knobs=knobs,
     )
+
+
+def prepared_already(out_dir, knobs):
+    """Whether the corpus is there. UserError if another one is."""
+    if os.path.exists(os.path.join(out_dir, UNFINISHED)):
+        return False
+    try:
+        with open(os.path.join(out_dir, "meta.json"), encoding="utf-8") as f:
+            saved = json.load(f).get("knobs", {})
+    except FileNotFoundError:
+        return False
+    except ValueError:  # damaged
+        saved = {}
+    if different := differences(knobs, saved, knobs):
+        raise UserError(
+            f"{out_dir} holds a corpus of other knobs ({different}): choose another --out_dir, or remove its "
+            "meta.json"
+        )
+    return True
 
 
 def list_files(repo, suffix, config):
@@ -78,7 +119,7 @@ def list_files(repo, suffix, config):
     hub = needs("huggingface_hub", repo)
     needs("huggingface_hub.utils", repo).disable_progress_bars()  # two bars at once are unreadable
     api, doing = hub.HfApi(), f"listing {repo}/{config.folder}"
-    revision = ask(doing, api.dataset_info, repo).sha
+    revision = ask(doing, api.dataset_info, repo, revision=config.revision or None).sha
     tree = ask(
         doing,
         lambda: list(
@@ -102,4 +143,7 @@ def ask(doing, function, *args, **kwargs):
         return function(*args, **kwargs)
     except Exception as e:
         reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{doing} failed ({type(e).__name__}: {reason}); start again to go on") from e
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        refused = status in range(400, 500) and status not in (408, 429)  # time-out, too many requests
+        again = "" if refused else "; start again to go on"
+        raise UserError(f"{doing} failed ({type(e).__name__}: {reason}){again}") from e

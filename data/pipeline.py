@@ -21,8 +21,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data.documents import kind, read_documents
-from data.token_files import TokenFiles
+from data.token_files import SPLITS, TokenFiles
 from nanotst import UserError
+from nanotst.formats import sha256_of
 
 try:
     from tqdm import tqdm
@@ -31,7 +32,9 @@ except ImportError:  # a bare machine makes the same corpus, without a bar
 
 BATCH = 1024 * 1024  # bytes of text handed to a worker at a time
 FEW_DOCUMENTS, FEW_TOKENS = 20, 1_000_000  # a validation split with less of both is warned about
-BYTES_PER_TOKEN = 6  # of text: more than any vocabulary reaches, so that no disk is called too small wrongly
+# so that no disk is called too small wrongly: more bytes of text to a token than any vocabulary reaches, less
+# than any has of English, and fewer stored bytes to a byte of text than zstd or parquet reach
+BYTES_PER_TOKEN, LEAST_BYTES_PER_TOKEN, LEAST_STORED = 6, 3, 1 / 4
 
 
 @dataclass
@@ -64,24 +67,40 @@ class Group:
 class Piece(NamedTuple):
     file: int  # index in the group
     position: int  # stored bytes of the file read so far
-    split: str  # "" for a copy of a held-out document, which is left out
+    split: str  # "train" or "val"; or why it is left out: "copies" (of a held-out document) or "empty"
     key: bytes  # hash of the first piece of its document
     text: str
     last: bool  # of its document
     n_nul: int  # NUL bytes that were left out: they are no text, and the separator of the byte vocabulary
 
 
-def prepare(groups, tokenizer, out_dir, options, *, val_fraction=0.0, workers=0, shard_tokens=0, seed=None):
-    """Make the corpus, or go on with it. -> Counter of documents by split and by name of file."""
+def prepare(
+    groups,
+    tokenizer,
+    out_dir,
+    options,
+    *,
+    val_fraction=0.0,
+    workers=0,
+    shard_tokens=0,
+    seed=None,
+    source=(),
+    knobs=None,
+):
+    """Make the corpus, or go on with it. -> Counter of documents by split and by name of file. `source`,
+    lines before those about files, and `knobs`, a dict, go to meta.json."""
     workers = workers or n_cores()
     job = describe(groups, tokenizer, options, val_fraction, shard_tokens, seed)
     with TokenFiles(out_dir, tokenizer, shard_tokens, seed, job) as out:
-        check_disk(groups, tokenizer, out)
         state = out.state
+        if not state["meta"]:  # else all is written
+            check_disk(groups, tokenizer, out)
         state.setdefault("place", [0, 0, 0])  # group, file, documents of that file which are done
         state.setdefault("documents", {})
         state.setdefault("held_out", [])
         held_out = {bytes.fromhex(key) for key in state["held_out"]}
+        if tokenizer.note:
+            print(f"warning: {tokenizer.note}")
         if state["shards"]:
             print(f"going on after {len(state['shards'])} finished shards in {out.folder}")
         for index in range(state["place"][0], 0 if state["meta"] else len(groups)):
@@ -92,7 +111,7 @@ def prepare(groups, tokenizer, out_dir, options, *, val_fraction=0.0, workers=0,
                 f"{counts['train']:,} documents for training and {counts['val']:,} held out for validation: "
                 "give --val=FILE, another --val_fraction, or a --separator that splits the text"
             )
-        out.source = source_lines(groups, counts)
+        out.source, out.knobs = [*source, *source_lines(groups, counts)], knobs
     return report(out, counts, options)
 
 
@@ -116,14 +135,14 @@ def write_group(out, groups, index, held_out, tokenizer, options, val_fraction, 
     with Progress(group, file, out) as progress:
         for batch in batches:
             for piece, ids, n_bytes, inline in batch:
-                if piece.split:
+                if piece.split in SPLITS:
                     out.add(piece.split, ids, n_bytes)
                 note(state, group, piece, inline)
                 if not piece.last:
                     continue
                 file, done = piece.file, done + 1 if piece.file == file else 1
                 state["place"] = [index, file, done]
-                if group.split == "val" and piece.key not in held_out:
+                if group.split == piece.split == "val" and piece.key not in held_out:
                     held_out.add(piece.key)
                     state["held_out"].append(piece.key.hex())
                 if out.end_document(piece.split):
@@ -146,10 +165,10 @@ def note(state, group, piece, inline):
         if n:
             counts[what] = counts.get(what, 0) + n
 
-    count(f"inline {name}", inline if kind(name) == "text" else 0)
+    count(f"inline {name}", inline if inline and kind(name) == "text" else 0)
     count("nul", piece.n_nul)
-    count(piece.split or "copies", int(piece.last))
-    count(f"file {name}", int(piece.last))
+    count(piece.split, int(piece.last))
+    count(f"file {name}", int(piece.last and piece.split != "empty"))
 
 
 def read_pieces(group, file, skip, left_out, options, val_fraction):
@@ -169,17 +188,19 @@ def read_pieces(group, file, skip, left_out, options, val_fraction):
             if skip:
                 skip -= last
                 continue
-            n_nul = text.count("\0")
-            text = text.replace("\0", "")
-            if first:
+            if n_nul := text.count("\0"):
+                text = text.replace("\0", "")
+            if first and last and not text.strip():
+                key, split = b"", "empty"
+            elif first:
                 key = hashlib.blake2b(text.encode(), digest_size=8).digest()
                 split = group.split
                 if not split:
                     split = "val" if int.from_bytes(key, "big") < val_fraction * 2**64 else "train"
                 elif key in left_out:
-                    split = ""
+                    split = "copies"
             first = last
-            yield Piece(index, position, split, key, text if split else "", last, n_nul)
+            yield Piece(index, position, split, key, text if split in SPLITS else "", last, n_nul)
         skip = 0
 
 
@@ -214,8 +235,8 @@ def encode_batch(tokenizer, batch, separator):
     """-> [(piece, ids (T,), bytes of text, separators inside of it)], a separator token after documents."""
     end, none, out = np.array([tokenizer.separator]), np.zeros(0, dtype=np.int64), []
     for piece in batch:
-        if not piece.split:
-            out.append((piece._replace(text=""), none, 0, 0))
+        if piece.split not in SPLITS:
+            out.append((piece, none, 0, 0))
             continue
         ids = tokenizer.encode(piece.text)
         n_bytes = len(piece.text.encode()) + piece.last
@@ -274,28 +295,54 @@ class Progress:
 
 def describe(groups, tokenizer, options, val_fraction, shard_tokens, seed):
     """What shards depend on, as a hash. An unfinished preparation of the same is gone on with."""
-    ranks = ""
-    if tokenizer.rank_file:
-        with open(tokenizer.rank_file, "rb") as f:
-            ranks = hashlib.sha256(f.read()).hexdigest()
     files = [(g.split, [(f.name, f.size, f.version) for f in g.files]) for g in groups]
     limits = [g.limit for g in groups[:-1]]  # that of the last group ends the corpus but changes no shard
-    rules = (tokenizer.name, tokenizer.vocab_size, ranks, asdict(options), val_fraction, shard_tokens, seed)
+    rules = (vocabulary(tokenizer), asdict(options), val_fraction, shard_tokens, seed)
     return hashlib.sha256(repr((files, limits, rules)).encode()).hexdigest()
+
+
+def vocabulary(tokenizer):
+    """Its name; of a rank file, wherever it lies, its content."""
+    return f"rank file {sha256_of(tokenizer.rank_file)[:16]}" if tokenizer.rank_file else tokenizer.name
 
 
 def check_disk(groups, tokenizer, out):
     """UserError if what is still to be written cannot fit. How much text there is shows only when it is read,
     so this is the least that is needed."""
     per_byte = 1 if tokenizer.name == "bytes" else 1 / BYTES_PER_TOKEN
-    n_tokens = sum(g.limit or per_byte * sum(f.size for f in g.files) for g in groups) - out.n_tokens.total()
-    fetched = sorted(f.size for g in groups for f in g.files if f.must_be_fetched)
-    need = max(n_tokens, 0) * out.dtype.itemsize + sum(fetched[-2:])  # while one is read, another comes
-    free = shutil.disk_usage(out.folder).free
-    if free < need:
-        raise UserError(
-            f"{out.out_dir} needs {need / 1e6:,.0f} MB or more, {free / 1e6:,.0f} MB are free there"
-        )
+    n_tokens = [g.limit or per_byte * sum(f.size for f in g.files) for g in groups]
+    twice = 0 if out.shard_tokens or out.seed is None else max(n_tokens)  # the shard being shuffled
+    n_tokens = max(sum(n_tokens) + twice - out.n_tokens.total(), 0)
+    needs = {disk_of(out.out_dir): [out.out_dir, n_tokens * out.dtype.itemsize]}
+    coming = [f for g in groups for f in least_files(g, tokenizer) if f.must_be_fetched and not f.is_here()]
+    if out.shard_tokens and not any(f.stays for f in coming):  # while one is read, another comes
+        coming = sorted(coming, key=lambda f: f.size)[-2:]
+    for file in coming:
+        needs.setdefault(disk_of(file.lies_in), [file.lies_in, 0])[1] += file.size
+    for folder, need in needs.values():
+        free = shutil.disk_usage(existing(folder)).free
+        if free < need:
+            raise UserError(
+                f"{folder} needs {need / 1e6:,.0f} MB or more, {free / 1e6:,.0f} MB are free there"
+            )
+
+
+def least_files(group, tokenizer):
+    """Those that a group will read, or fewer: its limit of tokens may need more."""
+    least = group.limit * LEAST_STORED * (1 if tokenizer.name == "bytes" else LEAST_BYTES_PER_TOKEN)
+    sizes = np.cumsum([0, *(f.size for f in group.files[:-1])])  # before each file
+    return [f for f, before in zip(group.files, sizes.tolist()) if not group.limit or before < least]
+
+
+def existing(folder):
+    """The folder, or the nearest one above it that is there."""
+    while not os.path.exists(folder):
+        folder = os.path.dirname(os.path.abspath(folder))
+    return folder
+
+
+def disk_of(folder):
+    return os.stat(existing(folder)).st_dev
 
 
 def n_cores():
@@ -324,6 +371,8 @@ def report(out, counts, options):
             f"warning: only {counts['val']} documents ({out.n_tokens['val']:,} tokens) are held out: "
             "validation loss will be noisy. A larger --val_fraction or --val=FILE gives more"
         )
+    if counts["empty"]:
+        print(f"{counts['empty']:,} empty documents were left out")
     if counts["nul"]:
         print(f"{counts['nul']:,} NUL bytes were left out of the text")
     inline = {name.removeprefix("inline "): n for name, n in counts.items() if name.startswith("inline ")}
@@ -342,4 +391,7 @@ def token_count(text, knob):
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbBtT]?)", text.strip().replace("_", ""))
     if not match:
         raise UserError(f"--{knob} takes a number of tokens such as 10B or 500M, got {text!r}")
-    return int(float(match[1]) * 1000 ** " kmbt".index(match[2].lower() or " "))
+    n = float(match[1]) * 1000 ** " kmbt".index(match[2].lower() or " ")
+    if 0 < n < 1 or n > 2**48:
+        raise UserError(f"--{knob} is 0 or from 1 to 2^48 tokens, got {text!r}")
+    return int(n)

@@ -5,7 +5,8 @@
                          train_00001.bin ... instead, and val_00000.bin ... if there are several of those
     meta.json            vocab_size, dtype, train_tokens, val_tokens, train_bytes, val_bytes (UTF-8 bytes of
                          text, a separator counted as one), bytes_per_token (of val), encoding, separator,
-                         source (lines for people: what was taken), sha256 (of the other files), seal
+                         source (lines for people: what was taken), sha256 (of the other files), seal; from
+                         the hub also knobs, by which a second preparation sees whether it would be the same
     tokenizer.model      only with encoding "tokenizer.model": a copy of the rank file
     train.crc, val.crc   only of a large corpus: checksums of the parts of each token file (nanotst/corpus.py)
 
@@ -26,7 +27,8 @@ from contextlib import contextmanager, suppress
 import numpy as np
 
 from nanotst import UserError
-from nanotst.corpus import LARGE, sums_name, write_sums
+from nanotst.corpus import LARGE, smallest_dtype, sums_name, write_sums
+from nanotst.files import sync_folder
 from nanotst.formats import sealed, sha256_of
 
 try:
@@ -38,14 +40,6 @@ UNFINISHED = "unfinished.tmp"
 FETCHED = "files"  # in there: the input, where it is fetched. Who fetches checks whether it is still right
 SPLITS = ("train", "val")
 OURS = re.compile(r"(train|val)(_\d{5,})?\.(bin|crc)|tokenizer\.model")
-
-
-def token_dtype(vocab_size):
-    """The smallest of uint8, uint16, uint32 that holds vocab_size ids, little-endian."""
-    for bits in (8, 16, 32):
-        if vocab_size <= 2**bits:
-            return np.dtype(f"<u{bits // 8}")
-    raise ValueError(f"vocab_size {vocab_size} does not fit 32 bits")
 
 
 class TokenFiles:
@@ -64,10 +58,10 @@ class TokenFiles:
         self.out_dir, self.tokenizer = out_dir, tokenizer
         self.folder = os.path.join(out_dir, UNFINISHED)
         self.fetched = os.path.join(self.folder, FETCHED)
-        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.dtype = smallest_dtype(tokenizer.vocab_size)
         self.shard_tokens, self.seed = shard_tokens, seed
         self.state = {"job": json.loads(json.dumps(job)), "shards": [], "meta": None}
-        self.source = []  # to be filled by the caller
+        self.source, self.knobs = [], None  # of meta.json, to be filled by the caller
         self.open = {}  # split -> the Shard being written
         self.n_tokens, self.n_bytes = Counter(), Counter()  # of each split so far
 
@@ -143,7 +137,10 @@ class TokenFiles:
                 self._clear(and_folder=True)  # nobody could go on from it
             elif os.path.isdir(self.folder):
                 n = len(self.state["shards"])
-                print(f"{n} finished shards are kept: the same command goes on from there", file=sys.stderr)
+                kept = (
+                    f"{n} finished shards are kept" if n else "no shard is finished, what was fetched is kept"
+                )
+                print(f"{kept}: the same command goes on from there", file=sys.stderr)
             self._unlock()
 
     def _finish(self):
@@ -174,6 +171,8 @@ class TokenFiles:
             source=self.source,
             sha256=sha256,
         )
+        if self.knobs:
+            self.state["meta"]["knobs"] = self.knobs
         self.state["meta"] = sealed(self.state["meta"])
         with self._writing():
             self._write_whole("progress.json", json.dumps(self.state))
@@ -317,10 +316,3 @@ class Shard:
         for path in (self.path, f"{self.path}.shuffled"):
             with suppress(OSError):
                 os.remove(path)
-
-
-def sync_folder(folder):
-    if os.name == "posix":  # Windows cannot open a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -4,7 +4,9 @@ Text to token ids and back: the one place that knows about vocabularies.
 get_tokenizer(name) takes
   "bytes"                   the 256 byte values; needs no vocabulary file and no package
   "gpt2", "cl100k_base" ..  an encoding of tiktoken, which downloads its vocabulary once
-  a path                    a local tiktoken rank file, such as Llama 3's tokenizer.model
+  a path                    a local tiktoken rank file, such as Llama 3's tokenizer.model. It holds neither a
+                            split pattern nor special tokens. One of 128,000 ranks gets those of Llama 3, any
+                            other gets its pattern and a single <|endoftext|>, which `note` says
 
 The name is stored as "encoding" in a dataset's meta.json. A dataset made with a rank file keeps a
 copy of it, so get_tokenizer(meta["encoding"], folder=DATASET_FOLDER) opens the right one.
@@ -13,7 +15,7 @@ copy of it, so get_tokenizer(meta["encoding"], folder=DATASET_FOLDER) opens the 
 import base64
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,6 +37,7 @@ class Tokenizer:
     decode_bytes: Callable[..., bytes]  # ids (list, array, CPU tensor) -> bytes. For streaming:
     #                                         one token may be a part of a character
     rank_file: str = ""  # path, when the vocabulary came from a local file
+    note: str = ""  # what was guessed of it, a line for people
 
     def decode(self, ids) -> str:
         """ids: (T,) -> text; bytes that are not UTF-8 become U+FFFD."""
@@ -84,8 +87,11 @@ def _bpe_tokenizer(name: str, bpe, separator: int | None = None, rank_file: str 
     """bpe: a tiktoken.Encoding."""
 
     def encode(text: str) -> np.ndarray:
-        text = text.encode("utf-8", errors="replace").decode("utf-8")
-        return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+        try:
+            ids = bpe.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair becomes "?"
+            ids = bpe.encode_to_numpy(text.encode("utf-8", "replace").decode(), disallowed_special=())
+        return ids.astype(np.int64)
 
     def one(i: int) -> bytes:
         try:
@@ -106,8 +112,7 @@ def _bpe_tokenizer(name: str, bpe, separator: int | None = None, rank_file: str 
 
 
 def _rank_file_tokenizer(path: str) -> Tokenizer:
-    """A rank file has one "base64-of-the-token rank" line per token. It does not hold the special
-    tokens: those of Llama 3 follow its 128000 ranks, any other file gets a single <|endoftext|>."""
+    """A rank file has one "base64-of-the-token rank" line per token. What it does not hold stands above."""
     # not by tiktoken.load: it keeps a copy by path alone, and goes on reading it when the file has changed
     try:
         with open(path, "rb") as f:
@@ -120,6 +125,7 @@ def _rank_file_tokenizer(path: str) -> Tokenizer:
     n = len(ranks)
     if sorted(ranks.values()) != list(range(n)) or not all(bytes([b]) in ranks for b in range(256)):
         raise UserError(f"{path} is not a tiktoken rank file (needs ranks 0..N-1 and all 256 bytes)")
+    note = ""
     if n == LLAMA3_RANKS:
         names = [f"<|reserved_special_token_{i}|>" for i in range(251)]
         # the order of the Llama 3 release: ids 128000 to 128255
@@ -136,13 +142,17 @@ def _rank_file_tokenizer(path: str) -> Tokenizer:
         separator = n + 1
     else:
         names, separator = ["<|endoftext|>"], n
+        note = (
+            f"{path} has {n:,} ranks, not Llama 3's {LLAMA3_RANKS:,}: text is split by Llama 3's pattern all "
+            "the same, which may not be its model's, and the one special token is <|endoftext|>"
+        )
     bpe = _import_tiktoken(path).Encoding(
         os.path.basename(path),
         pat_str=LLAMA3_PATTERN,
         mergeable_ranks=ranks,
         special_tokens={token: n + i for i, token in enumerate(names)},
     )
-    return _bpe_tokenizer(path, bpe, separator, rank_file=path)
+    return replace(_bpe_tokenizer(path, bpe, separator, rank_file=path), note=note)
 
 
 def _import_tiktoken(name: str):

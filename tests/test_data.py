@@ -2,11 +2,13 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import lzma
 import os
 import re
 import sys
+import tracemalloc
 
 import numpy as np
 import pyarrow
@@ -18,9 +20,9 @@ from test_tokenizer import write_ranks
 
 from data import documents, pipeline
 from data.text import prepare as text
-from data.token_files import TokenFiles, token_dtype
+from data.token_files import TokenFiles
 from nanotst import UserError
-from nanotst.corpus import open_corpus
+from nanotst.corpus import open_corpus, smallest_dtype
 from nanotst.tokenizer import get_tokenizer
 
 
@@ -33,8 +35,8 @@ def prepare(*inputs, out, **knobs):
 
 def test_dtype_by_vocabulary():
     sizes = [256, 257, 65536, 65537, 128256]
-    assert [token_dtype(v).name for v in sizes] == ["uint8", "uint16", "uint16", "uint32", "uint32"]
-    assert token_dtype(50257).newbyteorder("<") == token_dtype(50257)
+    assert [smallest_dtype(v).name for v in sizes] == ["uint8", "uint16", "uint16", "uint32", "uint32"]
+    assert smallest_dtype(50257).newbyteorder("<") == smallest_dtype(50257)
 
 
 def fill(folder, value):
@@ -190,6 +192,14 @@ def test_what_is_read_and_left_out_is_said(tmp_path, capsys):
     assert len(splits["train"] + splits["val"]) == 60
 
 
+def test_a_file_of_another_kind_that_was_named_is_read_as_text_and_that_is_said(tmp_path, capsys):
+    (tmp_path / "x.json").write_text(SEPARATOR.join(make_documents(30)))
+    (tmp_path / "y.csv").write_text("a,b")
+    prepare(tmp_path / "x.json", val=str(tmp_path / "y.csv"), out=tmp_path / "out")
+    assert re.search(r"^\S*x\.json, \S*y\.csv: read as plain text$", capsys.readouterr().out, re.M)
+    assert byte_documents(tmp_path / "out") == {"train": make_documents(30), "val": ["a,b"]}
+
+
 def test_separators_inside_lines_and_few_documents_are_said(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(make_documents(30)))
     (tmp_path / "v.txt").write_text("held out")
@@ -222,7 +232,57 @@ def test_one_long_text_is_cut_by_itself(tmp_path, capsys, where):
     assert "".join("".join(d.split()) for d in sorted(every, key=start.get)) == "".join(BOOK[where].split())
 
 
-def test_output_does_not_depend_on_workers(tmp_path, monkeypatch):
+def few(folder, how):
+    """25 short documents in a file, 22 books of one document each, or 400 documents in a file."""
+    texts = [f"{i} {d[:60]}" for i, d in enumerate(make_documents(25 if how == "short" else 22))]
+    texts = make_documents(400) if how == "400" else texts
+    folder.mkdir()
+    if how == "books":
+        for i, d in enumerate(texts):
+            (folder / f"{i}.txt").write_text(d)
+    else:
+        name = "a.txt" if how == "400" else "a.jsonl"
+        (folder / name).write_text(SEPARATOR.join(texts) if how == "400" else json_lines(texts))
+    return texts
+
+
+@pytest.mark.parametrize("how, n_val", [("short", 2.5), ("books", 2.2), ("400", 20)])
+def test_of_few_documents_more_are_held_out(tmp_path, capsys, how, n_val):
+    texts = few(tmp_path / "in", how)
+    prepare(tmp_path / "in", out=tmp_path / "out")
+    assert f"{len(texts)} documents are few: {n_val / len(texts):.1%} of them are held out" in (
+        capsys.readouterr().out
+    )
+    splits = byte_documents(tmp_path / "out")
+    assert sorted(splits["train"] + splits["val"]) == sorted(texts)
+    assert 1 <= len(splits["val"]) < 3 * n_val
+
+
+@pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
+@pytest.mark.parametrize("how", ["short", "books", "400"])
+def test_where_the_hash_picks_none_or_all_one_document_is_held_out(tmp_path, capsys, how, val_fraction):
+    texts = few(tmp_path / "in", how)
+    for workers in (1, 3):
+        out = tmp_path / f"out{workers}"
+        prepare(tmp_path / "in", val_fraction=val_fraction, workers=workers, out=out)
+        assert "so one is held out: that with the smallest hash" in capsys.readouterr().out
+        smallest = min(texts, key=lambda d: hashlib.blake2b(d.encode(), digest_size=8).digest())
+        assert byte_documents(out)["val"] == [smallest]
+        assert len(byte_documents(out)["train"]) == len(texts) - 1
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
+
+
+def test_many_documents_are_held_out_as_val_fraction_says(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(text, "MANY_DOCUMENTS", 400)
+    texts = few(tmp_path / "in", "400")
+    prepare(tmp_path / "in", val_fraction=text.Config.val_fraction, out=tmp_path / "out")
+    assert "are few" not in capsys.readouterr().out
+    hashes = [int.from_bytes(hashlib.blake2b(d.encode(), digest_size=8).digest(), "big") for d in texts]
+    held_out = [d for d, key in zip(texts, hashes) if key < 0.005 * 2**64]
+    assert byte_documents(tmp_path / "out")["val"] == held_out != []
+
+
+def test_output_does_not_depend_on_workers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "BATCH", 2000)  # many batches from little text
     ranks, texts = write_ranks(tmp_path / "tiny.model"), make_documents()
     (tmp_path / "a.jsonl").write_text(json_lines(texts))
@@ -232,6 +292,7 @@ def test_output_does_not_depend_on_workers(tmp_path, monkeypatch):
         prepare(tmp_path / "a.jsonl", encoding=ranks, val_fraction=0.1, workers=workers, out=out)
         bins.append(contents(out))
     assert bins[0] == bins[1]
+    assert "warning: " + get_tokenizer(ranks).note in capsys.readouterr().out
     meta, splits = dataset(out)
     assert (meta["encoding"], meta["dtype"]) == ("tokenizer.model", "uint16")
     t = get_tokenizer(meta["encoding"], folder=str(out))  # the copy beside the .bin files
@@ -313,6 +374,7 @@ ZSTD = zstandard.ZstdCompressor().compress(json_lines(make_documents(5)).encode(
         ("empty/.hidden.txt", b"x", "no text files in"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3 is not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n["text"]\n', r"a\.jsonl:2 has no text in field 'text'"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 7}\n', r"a\.jsonl:2 has no text in field 'text'"),
         ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1 has no text in field 'text'"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1 is not valid JSON"),
         ("a.jsonl", b'{"text":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", r"a\.jsonl:1 (is not|has no)"),
@@ -341,9 +403,41 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, name, content, message)
     assert contents(tmp_path / "out") == {}
 
 
-def test_a_parquet_file_without_the_column_or_with_empty_rows_is_refused(tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="a.parquet has no text in column 'text'"):
-        prepare(tmp_path / "a.parquet", out=tmp_path / "out")
+def test_a_parquet_file_without_the_column_or_with_something_else_in_it_is_refused(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"], "n": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet has no text in column 'n'"):
+        prepare(tmp_path / "a.parquet", field="n", out=tmp_path / "out")
     with pytest.raises(UserError, match="a.parquet has no column 'body'"):
         prepare(tmp_path / "a.parquet", field="body", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_without_text_are_counted_and_left_out(tmp_path, capsys, suffix):
+    texts = make_documents(20)
+    rows = [None, *texts[:9], "", " \n", "\0", *texts[9:], None]
+    if suffix == ".jsonl":
+        (tmp_path / "a.jsonl").write_text(json_lines(rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    prepare(tmp_path / f"a{suffix}", val_fraction=0.3, out=tmp_path / "out")
+    assert "\n5 empty documents were left out\n" in capsys.readouterr().out
+    splits = byte_documents(tmp_path / "out")
+    assert sorted(splits["train"] + splits["val"]) == sorted(texts)
+    assert dataset(tmp_path / "out")[0]["source"] == [f"{tmp_path / 'a'}{suffix}: 20 documents"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
+def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path, monkeypatch, suffix):
+    """The peak for 16 MB is that for 2 MB, but for what the noise of batches makes of it."""
+    monkeypatch.setattr(pipeline, "BATCH", 100_000)
+    texts = [f"{i} " + "word " * 1600 for i in range(2000)]
+    peaks = []
+    for n in (250, 2000):
+        path, out = tmp_path / f"{n}{suffix}", tmp_path / f"out{n}"
+        path.write_text(SEPARATOR.join(texts[:n]) if suffix == ".txt" else json_lines(texts[:n]))
+        tracemalloc.start()
+        prepare(path, shard_tokens="1M", workers=1, out=out)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert sum(p.stat().st_size for p in out.glob("*.bin")) > 8000 * n
+    assert peaks[1] < 1.5 * peaks[0] < 8e6

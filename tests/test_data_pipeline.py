@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pyarrow
@@ -17,9 +19,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from corpora import byte_documents, contents, dataset, json_lines, make_documents
+from huggingface_hub import constants as huggingface_constants
 from killed_preparations import campaign
+from test_tokenizer import write_ranks
 
+from data import hub as data_hub
 from data import pipeline, token_files
+from data.dclm import prepare as dclm
+from data.fineweb_edu import prepare as fineweb_edu
 from data.pipeline import File, Group, token_count
 from data.text import prepare as text
 from data.token_files import TokenFiles
@@ -201,10 +208,16 @@ def test_token_counts_in_words():
         ("100_000", 10**5),
         ("1e9", 10**9),
         ("3 k", 3000),
+        ("0", 0),
+        ("0.5k", 500),
+        (str(2**48), 2**48),
     ):
         assert token_count(written, "tokens") == n
     for wrong in ("", "ten", "-1", "10X", "1e", "nan"):
         with pytest.raises(UserError, match="--tokens takes a number of tokens such as 10B"):
+            token_count(wrong, "tokens")
+    for wrong in ("0.5", "0.0001k", "1e400", "9" * 400, "1e300T", "1000T"):
+        with pytest.raises(UserError, match=r"--tokens is 0 or from 1 to 2\^48 tokens, got"):
             token_count(wrong, "tokens")
 
 
@@ -229,6 +242,7 @@ class Hub(ThreadingHTTPServer):
         self.cut = set()  # files whose next connection breaks half way
         self.missing = set()
         self.log = []  # (name, first byte sent)
+        self.asked = []  # paths, for what the newest commit is or that of a tag
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -256,7 +270,8 @@ class HubHandler(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server, unquote(self.path.split("?")[0])
         api, resolve = f"/api/datasets/{hub.repo}", f"/datasets/{hub.repo}/resolve/{hub.sha}/"
-        if path == api:
+        if path in (api, f"{api}/revision/v1"):
+            hub.asked.append(path)
             self.answer(200, json.dumps({"id": hub.repo, "sha": hub.sha}).encode())
         elif path.startswith(f"{api}/tree/{hub.sha}"):
             folder = path.removeprefix(f"{api}/tree/{hub.sha}").strip("/")
@@ -314,6 +329,21 @@ SCRIPTS = {
 }
 
 
+# a prepare script that hands over little at a time, and is stopped when it has that many finished shards
+STOPPED = """
+import runpy, sys
+from data import pipeline, token_files
+sys.argv, most = sys.argv[1:-1], int(sys.argv[-1])
+close = token_files.TokenFiles.close_shard
+def close_and_stop(self):
+    close(self)
+    if len(self.state["shards"]) >= most:
+        raise KeyboardInterrupt
+pipeline.BATCH, token_files.TokenFiles.close_shard = 3000, close_and_stop
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.fixture(params=SCRIPTS)
 def hub(request, tmp_path):
     """A hub of six files of 60 documents and a file of another kind; hub.prepare(out, ...) runs the script.
@@ -326,12 +356,16 @@ def hub(request, tmp_path):
     server.name = name
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1")
+    environment |= dict(PYTHONPATH=str(ROOT))
 
-    def prepare(out, **knobs):
+    def prepare(out, stop_at=0, **knobs):
         knobs = dict(encoding="bytes", tokens="0", val_tokens="5k", shard_tokens="50k") | knobs
-        command = [sys.executable, str(ROOT / "data" / request.param / "prepare.py"), f"--out_dir={out}"]
+        command = [str(ROOT / "data" / request.param / "prepare.py"), f"--out_dir={out}"]
         command += [f"--{key}={value}" for key, value in knobs.items()]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        command = ["-c", STOPPED, *command, str(stop_at)] if stop_at else command
+        return subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path
+        )
 
     server.prepare = prepare
     yield server
@@ -340,6 +374,7 @@ def hub(request, tmp_path):
 
 
 def test_from_the_hub_with_broken_connections(tmp_path, hub):
+    ranks = write_ranks(tmp_path / "tiny.model")
     first = hub.prepare(tmp_path / "smooth", workers=1)
     assert first.returncode == 0, first.stderr
     assert len(hub.log) == len({name for name, _ in hub.log}) == 6  # each file once
@@ -354,6 +389,7 @@ def test_from_the_hub_with_broken_connections(tmp_path, hub):
     assert sorted(splits["train"]) == sorted(train) and splits["train"] != train
     assert len([n for n in meta["sha256"] if n.startswith("train")]) > 2
     assert f"{val}: {len(splits['val'])} documents, held out" in meta["source"]
+    assert meta["source"][0] == f"{hub.repo} at {hub.sha}, seed 0"
 
     # a connection breaks half way, and another file is not there at first
     hub.log.clear()
@@ -361,14 +397,116 @@ def test_from_the_hub_with_broken_connections(tmp_path, hub):
     hub.cut, hub.missing = {large}, {next(name for name in by_file if name not in (val, large))}
     stopped = hub.prepare(tmp_path / "broken")
     assert stopped.returncode == 1
-    assert "error: fetching" in stopped.stderr and "start again to go on" in stopped.stderr.splitlines()[-1]
+    assert "no shard is finished, what was fetched is kept: the same command goes on" in stopped.stderr
+    assert "error: fetching" in stopped.stderr and "RemoteEntryNotFoundError" in stopped.stderr
     hub.missing = set()
     assert hub.prepare(tmp_path / "broken").returncode == 0
     assert contents(tmp_path / "broken") == smooth
     # the rest of the broken file was asked for, and nothing again after the stop
     assert sorted(hub.log) == sorted([(name, 0) for name in by_file] + [(large, 10 * 2**20)])
 
-    # finished is finished
-    hub.log.clear()
+    # finished is finished, and something else is not taken for it
+    hub.log.clear(), hub.asked.clear()
     assert "is prepared already" in hub.prepare(tmp_path / "broken").stdout
-    assert not hub.log
+    for other in (dict(seed=1), dict(revision="v1"), dict(tokens="9k"), dict(encoding=ranks)):
+        refused = hub.prepare(tmp_path / "broken", **other)
+        assert refused.returncode == 1 and not hub.log and not hub.asked
+        (knob,) = other
+        assert re.search(
+            rf"holds a corpus of other knobs \({knob} [^,]* there, [^,]* here\): choose another --out_dir",
+            refused.stderr,
+        )
+    assert contents(tmp_path / "broken") == smooth
+
+
+def test_from_the_hub_stopped_after_finished_shards(tmp_path, hub):
+    """Gone on with in the middle of a file: the same files, no finished shard made again."""
+    assert hub.prepare(tmp_path / "whole", shard_tokens="20k").returncode == 0
+    for workers in (1, 3):
+        out = tmp_path / f"out{workers}"
+        unfinished, before = out / "unfinished.tmp", {}
+        for stop_at in (2, 5):
+            assert hub.prepare(out, stop_at, workers=workers, shard_tokens="20k").returncode != 0
+            state = json.loads((unfinished / "progress.json").read_text())
+            assert len(state["shards"]) >= stop_at and state["place"][2] > 0
+            shards = {p.name: p.stat().st_ino for p in unfinished.glob("*.bin")}
+            assert len(shards) == len(state["shards"]) and before.items() < shards.items()
+            before = shards
+        hub.log.clear()
+        resumed = hub.prepare(out, workers=workers, shard_tokens="20k")
+        assert f"going on after {len(shards)} finished shards" in resumed.stdout
+        assert len(hub.log) < 6
+        moved = {p.stat().st_ino for p in out.glob("*.bin")}
+        assert set(before.values()) <= moved
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_revision_of_the_repository(tmp_path, hub):
+    assert hub.prepare(tmp_path / "out", revision="v1", tokens="9k").returncode == 0
+    assert hub.asked == [f"/api/datasets/{hub.repo}/revision/v1"]
+    assert hub.prepare(tmp_path / "none", revision="v2").returncode == 1
+    assert not (tmp_path / "none" / "meta.json").exists()
+
+
+@pytest.mark.parametrize("script, package", [(dclm, "zstandard"), (fineweb_edu, "pyarrow.parquet")])
+def test_a_missing_package_is_said_before_anything_is_fetched(tmp_path, monkeypatch, script, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(data_hub, "list_files", None)
+    config = script.Config(out_dir=str(tmp_path / "out"), encoding="bytes")
+    with pytest.raises(UserError, match=f"needs the package {package.split('.')[0]}: pip install"):
+        script.main(config)
+
+
+def test_starting_again_is_proposed_where_it_can_help():
+    for status, helps in ((None, True), (503, True), (429, True), (408, True), (404, False), (401, False)):
+        error = OSError("no")
+        error.response = status and SimpleNamespace(status_code=status)
+
+        def refuse(error=error):
+            raise error
+
+        with pytest.raises(UserError, match="^fetching x failed [(]OSError: no[)]") as e:
+            data_hub.ask("fetching x", refuse)
+        assert str(e.value).endswith("; start again to go on") == helps
+
+
+def test_the_disk_that_fetched_files_lie_on_is_measured(tmp_path, monkeypatch):
+    """For three files of 400 MB, one of them to validate on: what is needed is said where nothing is free."""
+    monkeypatch.setattr(huggingface_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def which(path):
+        return os.path.relpath(path, tmp_path).split(os.sep)[0]
+
+    def needed(on, limit=0, stays=False, shard_tokens=10**6, seed=None, n_here=0, one_disk=True):
+        folder = "" if stays else str(tmp_path / "out" / "unfinished.tmp" / "files")
+        files = [data_hub.HubFile(f"{i}.parquet", 400 * 10**6, "", "a/b", "", folder) for i in range(3)]
+        monkeypatch.setattr(data_hub.HubFile, "is_here", lambda self: self in files[:n_here])
+        monkeypatch.setattr(pipeline, "disk_of", lambda path: one_disk or which(path))
+        monkeypatch.setattr(pipeline, "existing", lambda path: path)
+        monkeypatch.setattr(
+            pipeline.shutil,
+            "disk_usage",
+            lambda path: SimpleNamespace(free=0 if which(path) == on else 1e15),
+        )
+        groups = [Group("val", files[:1], 1000), Group("train", files[1:], limit)]
+        with pytest.raises(UserError, match=f"{on} needs .* MB or more, 0 MB are free there") as e:
+            pipeline.prepare(
+                groups,
+                get_tokenizer("bytes"),
+                str(tmp_path / "out"),
+                text.Options(),
+                shard_tokens=shard_tokens,
+                seed=seed,
+            )
+        return re.search(r"needs (.*) MB or", str(e.value))[1]
+
+    assert needed("out") == "1,600"  # 800 MB of tokens, and a file that is read while another comes
+    assert needed("out", limit=10**6) == "801"  # one file to train on is enough
+    assert needed("out", shard_tokens=0) == "2,000"  # no file is removed before the end
+    assert (
+        needed("out", shard_tokens=0, seed=0) == "2,800"
+    )  # and the 800 MB are written again to shuffle them
+    assert needed("out", stays=True) == "2,000"
+    assert needed("out", stays=True, n_here=2) == "1,200"
+    assert needed("out", stays=True, one_disk=False) == "800"
+    assert needed("hub", stays=True, one_disk=False) == "1,200"

@@ -5,7 +5,7 @@ import subprocess
 import zipfile
 
 import pytest
-from corpora import byte_documents, contents
+from corpora import byte_documents, contents, dataset
 
 from data.python_source import prepare as python_source
 from nanotst import UserError
@@ -142,6 +142,7 @@ def test_the_same_wheels_give_the_known_corpus_or_an_error(tmp_path, monkeypatch
         assert f"sha256 of train.bin: {known['train.bin']}" in capsys.readouterr().out
     prepare(tmp_path / "installed", [("", str(tmp_path / "tree"))])
     assert byte_documents(tmp_path / "installed") == byte_documents(out)
+    assert not dataset(out)[0]["source"][0].startswith("NOT")
 
 
 OFFLINE = (
@@ -161,6 +162,7 @@ OTHER_HASH = (
 
 
 def pip_says(stderr, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX", raising=False)
     result = subprocess.CompletedProcess([], 1, "", stderr)
     monkeypatch.setattr(python_source.subprocess, "run", lambda *args, **kwargs: result)
 
@@ -171,13 +173,28 @@ def test_without_a_network_the_installed_packages_are_taken_with_a_warning(tmp_p
     said = capsys.readouterr().out
     assert "warning: the package index cannot be reached (NewConnectionError)" in said
     assert "LOSSES WILL DIFFER" in said
-    assert "as installed" in (tmp_path / "out" / "meta.json").read_text()
+    source = dataset(tmp_path / "out")[0]["source"][0]
+    assert source.startswith("NOT THE PINNED CORPUS: 400 Python files") and "as installed" in source
+
+
+def test_pip_without_an_index_is_as_without_a_network(tmp_path, monkeypatch, capsys):
+    pip_says(OFFLINE.split("\n", 1)[1], monkeypatch)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    prepare(tmp_path / "out", make_tree(tmp_path / "tree"), source="wheels")
+    assert "warning: pip is told to ask no package index (PIP_NO_INDEX). Taking" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "stderr, message",
     [
         (WITHDRAWN, "No matching distribution found for sympy==1.14.0: the wheel was withdrawn"),
+        # a broken connection before it had been tried again, with success
+        (OFFLINE.split("ERROR")[0] + WITHDRAWN, "sympy==1.14.0: the wheel was withdrawn"),
+        # no such package on an index that answers
+        (
+            OFFLINE.split("\n", 1)[1],
+            "sympy==1.14.0: the wheel was withdrawn, or the index that pip uses lacks",
+        ),
         (OTHER_HASH, r"sympy==1.14.0 is not the file that wheels.txt pins \(its sha256 differs\)"),
         ("python: No module named pip\n", "python -m ensurepip"),
         ("ERROR: no space left\n", "pip download failed: no space left"),

@@ -40,9 +40,13 @@ def test_bytes_round_trip():
 def test_rank_file_round_trip(ranks):
     t = get_tokenizer(ranks)
     assert (t.vocab_size, t.separator, t.rank_file) == (265, 264, ranks)
+    assert t.note.startswith(
+        f"{ranks} has 264 ranks, not Llama 3's 128,000: text is split by Llama 3's pattern"
+    )
     ids = t.encode(HARD)
     assert t.decode(ids) == HARD and len(ids) < len(HARD.encode())
     assert t.separator not in ids  # "<|endoftext|>" in the text is ordinary text
+    assert t.encode("a\ud800").tolist() == [ord("a"), ord("?")]
     assert t.encode(" the").tolist() == [260]
     assert t.decode([264]) == "<|endoftext|>"
     assert t.decode([97, 300, 98]) == "a\ufffdb"  # a padded row of a model
@@ -51,7 +55,7 @@ def test_rank_file_round_trip(ranks):
 
 def test_llama3_special_tokens(tmp_path):
     t = get_tokenizer(write_ranks(tmp_path / "tokenizer.model", n_filler=128000 - 264))
-    assert (t.vocab_size, t.separator) == (128256, 128001)
+    assert (t.vocab_size, t.separator, t.note) == (128256, 128001, "")
     assert t.decode([128000, 128001, 128006, 128007, 128009]) == (
         "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|>"
     )

@@ -29,6 +29,7 @@ SHA256 = {
     "train.bin": "e8a93dc0041d26c4716a50ef3f865db89740f86d1038295c181cac2ddee11a9b",
     "val.bin": "082c54de40b4e67971c43b74789f8dfdbd5a3bb570058ea38ce8f563086548b1",
 }
+OTHER = "NOT THE PINNED CORPUS: "  # begins meta.json's first source line where no wheels were read
 MIN_FILE, MAX_FILE = 64, 1_000_000  # bytes: empty __init__.py files, and tables written by programs
 GENERATED = re.compile(
     rb"(?i)auto-?generated|automatically (generated|created)|generated (by|from|using)|do not (edit|modify)"
@@ -79,14 +80,18 @@ def fetch_wheels(folder):
             f"{name} is not the file that {WHEELS.name} pins (its sha256 differs), so nothing was taken: "
             "look at the package index that pip uses, or use --source=installed"
         )
-    unreachable = re.search(r"connection broken by '(\w+)|(\w+Error)\(.*Max retries exceeded", result.stderr)
-    if unreachable:
-        return f"the package index cannot be reached ({unreachable[1] or unreachable[2]})"
     if "No module named pip" in result.stderr:
         raise UserError(
             "pip fetches the wheels, and this Python has none: python -m ensurepip, or --source=installed"
         )
-    if "No matching distribution found for" in result.stderr:
+    missing = "No matching distribution found for" in result.stderr
+    if not re.search(r"\(from versions: (?!none\))", result.stderr):  # or an index answers
+        if missing and os.environ.get("PIP_NO_INDEX", "").lower() not in ("", "0", "no", "off", "false"):
+            return "pip is told to ask no package index (PIP_NO_INDEX)"
+        broken = re.search(r"connection broken by '(\w+)|(\w+Error)\(.*Max retries exceeded", result.stderr)
+        if broken:
+            return f"the package index cannot be reached ({broken[1] or broken[2]})"
+    if missing:
         raise UserError(
             f"{last}: the wheel was withdrawn, or the index that pip uses lacks it; see {WHEELS.name}"
         )
@@ -238,8 +243,9 @@ def write(config, files, of, pinned, dropped):
             packages[package] += len(data)
             n_files[split] += 1
         total = packages.total()
+        made_of = f"{n_files.total():,} Python files, {total / 1e6:.1f} MB, of {of}: {len(packages)} packages"
         out.source = [
-            f"{n_files.total():,} Python files, {total / 1e6:.1f} MB, of {of}: {len(packages)} packages",
+            made_of if pinned else OTHER + made_of,
             "largest: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in packages.most_common(8)),
         ]
         out.close_shard()

@@ -1,5 +1,6 @@
 """Your own text files as a corpus. See Config."""
 
+import math
 import os
 import sys
 from collections import Counter
@@ -8,13 +9,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.documents import SUFFIXES, Options, kind, read_documents  # noqa: E402
-from data.pipeline import File, Group, prepare, token_count  # noqa: E402
+from data.documents import SUFFIXES, Options, kind  # noqa: E402
+from data.pipeline import File, Group, prepare, read_pieces, token_count  # noqa: E402
 from nanotst import UserError  # noqa: E402
 from nanotst.configurator import run  # noqa: E402
 from nanotst.tokenizer import get_tokenizer  # noqa: E402
 
-FEW_DOCUMENTS = 20  # with fewer than these, text is cut into documents by itself
+FEW_DOCUMENTS = 20  # with fewer than these, text is cut into documents by itself; to be held out at least
+MANY_DOCUMENTS = 4000  # from here on --val_fraction as it is holds out enough of them
+CUT_AT = "empty lines", "line ends"  # the first of these that a text has enough of, or else words
 CUT = 2_000, 64_000  # bytes of such a document, at least and at most
 NAMES = 5  # of files left out that are said
 
@@ -38,7 +41,7 @@ class Config:
     encoding: str = "bytes"  # bytes, a name that tiktoken knows such as gpt2, or the path of a rank file
     out_dir: str = str(HERE)  # folder to write to
     val: str = ""  # files and folders to validate on, separated by commas
-    val_fraction: float = 0.005  # of the documents to validate on, without --val
+    val_fraction: float = 0.005  # of documents to validate on, without --val; of few, 20 or 10 %
     separator: str = "<|endoftext|>"  # the line between documents; empty: an empty line
     field: str = "text"  # field of JSON objects, or column of parquet files
     shard_tokens: str = "100M"  # a larger corpus becomes several files of this many tokens
@@ -87,33 +90,53 @@ def some(paths):
     return ", ".join(paths[:NAMES]) + more
 
 
-def own_documents(paths, options):
-    """Set options.cut if the text has (nearly) no separators. -> the share to hold out then, or 0."""
-    n_documents = n_bytes = n_lines = n_empty = 0
-    if len(paths) >= FEW_DOCUMENTS or any(kind(p) != "text" for p in paths):
-        return 0.0
-    for text, last in (piece[:2] for path in paths for piece in read_documents(path, options)):
-        n_documents += last
-        n_bytes += len(text.encode())
-        n_lines += text.count("\n")
-        n_empty += text.count("\n\n") + text.count("\n\r\n")
-        if n_documents >= FEW_DOCUMENTS:
-            return 0.0
-        if n_bytes >= 1000 * CUT[1]:
+def settle_documents(files, options, val_fraction):
+    """Set options.cut if the text has (nearly) no separators. -> the share of documents to hold out."""
+    keys, found = look_at(files, options)
+    if can_be_cut(files, options) and len(keys) < FEW_DOCUMENTS and found["bytes"] >= 2 * CUT[0]:
+        size = min(max(found["bytes"] // 1000, CUT[0]), CUT[1])
+        many = found["bytes"] // (2 * size)
+        options.cut, options.cut_at = size, next((w for w in CUT_AT if found[w] > many), "words")
+        print(
+            f"{len(keys)} documents in {found['bytes'] / 1e6:,.1f} MB or more are too few to hold some of "
+            f"them out: the text is cut at {options.cut_at} into documents of {size / 1000:.0f} kB or more. "
+            "Give --val=FILE, or a --separator, for another way"
+        )
+        keys, _ = look_at(files, options)
+    if len(keys) >= MANY_DOCUMENTS:
+        return val_fraction
+    if keys and val_fraction == Config.val_fraction:
+        val_fraction = min(0.1, FEW_DOCUMENTS / len(keys))
+        print(
+            f"{len(keys):,} documents are few: {val_fraction:.1%} of them are held out (see --val_fraction)"
+        )
+    distinct = sorted(set(keys))
+    if len(distinct) > 1 and not distinct[0] < val_fraction * 2**64 <= distinct[-1]:
+        val_fraction = math.nextafter(distinct[0] / 2**64, 1)
+        print("that would be none or all, so one is held out: that with the smallest hash")
+    return val_fraction
+
+
+def look_at(files, options):
+    """-> (keys of the first documents, at most MANY_DOCUMENTS; Counter of what would be places to cut at)"""
+    keys, found, may_cut = [], Counter(), can_be_cut(files, options)
+    for piece in read_pieces(Group("", files), 0, 0, (), options, 0.0):
+        if piece.last and piece.split != "empty":
+            keys.append(int.from_bytes(piece.key, "big"))
+        if may_cut and len(keys) < FEW_DOCUMENTS:
+            found["bytes"] += len(piece.text.encode())
+            found["line ends"] += piece.text.count("\n")
+            found["empty lines"] += piece.text.count("\n\n") + piece.text.count("\n\r\n")
+            if found["bytes"] >= 1000 * CUT[1]:
+                break
+        if len(keys) >= MANY_DOCUMENTS:
             break
-    if n_bytes < 2 * CUT[0]:
-        return 0.0
-    size = min(max(n_bytes // 1000, CUT[0]), CUT[1])
-    many = n_bytes // (2 * size)
-    where = "empty lines" if n_empty > many else "line ends" if n_lines > many else "words"
-    options.cut, options.cut_at = size, where
-    share = min(0.1, FEW_DOCUMENTS * size / max(n_bytes, sum(map(os.path.getsize, paths))))
-    print(
-        f"{n_documents} documents in {n_bytes / 1e6:,.1f} MB or more are too few to hold some of them out: "
-        f"the text is cut at {where} into documents of {size / 1000:.0f} kB or more, and {share:.1%} of them "
-        "are held out. Give --val=FILE, or a --separator, for another way"
-    )
-    return share
+    return keys, found
+
+
+def can_be_cut(files, options):
+    """Few files of plain text may be books; other files say themselves where a document ends."""
+    return not options.cut and len(files) < FEW_DOCUMENTS and all(kind(f.name) == "text" for f in files)
 
 
 def main(config):
@@ -130,18 +153,20 @@ def main(config):
     for arguments, some_paths in ((config.inputs, paths), (config.val.split(","), val_paths)):
         if arguments != [""] and not some_paths:
             raise UserError(f"no text files in {' '.join(arguments)} (looked for {' '.join(SUFFIXES)})")
+    if other := [p for p in paths + val_paths if not p.lower().endswith(SUFFIXES)]:  # named by hand
+        print(f"{some(other)}: read as plain text")
     kinds = ", ".join(f"{n:,} {k} file{'s' * (n > 1)}" for k, n in Counter(map(kind, paths)).items())
     print(f"reading {kinds}: {some(paths)}" + f"; held out: {some(val_paths)}" * bool(val_paths))
 
     tokenizer = get_tokenizer(config.encoding)
     options, val_fraction = Options(config.separator, config.field), config.val_fraction
-    if not val_paths:
-        val_fraction = max(val_fraction, own_documents(paths, options))
     files, val_files = (
         [File(os.path.abspath(p), os.path.getsize(p), str(os.stat(p).st_mtime_ns)) for p in some_paths]
         for some_paths in (paths, val_paths)
     )
     groups = [Group("val", val_files), Group("train", files)] if val_files else [Group("", files)]
+    if not val_files:
+        val_fraction = settle_documents(files, options, val_fraction)
     prepare(
         groups,
         tokenizer,
