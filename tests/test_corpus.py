@@ -706,3 +706,9 @@ def test_a_corpus_of_others_trains_as_ours_of_the_same_tokens(run, tmp_path, mak
     for one, other in zip(*rows):
         assert all(one[key] == other[key] for key in ("loss", "grad_norm", "data_tokens"))
         assert one.get("val_loss") == other.get("val_loss")
+
+
+def test_a_default_corpus_of_other_packages_says_so_each_time(tmp_path):
+    other = "NOT THE PINNED CORPUS: 9,000 Python files of the packages installed here"
+    assert other in open_corpus(ours(tmp_path / "other", source=[other])).note
+    assert not open_corpus(ours(tmp_path / "pinned", source=["12,878 Python files"])).note

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from nanotst import UserError
 from nanotst.configurator import parse
@@ -425,3 +426,20 @@ def test_a_knob_that_nothing_reads_makes_no_other_run(tmp_path):
     assert [member.settings["fitted"] for member in members] == ["", "f.json"]
     (plain,), _ = sweep.plan(["bag_size=2", "bag_weights=power"], tmp_path)
     assert members[0].settings == plain.settings
+
+
+def test_one_bag_size_stands_beside_no_other(swept):
+    """With a single bag size above 1, what it is combined with are the columns, and its title says it."""
+    text = (swept("--bag_size=1,4", "--superposition_ratio=0.2,0.3") / "table.md").read_text()
+    assert "**bag_size 4**" in text and "ordinary training: " in text
+    table = cells(text)
+    assert table["superposition_ratio"] == ["0.2", "0.3"] and len(table["val loss"]) == 2
+
+
+def test_the_picture_of_bag_sizes_shows_ordinary_training():
+    table = sweep.Table("", "", "bag_size", {(None, 1): sweep.Group({}, [3.5], 1)}, [])
+    figure = Figure()
+    ax = figure.subplots()
+    sweep.draw_curves(ax, table)
+    assert [line.get_ydata()[0] for line in ax.get_lines() if line.get_linestyle() == "--"] == [3.5]
+    assert ax.get_legend().get_texts()[0].get_text() == "ordinary training"

@@ -223,8 +223,12 @@ def tables_of(members, varied, config):
         # ordinary training has no knobs of superposition, and belongs to every table
         mine = [g for g in groups if all(g.point.get(k, v) == v for k, v in here.items())]
         cells = {(g.point.get(rows), g.point.get(columns)): g for g in mine if in_grid(g)}
+        baselines, across, down = [g for g in mine if not in_grid(g)], columns, rows
+        if rows and len(values := {column for _, column in cells}) == 1:  # then the rows stand side by side
+            here |= {columns: values.pop()}
+            cells, across, down = {(None, row): g for (row, _), g in cells.items()}, rows, ""
         title = ", ".join(f"{k} {shown(v)}" for k, v in here.items())
-        tables.append(Table(title, rows, columns, cells, [g for g in mine if not in_grid(g)]))
+        tables.append(Table(title, down, across, cells, baselines))
     return tables, edges
 
 
@@ -320,8 +324,11 @@ def draw_curves(ax, table):
             ax.errorbar(x, mean, sd, fmt="none", color=color, capsize=3, zorder=2)
         for at, group in groups.items() if len(rows) <= 3 else ():  # few enough to show each seed
             ax.plot([at] * len(group.losses), group.losses, "_", color=color, alpha=0.7, ms=7, zorder=2)
+    # where bag sizes vary alone, ordinary training is that of 1
+    ones = [table.cells.get((row, 1)) for row in rows if table.columns == "bag_size"]
+    ordinary = table.baselines or [group for group in ones if group]
     for group, style in zip(
-        (g for g in table.baselines if math.isfinite(g.mean)), itertools.cycle(("--", ":", "-."))
+        (g for g in ordinary if math.isfinite(g.mean)), itertools.cycle(("--", ":", "-."))
     ):
         about = "".join(f", {k} {shown(v)}" for k, v in group.point.items() if k != "bag_size")
         ax.axhline(group.mean, color="black", ls=style, lw=1.3, label=f"ordinary training{about}", zorder=1)
@@ -342,7 +349,7 @@ def draw_curves(ax, table):
     ax.grid(color="0.92")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    if table.rows or table.baselines:
+    if table.rows or ordinary:
         ax.legend(fontsize=9, edgecolor="none", framealpha=0.8)
 
 
