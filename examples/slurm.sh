@@ -11,6 +11,8 @@
 #     torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --rdzv_id=NAME \
 #         --max_restarts=3 train.py ...
 #
+# (There, when one torchrun has used up its restarts, ranks of other nodes may wait for it for 20 minutes.)
+#
 # A rank that dies takes the others with it, and torchrun starts all of them again, up to max_restarts times; they
 # go on from the last checkpoint by themselves. --rdzv_id must be new for each launch: by it a restarted run knows
 # its own folder. Before the time limit SLURM sends SIGTERM, and the run saves and ends; submitted again in the same
