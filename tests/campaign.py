@@ -67,7 +67,7 @@ class Config:
 
 TRIALS = {  # part: trials
     "kills": 200, "signals": 40, "truncations": 40, "flips": 100, "full_disks": 15, "two_runs": 30,
-    "commands": 200, "metas": 60, "checkpoints": 40, "logs": 20, "configs": 20,
+    "commands": 200, "metas": 60, "checkpoints": 40, "logs": 20, "configs": 20, "ranks": 12,
 }  # fmt: skip
 VERDICTS = ("bit-equal", "one line", "traceback", "silent", "lost")
 LEARNED = ("step", "phase", "bag_size", "loss", "val_loss", "lr", "grad_norm", "data_tokens", "flops")
@@ -243,12 +243,17 @@ class Lab:
 
     def outcome(self, out_dir):
         """What a run has learned: its rows by step, without the clock, and the weights of last.pt."""
-        with open(Path(out_dir) / "metrics.jsonl") as f:
-            rows = [json.loads(line) for line in f]
+        rows = self.rows(out_dir)
         state = torch.load(Path(out_dir) / "last.pt", weights_only=True)["model"]
         weights = {name: t.numpy().tobytes() for name, t in state.items()}
+        return rows, weights
+
+    def rows(self, out_dir):
+        """Of metrics.jsonl, by step, what was learned."""
+        with open(Path(out_dir) / "metrics.jsonl") as f:
+            rows = [json.loads(line) for line in f]
         assert [row["step"] for row in rows] == sorted({row["step"] for row in rows}), "rows are mixed up"
-        return {row["step"]: [row.get(key) for key in LEARNED] for row in rows}, weights
+        return {row["step"]: [row.get(key) for key in LEARNED] for row in rows}
 
     def half(self, folder, kind="dense"):
         """A copy of half a run, in `folder`."""
@@ -660,6 +665,40 @@ def configs(lab, folder, rng, i):
     (folder / "run").mkdir()
     ended = lab.run(lab.train(folder / "run", "dense", str(path)), folder, memory=4 << 30)
     return lab.refused_or_equal(ended, folder / "run", {}), what, ended
+
+
+def ranks(lab, folder, rng, i):
+    """Two or four ranks under torchrun, one of which is killed, three times at random moments: torchrun
+    starts them again, and "bit-equal" here means the losses of one process without ranks, to 1e-5."""
+    kind, n = ("dense", "moe")[i % 2], rng.choice([2, 4])
+    way = ("fsdp", "ddp", "fsdp")[i % 3]
+    knobs = [f"--batch_size={8 // n // 2}", f"--parallel={way}", "--threads=1"]
+    argv = ["torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--max_restarts=3"]
+    train = lab.train(folder / "run", kind, *knobs)
+    process = Process([*argv, str(ROOT / train[0]), *train[1:]], folder, real=True)
+    kills, until = 0, time.monotonic() + 5 * PATIENCE
+    while kills < 3 and process.poll() is None and time.monotonic() < until:
+        time.sleep(rng.random() * rng.choice([2, 12]))
+        if len(workers := children(process.pid)) == n:
+            os.kill(rng.choice(workers), signal.SIGKILL)
+            kills += 1
+            while process.poll() is None and set(workers) & set(children(process.pid)):
+                time.sleep(0.05)
+    ended = process.wait(5 * PATIENCE)
+    what = f"{kind}, {n} ranks, {way}, killed {kills} times"
+    if ended.code:
+        return "lost", what, ended
+    rows, (wanted, _) = lab.rows(folder / "run"), lab.unbroken[kind]
+    close = lambda a, b: a == b or isinstance(a, float) and math.isclose(a, b, rel_tol=1e-5)
+    same = all(step in rows and all(map(close, rows[step], row)) for step, row in wanted.items())
+    return "bit-equal" if same else "silent", what, ended
+
+
+def children(pid):
+    """The processes that a process has started, while they live."""
+    with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/task/{pid}/children") as f:
+        return [int(child) for child in f.read().split()]
+    return []
 
 
 # ---------------------------------------------------------------------------------------- command lines
