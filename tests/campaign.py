@@ -883,6 +883,8 @@ def main(c):
             counts[part][verdict] += 1
             if part == "kills" and "killed: " in text:
                 where.update(text.partition("killed: ")[2].partition(" |")[0].split(", "))
+            if part == "ranks":
+                where["a rank under torchrun"] += int(text.partition("killed ")[2][0])
             if VERDICTS.index(verdict) > 1 or c.only >= 0:
                 print(f"{part} {i}: {verdict}: {text}", flush=True)
     bad = sum(n for count in counts.values() for verdict, n in count.items() if VERDICTS.index(verdict) > 1)
@@ -904,7 +906,7 @@ INTRODUCTION = """# Reliability
 What happens to a run that is killed, and to files that are damaged: tests/campaign.py does it, and counts.
 Each trial is a real process of a real script on a tiny model on a CPU. *bit-equal*: it went on, where needed
 by the advice of its own messages, and weights and losses are those of the undisturbed run (a command line: it
-worked; the two signals to torchrun: the step in which the ranks stopped was saved). *One line*: it said what
+worked; the two signals to torchrun: the step in which the ranks stopped was saved; ranks: to 1e-5). *One line*: it said what
 is wrong, exit status 1, and every file is as before. The last three columns should be empty: a traceback, a
 crash or a hang; another result without a word; work that is gone."""
 
