@@ -32,7 +32,7 @@ rates() { sweep rates --bag_size=1,2,4 --learning_rate=4e-3,8e-3,1.6e-2 --rows=l
 bag_size() { sweep bag_size --bag_size=1,2,3,4,6,8; }
 ratio() { sweep ratio --bag_size=1,2 --superposition_ratio=0.1,0.2,0.3,0.4,0.5,0.6; }
 sides() { sweep sides --bag_size=1,2,4 --superposition=full,input,output; }
-losses() { sweep losses --bag_size=1,2,4 --loss=mce,mce_alt,bce,hinge; }
+losses() { sweep losses --bag_size=1,2 --loss=mce,mce_alt,bce,hinge; }
 reinit() { sweep reinit --bag_size=1,2 --reinit_at_switch=';embedding;head;optimizer'; }
 weights() {
     "$python" -m tools.fit_mi --dataset="${DATASET:-python_source}" --out="$out/fitted.json"
