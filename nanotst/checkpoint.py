@@ -275,8 +275,8 @@ def resume(path, model, optimizer, c, corpus, free):
     ]
     if changed and not c.allow_changes:
         raise UserError(
-            f"{path} was trained with other settings: {', '.join(changed)}; give the same ones, or "
-            "--allow_changes"
+            f"{path} was trained with other settings: {', '.join(changed)}; leave them and config files out, "
+            "--resume knows the run's own, or give --allow_changes"
         )
     check_same(corpus, saved["meta"], path)
     load_weights(model, saved.pop("model"), path)

@@ -279,7 +279,7 @@ def test_resuming_needs_no_other_knob(run, tiny, tmp_path, monkeypatch):
         run()
     assert len(read_rows(tiny().out_dir)) == 1
     here = f"--out_dir={tiny().out_dir}"
-    with pytest.raises(SystemExit, match="last.pt was trained with other settings: seed 1337 -> 5; give"):
+    with pytest.raises(SystemExit, match="last.pt was trained with other settings: seed 1337 -> 5; leave"):
         command_line(monkeypatch, here, "--resume", "--seed=5")
     command_line(monkeypatch, here, "--resume")
     rows = read_rows(tiny().out_dir)
