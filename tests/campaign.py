@@ -907,8 +907,8 @@ What happens to a run that is killed, and to files that are damaged: tests/campa
 Each trial is a real process of a real script on a tiny model on a CPU. *bit-equal*: it went on, where needed
 by the advice of its own messages, and weights and losses are those of the undisturbed run (a command line: it
 worked; the two signals to torchrun: the step in which the ranks stopped was saved; ranks: losses to 1e-5).
-*One line*: it said what is wrong, exit status 1, and every file is as before. The last three columns should be
-empty: a traceback, a crash or a hang; another result without a word; work that is gone."""
+*One line*: it said what is wrong, exit status 1, and every file is as before. The last three columns should
+be empty: a traceback, a crash or a hang; another result without a word; work that is gone."""
 
 
 def table(counts, where, costs):
