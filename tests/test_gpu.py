@@ -221,7 +221,9 @@ def test_without_a_gpu_nothing_is_written(tmp_path, monkeypatch):
 
 def test_an_unknown_part_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="pair, sweep, bags, seeds, long, moe, fsdp, bench, or all, got curve"):
+    with pytest.raises(
+        UserError, match="pair, sweep, bags, seeds, long, moe, fsdp, bench, or all, got curve"
+    ):
         gpu.main(gpu.Config(text="text.txt", parts="curve", dry_run="dry"))
     assert not list(tmp_path.iterdir())
 

@@ -1216,3 +1216,34 @@ def test_bags_within_documents_equal_a_plain_loop(run, tiny, tmp_path):
                     sums[k] -= log_p[j, text[i]].item()
                     counts[k] += 1
     assert row["loss"] == pytest.approx(sum(s / n for s, n in zip(sums, counts)) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode, n_in, n_out", [("full", 3, 3), ("input", 3, 1), ("output", 1, 3)])
+def test_bags_have_the_loss_of_the_knob_in_every_mode(run, tiny, tmp_path, monkeypatch, mode, n_in, n_out):
+    """And ordinary steps, as all evaluations, cross-entropy. With document_bags, bags are masked in every
+    mode, too."""
+    seen, forward = set(), GPT.forward
+
+    def watch(model, bags, labels=None, weights=None, loss="mce", shares=None, bag_share=None):
+        seen.add((bags.shape[-1], labels.shape[-1], loss, bag_share is not None))
+        return forward(model, bags, labels, weights, loss, shares, bag_share)
+
+    monkeypatch.setattr(GPT, "forward", watch)
+    corpus = shutil.copytree(tiny().dataset, tmp_path / "separated")
+    meta = json.loads((corpus / "meta.json").read_text())
+    (corpus / "meta.json").write_text(json.dumps(meta | {"separator": 0}))
+    run(superposition=mode, loss="hinge", document_bags=True, dataset=str(corpus))
+    assert seen == {(n_in, n_out, "hinge", True), (1, 1, "mce", False)}
+
+
+def test_what_begins_anew_is_drawn_from_the_seed_of_the_run(run, tiny, monkeypatch):
+    seeds, forward = [], train.reinitialise
+    monkeypatch.setattr(train, "reinitialise", lambda *args: seeds.append(args[-1]) or forward(*args))
+    drawn = []
+    for seed in (1, 1, 2):
+        model = GPT(checkpoint.model_config(vars(tiny()), {"vocab_size": 50}))
+        forward(model, None, ["embedding"], seed)
+        drawn.append(model.embed.weight.detach())
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    run(seed=5, reinit_at_switch="head")
+    assert seeds == [6]
