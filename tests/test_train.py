@@ -1234,6 +1234,8 @@ def test_bags_have_the_loss_of_the_knob_in_every_mode(run, tiny, tmp_path, monke
     (corpus / "meta.json").write_text(json.dumps(meta | {"separator": 0}))
     run(superposition=mode, loss="hinge", document_bags=True, dataset=str(corpus))
     assert seen == {(n_in, n_out, "hinge", True), (1, 1, "mce", False)}
+    phases = [row["phase"] for row in read_rows(tiny().out_dir)]
+    assert phases == ["superposition"] * 4 + ["recovery"] * 6
 
 
 def test_what_begins_anew_is_drawn_from_the_seed_of_the_run(run, tiny, monkeypatch):
@@ -1246,4 +1248,19 @@ def test_what_begins_anew_is_drawn_from_the_seed_of_the_run(run, tiny, monkeypat
         drawn.append(model.embed.weight.detach())
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     run(seed=5, reinit_at_switch="head")
-    assert seeds == [6]
+    run(seed=5, reinit_at_switch="head", bag_size="4-2", overwrite=True)  # where ordinary training begins
+    assert seeds == [6, 6]
+    run(seed=5, reinit_at_switch="head", bag_size=1, overwrite=True)  # which has no switch
+    assert seeds == [6, 6]
+
+
+def test_the_bias_of_experts_moves_by_the_rate_in_each_step(run, tiny):
+    """Up for those that were chosen too seldom, down for the others."""
+    moe = dict(
+        n_expert=4, top_k=2, balance_bias=True, balance_rate=0.25, max_steps=2, superposition_ratio=0.0
+    )
+    run(**moe)
+    biases = [v for name, v in load(tiny().out_dir)["model"].items() if name.endswith("mlp.bias")]
+    assert biases and all(bias.abs().max() > 0 for bias in biases)
+    for bias in biases:
+        assert set(bias.tolist()) <= {-0.25, 0.0, 0.25}
