@@ -1256,10 +1256,7 @@ def test_what_begins_anew_is_drawn_from_the_seed_of_the_run(run, tiny, monkeypat
 
 def test_the_bias_of_experts_moves_by_the_rate_in_each_step(run, tiny):
     """Up for those that were chosen too seldom, down for the others."""
-    moe = dict(
-        n_expert=4, top_k=2, balance_bias=True, balance_rate=0.25, max_steps=2, superposition_ratio=0.0
-    )
-    run(**moe)
+    run(**(MOE | dict(balance_rate=0.25, max_steps=1, superposition_ratio=0.0)))
     biases = [v for name, v in load(tiny().out_dir)["model"].items() if name.endswith("mlp.bias")]
     assert biases and all(bias.abs().max() > 0 for bias in biases)
     for bias in biases:
