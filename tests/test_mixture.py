@@ -78,6 +78,12 @@ def test_ranks_and_resuming_change_nothing():
     assert changed.first_step == 9 and changed.tokens_at(9) == whole.tokens_at(9)
 
 
+def test_corpora_of_one_length_have_orders_of_their_own():
+    sources = [(np.arange(4000), share) for share in HALVES]
+    one, other = TokenStream(sources, 4, [Phase(0, 9, 1, 1)], 6, range(6)).orders
+    assert not np.array_equal(one.starts(0, np.arange(50)), other.starts(0, np.arange(50)))
+
+
 @pytest.fixture
 def corpora(tmp_path):
     rng = np.random.default_rng(0)
