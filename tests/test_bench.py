@@ -226,3 +226,11 @@ def test_a_compiler_that_does_not_work_is_said_and_not_used(monkeypatch, capsys)
 def test_what_it_does_not_know_is_one_line(wrong, word):
     with pytest.raises(UserError, match=word):
         bench.main(bench.Config(**{**ON_CPU, **wrong}))
+
+
+@pytest.mark.parametrize(
+    "knob, least", [("repeats", 1), ("rows", 0), ("positions", 0), ("threads", "negative")]
+)
+def test_numbers_that_cannot_be_are_one_line(knob, least):
+    with pytest.raises(UserError, match=f"{knob} must .*{least}"):
+        bench.main(bench.Config(parts="loss", **{knob: -1}))
