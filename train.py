@@ -187,7 +187,7 @@ def check(c, world_size):
         raise UserError(f"threads must be at most 1024, got {c.threads}")
     if not c.out_dir:
         raise UserError("out_dir must name a folder")
-    if unknown := set(filter(None, c.reinit_at_switch.split(","))) - REINIT.keys():
+    if c.reinit_at_switch and (unknown := set(c.reinit_at_switch.split(",")) - REINIT.keys()):
         raise UserError(f"reinit_at_switch takes {', '.join(REINIT)}, between commas, got {min(unknown)!r}")
     if c.loss != "mce" and c.bag_weights != "uniform":
         raise UserError(f"bag_weights={c.bag_weights} belongs to loss=mce, not to loss={c.loss}")

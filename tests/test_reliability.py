@@ -54,6 +54,8 @@ def test_every_knob_of_every_script_has_a_help_text(name):
         (dict(n_layer=10**9), "parameters takes .* GB"),
         (dict(n_embd=10**12), "there is no such model"),
         (dict(threads=10**6), "threads must be at most 1024"),
+        (dict(matrix_learning_rate=1e308, optimizer="muon"), "matrix_learning_rate takes .* up to 1e"),
+        (dict(reinit_at_switch=","), "reinit_at_switch takes embedding, head, optimizer"),
         (dict(superposition_ratio=0.01), "has no steps; use a larger superposition_ratio"),
     ],
     ids=str,
