@@ -296,7 +296,7 @@ class GPT(nn.Module):
         for buffer, values in zip((self.cos, self.sin), angles):
             buffer.copy_(values[:, None])
         for block in self.blocks:
-            if self.config.balance_bias:
+            if self.config.n_expert and self.config.balance_bias:
                 block.mlp.bias.zero_()
 
     def forward(self, bags, labels=None, weights=None, loss="mce", shares=None, bag_share=None):

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, read_rows
+from matplotlib.figure import Figure
 
 import train
 from model import GPT
 from nanotst import UserError, checkpoint, configurator, log, parallel
 from nanotst.configurator import help_text, parse
-from tools.runs import load_metrics
+from tools.runs import load_metrics, save_picture
 
 SCRIPTS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -148,6 +149,17 @@ def test_a_row_of_no_step_is_damage(run, tiny, step):
     path = Path(tiny().out_dir, "metrics.jsonl")
     path.write_text(path.read_text() + '{"step": ' + step + "}\n")
     refuse(run, "metrics.jsonl is damaged", resume=True)
+
+
+def test_a_picture_of_no_known_kind_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot draw .*last.pt: Format 'pt' is not supported"):
+        save_picture(Figure(), tmp_path / "last.pt")
+    save_picture(Figure(), tmp_path / "last.png")
+    assert (tmp_path / "last.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_knobs_of_a_mixture_of_experts_do_nothing_to_a_dense_model(run):
+    assert len(run(balance_bias=True, balance_rate=0.1, z_coef=0.1)) == 10
 
 
 def test_deep_nesting_in_a_log_is_one_line(tmp_path):
