@@ -279,6 +279,8 @@ def main(c):
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
         shares = saved["shares"].to(device) if c.n_expert else None
         stream = TokenStream(sources, c.block_size, phases, **read, state=saved["stream"], step=step)
+        if saved["stream"] != stream.state() and not c.allow_changes:  # no knob has changed, so it is damaged
+            raise UserError(f"{folder.newest()} cannot be resumed: its place in the text is another run's")
         folder.keep_rows(step)
     phases = stream.phases
     described = {

@@ -566,6 +566,10 @@ def checkpoints(lab, folder, rng, i):
         ])  # fmt: skip
     else:
         new = rng.choice(["gone", *WRONG[:-1], torch.zeros(3)])
+        while what == "step" and type(new) is int and 0 < new <= KNOBS["max_steps"]:
+            new = rng.choice(
+                WRONG
+            )  # a step that a run can have would be what was meant
     if isinstance(new, str) and new == "gone" and isinstance(holder, dict):
         del holder[key]
         what += " gone"
@@ -720,7 +724,7 @@ MUST = [  # be refused: of which kinds of knobs, and what is given
 MAY = [  # be refused, or work
     (NUMBERS, "--KNOB=-1"),
     (NUMBERS, "--KNOB=0"),
-    (NUMBERS, "--KNOB=1000000"),
+    (NUMBERS, "--KNOB=1000"),
     (("int",), f"--KNOB={2**62}"),
     (("float",), "--KNOB=1e308"),
     (("float",), "--KNOB=1e-320"),
