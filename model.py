@@ -62,6 +62,8 @@ class GPTConfig:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if self.balance_bias and not self.n_expert:
+            raise ValueError("balance_bias belongs to a mixture of experts: give n_expert and top_k, too")
         if self.n_expert and not 1 <= self.top_k <= self.n_expert:
             raise ValueError(f"top_k must be between 1 and n_expert {self.n_expert}, got {self.top_k}")
         if self.n_expert and (self.ff_dim % 8 or self.n_embd % 8):
@@ -296,7 +298,7 @@ class GPT(nn.Module):
         for buffer, values in zip((self.cos, self.sin), angles):
             buffer.copy_(values[:, None])
         for block in self.blocks:
-            if self.config.n_expert and self.config.balance_bias:
+            if self.config.balance_bias:
                 block.mlp.bias.zero_()
 
     def forward(self, bags, labels=None, weights=None, loss="mce", shares=None, bag_share=None):

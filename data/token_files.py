@@ -55,6 +55,8 @@ class TokenFiles:
     """
 
     def __init__(self, out_dir, tokenizer, shard_tokens=0, seed=None, job=None):
+        if not out_dir:
+            raise UserError("out_dir must name a folder")
         self.out_dir, self.tokenizer = out_dir, tokenizer
         self.folder = os.path.join(out_dir, UNFINISHED)
         self.fetched = os.path.join(self.folder, FETCHED)

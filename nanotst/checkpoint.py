@@ -261,13 +261,15 @@ def resume(path, model, optimizer, c, corpus, free):
     for key, kind in RESUMED.items():
         if type(saved.get(key)) is not kind:
             raise UserError(f"{path} cannot be resumed: its {key} is missing or no {kind.__name__}")
-    times = saved["step"], saved["seconds"]
-    if not all(0 <= t < 2**48 for t in times) or math.isnan(saved["best_val"]):
+    last = saved["config"].get("max_steps")
+    in_range = type(last) is int and 0 < saved["step"] <= last and 0 <= saved["seconds"] < math.inf
+    if not in_range or math.isnan(saved["best_val"]):
         raise UserError(f"{path} cannot be resumed: its step, seconds or best_val is out of range")
     if not is_state(saved["stream"]):
         raise UserError(f"{path} cannot be resumed: its stream is no place in a corpus")
-    if c.n_expert and getattr(saved.get("shares"), "shape", None) != (c.n_layer, c.n_expert):
-        raise UserError(f"{path} cannot be resumed: its shares of experts are missing or of another shape")
+    shares = saved.get("shares")
+    if c.n_expert and (getattr(shares, "shape", None) != (c.n_layer, c.n_expert) or not all_finite([shares])):
+        raise UserError(f"{path} cannot be resumed: its shares of experts are missing, not finite, or others")
     changed = [
         f"{key} {saved['config'][key]} -> {value}"
         for key, value in dataclasses.asdict(c).items()
@@ -301,7 +303,9 @@ def load_moments(optimizer, state, path):
             for n, p in zip(numbers, parameters):
                 kept = theirs["state"].get(n, {})
                 for key, t in kept.items():
-                    if not torch.is_tensor(t) or not t.dim():
+                    if not torch.is_tensor(t) or not t.is_floating_point():
+                        raise TypeError(f"{key} is no tensor of floating-point numbers")
+                    if not t.dim():
                         continue
                     if t.shape != p.shape:  # it would be read beyond its end
                         raise ValueError("a moment has another shape than its parameter")
@@ -310,5 +314,9 @@ def load_moments(optimizer, state, path):
                         take(kept[key], t, f".optimizer.{i}.state.{n}.{key}", later)
         read_parts(path, later)
         optimizer.load_state_dict(state)
+        kept = [t for one in optimizer for states in one.state.values() for t in states.values()]
+        kept = [t.to_local() if isinstance(t, DTensor) else t for t in kept]
+        if not all(of_all_ranks(all(bool(t.isfinite().all()) for t in kept))):
+            raise ValueError("a moment is not finite")
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
         raise UserError(f"{path} does not fit this optimizer: {' '.join(str(e).split())[:200]}") from None

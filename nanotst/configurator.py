@@ -37,6 +37,7 @@ ARITHMETIC = {
     ast.Pow: operator.pow,
 }
 LARGEST_FILE = 2**20  # bytes of a config file
+LARGEST = 1e30  # number of a knob: float32 ends at 3.4e38
 
 
 def run(main, cls, argv=None, known=None):
@@ -165,8 +166,9 @@ def typed(field, key, value, where, fields):
         value = float(value)
     if type(value) is not kind:
         raise wrong
-    if kind is int and abs(value) >= 2**63 or kind is float and not math.isfinite(value):
-        raise UserError(f"{where}: {key} takes a finite number of 64 bits, got {shown(value)}")
+    if kind is int and abs(value) >= 2**63 or kind is float and not abs(value) <= LARGEST:
+        what = "of 64 bits" if kind is int else f"up to {LARGEST:g}"
+        raise UserError(f"{where}: {key} takes a finite number {what}, got {shown(value)}")
     return value
 
 

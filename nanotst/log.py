@@ -3,7 +3,6 @@ write there."""
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import platform
@@ -12,7 +11,7 @@ from pathlib import Path
 from nanotst import UserError
 from nanotst.checkpoint import exists, forms, newest, remove
 from nanotst.configurator import typed
-from nanotst.files import write_safely
+from nanotst.files import FULL, write_safely
 from nanotst.sharded import of_all_ranks
 
 with contextlib.suppress(ImportError):  # not on Windows, where a folder has no lock
@@ -154,7 +153,7 @@ class RunFolder:
             with open(self.metrics, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as e:
-            full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            full = e.errno in FULL
             reason = "the disk is full" if full else e.strerror
             todo = "; make room" * full
             if os.path.exists(self.last):

@@ -116,6 +116,8 @@ class Machine:
             dist.init_process_group(**how)
         if c.threads < 0:
             raise UserError(f"threads must not be negative, got {c.threads}")
+        if c.threads > 1024:
+            raise UserError(f"threads must be at most 1024, got {c.threads}")
         if c.threads or distributed and device == "cpu":  # torchrun's own choice is a single thread
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             torch.set_num_threads(c.threads or max(1, cores // env["LOCAL_WORLD_SIZE"]))

@@ -37,7 +37,7 @@ def check_size(shape, machine):
     try:
         with torch.device("meta"):  # without memory; two small ones, for any number of layers
             one, two = (GPT(dataclasses.replace(shape, n_layer=n)).n_params() for n in (1, 2))
-    except RuntimeError as e:
+    except (RuntimeError, TypeError) as e:  # of sizes beyond 64 bits
         raise UserError(f"there is no such model: {' '.join(str(e).split())[:100]}") from None
     n_params = one + (shape.n_layer - 1) * (two - one)
     needed = 16 * n_params + 4 * shape.block_size * shape.head_dim  # bytes; the rotary tables, too

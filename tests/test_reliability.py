@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, read_rows
+from matplotlib.figure import Figure
 
 import train
 from model import GPT
 from nanotst import UserError, checkpoint, configurator, log, parallel
 from nanotst.configurator import help_text, parse
-from tools.runs import load_metrics
+from tools.runs import load_metrics, save_picture
 
 SCRIPTS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -54,7 +55,10 @@ def test_every_knob_of_every_script_has_a_help_text(name):
         (dict(n_embd=1_000_000), "parameters takes .* GB.*n_embd"),
         (dict(n_layer=10**9), "parameters takes .* GB"),
         (dict(n_embd=10**12), "there is no such model"),
+        (dict(ff_dim=2**62), "there is no such model"),
         (dict(threads=10**6), "threads must be at most 1024"),
+        (dict(matrix_learning_rate=1e308, optimizer="muon"), "matrix_learning_rate takes .* up to 1e"),
+        (dict(reinit_at_switch=","), "reinit_at_switch takes embedding, head, optimizer"),
         (dict(superposition_ratio=0.01), "has no steps; use a larger superposition_ratio"),
     ],
     ids=str,
@@ -113,7 +117,7 @@ def refuse(run, words, **knobs):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("step", -1), ("step", 2**60), ("seconds", math.nan), ("best_val", math.nan)]
+    "key, value", [("step", 0), ("step", 11), ("step", 2**60), ("seconds", math.nan), ("best_val", math.nan)]
 )
 def test_numbers_out_of_range_in_a_checkpoint_are_refused(run, tiny, key, value):
     run()
@@ -151,6 +155,51 @@ def test_a_row_of_no_step_is_damage(run, tiny, step):
     path = Path(tiny().out_dir, "metrics.jsonl")
     path.write_text(path.read_text() + '{"step": ' + step + "}\n")
     refuse(run, "metrics.jsonl is damaged", resume=True)
+
+
+MOE = dict(n_expert=4, top_k=2)
+
+
+@pytest.mark.parametrize(
+    "knobs, change, words",
+    [
+        (MOE, lambda saved: saved["shares"].fill_(math.nan), "its shares of experts are .*not finite"),
+        (
+            {},
+            lambda saved: saved["stream"]["cut"].__setitem__(3, 7),
+            "its place in the text is another run's",
+        ),
+        ({}, lambda saved: saved["stream"]["cut"].pop(), "its place in the text is another run's"),
+        ({}, lambda saved: moments(saved)["exp_avg"].fill_(math.nan), "a moment is not finite"),
+        ({}, lambda saved: moments(saved).update(exp_avg_sq=[[1.0]]), "exp_avg_sq is no tensor"),
+        ({}, lambda saved: moments(saved).update(step=torch.tensor(5)), "step is no tensor of floating"),
+    ],
+    ids=["shares", "cut", "shorter cut", "nan moment", "list of a moment", "step"],
+)
+def test_what_else_can_be_wrong_in_a_checkpoint(run, tiny, knobs, change, words):
+    run(**knobs)
+    path = tiny().out_dir + "/last.pt"
+    saved = torch.load(path, weights_only=True)
+    change(saved)
+    torch.save(saved, path)
+    before = Path(tiny().out_dir, "metrics.jsonl").read_bytes()
+    refuse(run, "last.pt.*" + words, resume=True, **knobs)
+    assert Path(tiny().out_dir, "metrics.jsonl").read_bytes() == before
+
+
+def moments(saved):
+    return saved["optimizer"][0]["state"][0]
+
+
+def test_a_picture_of_no_known_kind_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot draw .*last.pt: Format 'pt' is not supported"):
+        save_picture(Figure(), tmp_path / "last.pt")
+    save_picture(Figure(), tmp_path / "last.png")
+    assert (tmp_path / "last.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_knobs_of_a_mixture_of_experts_do_nothing_to_a_dense_model(run):
+    assert len(run(balance_rate=0.1, z_coef=0.1)) == 10
 
 
 def test_deep_nesting_in_a_log_is_one_line(tmp_path):

@@ -222,7 +222,7 @@ def loss(b):
         "plain MCE": lambda y: multi_hot_cross_entropy(logits(), y),
         "fused MCE": lambda y: linear_multi_hot_cross_entropy(hidden, weight, y),
     }
-    for name in b.c.losses.split(",") if b.c.losses else ():
+    for name in filter(None, b.c.losses.split(",")):
         kinds[f"chunked {name}"] = lambda y, f=LOSSES[name]: linear_loss(f, hidden, weight, y)
     if b.compiled:
         kinds = {name: torch.compile(f, dynamic=False) for name, f in kinds.items()}

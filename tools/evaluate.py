@@ -28,7 +28,7 @@ from nanotst.machine import pick_device
 from nanotst.mixture import open_mixture
 from nanotst.stream import validation_rows
 from tools.plot import COLORS, MARKERS
-from tools.runs import CORPUS, differences, markdown_table
+from tools.runs import CORPUS, differences, markdown_table, save_picture
 
 BLOCKS = 50  # of neighbouring rows, whose means count as independent
 LOGITS = 2**25  # at once, at most
@@ -329,7 +329,7 @@ def main(config):
     if c.out:
         name = next(iter(results))
         title = f"{name}: {results[name]['rows']:,} rows of {block_size:,} tokens"
-        draw(results[name], title, trained).savefig(c.out)
+        save_picture(draw(results[name], title, trained), c.out)
         print(f"wrote {c.out}" + (f", of {name} alone" if len(results) > 1 else ""))
 
 

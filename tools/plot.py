@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nanotst import UserError, configurator
-from tools.runs import differences, final, markdown_table, measure_of, read_runs
+from tools.runs import differences, final, markdown_table, measure_of, read_runs, save_picture
 
 
 @dataclass
@@ -382,7 +382,7 @@ def main(config):
     if config.table:
         Path(config.table).write_text(text + "\n", encoding="utf-8")
     if not config.no_plot:
-        draw(runs, config.title).savefig(config.out)
+        save_picture(draw(runs, config.title), config.out)
         print(f"\nwrote {config.out}")
 
 

@@ -237,7 +237,8 @@ def markdown(tables, edges, config):
     lines = []
     for table in tables:
         lines += [f"**{table.title}**", ""] * bool(table.title)
-        mark = lambda group: f"**{group.text()}**" if group is table.best else group.text()  # noqa: B023 (used at once)
+        best = table.best
+        mark = lambda group, best=best: f"**{group.text()}**" if group is best else group.text()
         for group in table.baselines:
             about = {k: v for k, v in group.point.items() if k != "bag_size"}
             name = "".join(f", {k} {shown(v)}" for k, v in about.items())
