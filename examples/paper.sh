@@ -5,11 +5,11 @@
 #     bash examples/paper.sh bag_size ratio      some
 #     CONFIG=config/dense_270m.py JOBS=8 bash examples/paper.sh bag_size      eight runs at a time, a GPU each
 #
-# Experiments share their runs, and go on where they were cut off. For each, OUT holds NAME.md, NAME.csv and NAME.png.
-# Their values are in the lines below: edit them for another scale.
+# Experiments share their runs, and go on where they were cut off. For each, OUT holds NAME.md, NAME.csv and
+# NAME.png. Their values are in the lines below: edit them for another scale.
 set -eu
-config=${CONFIG:-config/small.py} seeds=${SEEDS:-1,2,3} out=${OUT:-out/paper} jobs=${JOBS:-1} python=${PYTHON:-python}
-threads=${THREADS:-0}
+config=${CONFIG:-config/small.py} dataset=${DATASET:-python_source} seeds=${SEEDS:-1,2,3}
+out=${OUT:-out/paper} python=${PYTHON:-python} machine="--jobs=${JOBS:-1} --threads=${THREADS:-0}"
 
 keep() {  # what a tool says in the end, by the name of the experiment
     for ending in md csv png; do
@@ -20,10 +20,10 @@ keep() {  # what a tool says in the end, by the name of the experiment
 }
 
 sweep() {  # NAME, grid; the runs go to runs, unless they are not to be told from those by what varies
-    name=$1; shift
+    name=$1 folder=$out/${runs:-runs}; shift
     echo "---- $name"
-    "$python" -m tools.sweep "$config" --seed="$seeds" --out_dir="$out/${runs:-runs}" --jobs="$jobs" --threads="$threads" "$@"
-    keep "$name" "$out/${runs:-runs}"
+    "$python" -m tools.sweep "$config" --seed="$seeds" --out_dir="$folder" $machine "$@"
+    keep "$name" "$folder"
 }
 
 # ------------------------------------------------------------------------------------------- the paper's own
@@ -35,30 +35,35 @@ sides() { sweep sides --bag_size=1,2,4 --superposition=full,input,output; }
 losses() { sweep losses --bag_size=1,2 --loss=mce,mce_alt,bce,hinge; }
 reinit() { sweep reinit --bag_size=1,2 --reinit_at_switch=';embedding;head;optimizer'; }
 weights() {
-    "$python" -m tools.fit_mi --dataset="${DATASET:-python_source}" --out="$out/fitted.json"
-    sweep weights --bag_size=1,2,8 --bag_weights=uniform,power,exponential,first,fitted --fitted="$out/fitted.json"
+    "$python" -m tools.fit_mi --dataset="$dataset" --out="$out/fitted.json"
+    kinds=uniform,power,exponential,first,fitted
+    sweep weights --bag_size=1,2,8 --bag_weights=$kinds --fitted="$out/fitted.json"
 }
 compare() {  # equal FLOPs, equal loss, equal data
-    "$python" -m tools.compare "$config" --seeds="$seeds" --lengths=1,1.5,2 --out_dir="$out/runs" --jobs="$jobs" \
-        --threads="$threads"
+    "$python" -m tools.compare "$config" --seeds="$seeds" --lengths=1,1.5,2 --out_dir="$out/runs" $machine
     keep compare "$out/runs"
 }
 
-# ----------------------------------------------------------------------------------------- what it leaves open
+# --------------------------------------------------------------------------------------- what it leaves open
 
 step_down() { sweep step_down --bag_size=1,2,4,8,4-2,8-4-2; }
 documents() { sweep documents --bag_size=1,2,4 --document_bags=False,True; }
-muon() { sweep muon --bag_size=1,2 --optimizer=adamw,muon --matrix_learning_rate="${MATRIX_LEARNING_RATE:-0}"; }
-muon_rates() { runs=muon_rates sweep muon_rates --bag_size=1,2 --optimizer=muon --matrix_learning_rate=4e-3,8e-3,1.6e-2; }
+muon() { sweep muon --bag_size=1,2 --optimizer=adamw,muon --matrix_learning_rate="${MUON_RATE:-0}"; }
+muon_rates() {
+    rates=4e-3,8e-3,1.6e-2
+    runs=muon_rates sweep muon_rates --bag_size=1,2 --optimizer=muon --matrix_learning_rate=$rates
+}
 window() { sweep window --bag_size=1,2 --attention_window=0,32; }
 schedule() { sweep schedule --bag_size=1,2 --schedule=wsd,cosine; }
 experts() { runs=experts sweep experts --bag_size=1,2 --n_expert=8 --top_k=2 --ff_dim=96; }
 texts() { # prepare them first: --out_dir=data/english, and data/english_1024 with a vocabulary of 1,024
-    for text in ${TEXTS:-english english_1024}; do runs=$text sweep "$text" --dataset="$text" --bag_size=1,2; done
+    for text in ${TEXTS:-english english_1024}; do
+        runs=$text sweep "$text" --dataset="$text" --bag_size=1,2
+    done
 }
 repeat() { # corpora so small that TST, s 2 and r 0.3, reads them 2, 4, 8 and 16 times
     for times in ${TIMES:-2 4 8 16}; do
-        "$python" -m examples.small_corpus python_source "$out/repeat_$times" --tokens=$((10649600 / times))
+        "$python" -m examples.small_corpus "$dataset" "$out/repeat_$times" --tokens=$((10649600 / times))
         runs=repeat_${times}_runs sweep "repeat_$times" --dataset="$out/repeat_$times" --bag_size=1,2
     done
 }
@@ -67,8 +72,8 @@ size_400k() { # three blocks of width 96, as many bytes a parameter
         --learning_rate=6e-3
 }
 
-all="rates bag_size ratio sides losses reinit weights compare step_down documents muon_rates muon window schedule experts texts"
-all="$all repeat size_400k"
+all="rates bag_size ratio sides losses reinit weights compare step_down documents muon_rates muon window"
+all="$all schedule experts texts repeat size_400k"
 mkdir -p "$out"
 for experiment in ${@:-$all}; do
     case " $all " in
