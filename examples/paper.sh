@@ -49,10 +49,7 @@ compare() {  # equal FLOPs, equal loss, equal data
 step_down() { sweep step_down --bag_size=1,2,4,8,4-2,8-4-2; }
 documents() { sweep documents --bag_size=1,2,4 --document_bags=False,True; }
 muon() { sweep muon --bag_size=1,2 --optimizer=adamw,muon --matrix_learning_rate="${MUON_RATE:-0}"; }
-muon_rates() {
-    rates=4e-3,8e-3,1.6e-2
-    runs=muon_rates sweep muon_rates --bag_size=1,2 --optimizer=muon --matrix_learning_rate=$rates
-}
+muon_rates() { sweep muon_rates --bag_size=1,2 --optimizer=muon --matrix_learning_rate=4e-3,0,1.6e-2; } # 0: as AdamW
 window() { sweep window --bag_size=1,2 --attention_window=0,32; }
 schedule() { sweep schedule --bag_size=1,2 --schedule=wsd,cosine; }
 experts() { runs=experts sweep experts --bag_size=1,2 --n_expert=8 --top_k=2 --ff_dim=96; }
@@ -71,9 +68,13 @@ size_400k() { # three blocks of width 96, as many bytes a parameter
     runs=size_400k sweep size_400k --bag_size="${SIZES:-1,2,3,4,6}" --n_layer=3 --n_embd=96 --max_steps=2750 \
         --learning_rate=6e-3
 }
+size_1200k() { # four blocks of width 160, as many bytes a parameter: over an hour a run on one core
+    runs=size_1200k sweep size_1200k --bag_size="${SIZES:-1,2,3,4,6}" --n_layer=4 --n_embd=160 \
+        --max_steps=8700 --learning_rate=4e-3
+}
 
 all="rates bag_size ratio sides losses reinit weights compare step_down documents muon_rates muon window"
-all="$all schedule experts texts repeat size_400k"
+all="$all schedule experts texts repeat size_400k size_1200k"
 mkdir -p "$out"
 for experiment in ${@:-$all}; do
     case " $all " in

@@ -2,10 +2,11 @@
 
     python -m tools.compare config/curves.py --seeds=1,2,3 --lengths=1,1.5,2 --jobs=2
 
-equal FLOPs   as many steps of the same model: which ends lower? equal loss    baselines of several lengths,
-each with its learning rate decayed: how many FLOPs does one need to end where TST ends? Interpolated between
-their ends, over the logarithm of FLOPs equal data    a baseline that reads as many tokens as TST did, in more
-steps: what is the data worth without TST?
+equal FLOPs   as many steps of the same model: which ends lower?
+equal loss    baselines of several lengths, each with its learning rate decayed: how many FLOPs does one need
+              to end where TST ends? Interpolated between their ends, over the logarithm of FLOPs
+equal data    a baseline that reads as many tokens as TST did, in more steps: what is the data worth without
+              TST?
 
 Each side should be at its own best learning rate, which python -m tools.sweep finds. A second start goes on
 where the first was cut, as in tools/sweep.py; longer or more baselines and more seeds only add runs.
@@ -19,7 +20,6 @@ import itertools
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from tools.runner import (
     shown,
 )
 from tools.runs import markdown_table
-from tools.sweep import Group, write_csv
+from tools.sweep import Group, write_results
 
 DRAWS = 4000  # of the means, for the intervals
 
@@ -341,23 +341,9 @@ def main(config, trainer=TRAINER):
     same_rate = f"Learning rate: TST {own:g}, baseline {other:g}." if own else ""
     text = table(tst, baselines, equal_data, higher)
     text += "\n\n" + "\n\n".join(sentences(tst, baselines, equal_data, higher, gain, same_rate))
-    print(text)
-    out_dir = Path(config.out_dir)
-    command = " ".join(["python -m tools.compare", *sys.argv[1:]])
-    (out_dir / "table.md").write_text(f"{text}\n\n`{command}`\n")
-    write_csv(
-        [member for side in (tst, *baselines.values()) for member in side.members], out_dir / "runs.csv"
-    )
-    if config.plot:
-        try:
-            draw(tst, baselines, equal_data, gain, out_dir / "compare.png")
-        except ImportError:
-            raise UserError(
-                "drawing needs the package matplotlib; --plot=no leaves the picture out"
-            ) from None
-    print(f"\nwrote {out_dir}/table.md, runs.csv{', compare.png' if config.plot else ''}")
-    if failed:
-        raise UserError(f"{len(failed)} runs failed; the same command tries them again")
+    members = [member for side in (tst, *baselines.values()) for member in side.members]
+    picture = lambda path: draw(tst, baselines, equal_data, gain, path)
+    write_results("compare", config, text, members, picture, failed)
 
 
 if __name__ == "__main__":

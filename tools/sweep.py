@@ -258,7 +258,7 @@ def markdown(tables, edges, config):
             edges
         )
         lines.append(f"Each cell at its best {config.best_of}{beyond}.")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def write_csv(members, path):
@@ -272,6 +272,27 @@ def write_csv(members, path):
             end = member.end() or {}
             cells = [member.point.get(k, "") for k in knobs] + [end.get(k, "") for k in results]
             writer.writerow([member.folder.name, *cells])
+
+
+def write_results(tool, config, text, members, draw, failed):
+    """Print `text`, and write it with the command as table.md, the members' ends as runs.csv and what `draw`
+    writes to a path as TOOL.png, to config.out_dir. UserError, after all that can be written: matplotlib is
+    missing, or runs failed."""
+    out_dir = Path(config.out_dir)
+    print(text)
+    command = " ".join([f"python -m tools.{tool}", *sys.argv[1:]])
+    (out_dir / "table.md").write_text(f"{text}\n\n`{command}`\n")
+    write_csv(members, out_dir / "runs.csv")
+    if config.plot:
+        try:
+            draw(out_dir / f"{tool}.png")
+        except ImportError:
+            raise UserError(
+                "drawing needs the package matplotlib; --plot=no leaves the picture out"
+            ) from None
+    print(f"\nwrote {out_dir}/table.md, runs.csv{f', {tool}.png' if config.plot else ''}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(members)} runs failed; the same command tries them again")
 
 
 # ------------------------------------------------------------------------------------------------ the picture
@@ -392,23 +413,9 @@ def main(config, trainer=TRAINER):
     if all(member.end() is None for member in members):
         why = "".join(f": {why}" for why in list(failed.values())[:1])
         raise UserError(f"none of {len(members)} runs is done{why}")
-    out_dir = Path(config.out_dir)
     tables, edges = tables_of(members, varied, config)
     text = markdown(tables, edges, config)
-    command = " ".join(["python -m tools.sweep", *sys.argv[1:]])
-    (out_dir / "table.md").write_text(f"{text}\n`{command}`\n")
-    write_csv(members, out_dir / "runs.csv")
-    print(text)
-    if config.plot:
-        try:
-            draw(tables, out_dir / "sweep.png")
-        except ImportError:
-            raise UserError(
-                "drawing needs the package matplotlib; --plot=no leaves the picture out"
-            ) from None
-    print(f"wrote {out_dir}/table.md, runs.csv{', sweep.png' if config.plot else ''}")
-    if failed:
-        raise UserError(f"{len(failed)} of {len(members)} runs failed; the same command tries them again")
+    write_results("sweep", config, text, members, lambda path: draw(tables, path), failed)
 
 
 if __name__ == "__main__":
