@@ -66,11 +66,11 @@ repeat() { # corpora so small that TST, s 2 and r 0.3, reads them 2, 4, 8 and 16
 }
 size_400k() { # three blocks of width 96, as many bytes a parameter
     runs=size_400k sweep size_400k --bag_size="${SIZES:-1,2,3,4,6}" --n_layer=3 --n_embd=96 --max_steps=2750 \
-        --learning_rate=6e-3
+        --learning_rate="${RATES:-6e-3}"
 }
 size_1200k() { # four blocks of width 160, as many bytes a parameter: over an hour a run on one core
     runs=size_1200k sweep size_1200k --bag_size="${SIZES:-1,2,3,4,6}" --n_layer=4 --n_embd=160 \
-        --max_steps=8700 --learning_rate=4e-3
+        --max_steps=8700 --learning_rate="${RATES:-4e-3}"
 }
 
 all="rates bag_size ratio sides losses reinit weights compare step_down documents muon_rates muon window"
