@@ -2,13 +2,14 @@
 # make moe      the same for a small mixture of experts, to curves_moe.png
 # make bench    step time, loss and loader, as ratios
 # make test     ruff, then all tests
+# make clean    removes the environment and the pictures; the runs in out/ stay
 
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: curves moe bench test clean
 
-# Both sides at their own best learning rate, which is the same one (results/README.md).
+# Both sides at their own best learning rate, which is the same one (results/seeds).
 curves: .venv/ready data/python_source/meta.json
 	$(BIN)/python train.py config/curves.py --out_dir=out/baseline --overwrite --bag_size=1
 	$(BIN)/python train.py config/curves.py --out_dir=out/tst --overwrite
@@ -40,4 +41,4 @@ data/python_source/meta.json: data/python_source/wheels.txt | .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv out curves.png curves_moe.png
+	rm -rf .venv curves.png curves_moe.png

@@ -48,9 +48,7 @@ class GPTConfig:
     n_expert: int = 0  # 0: dense
     top_k: int = 0  # experts per position
     balance_bias: bool = False  # MoE: choose experts by probability plus a bias that evens out their load
-    checkpoint_activations: bool = (
-        False  # recompute each block in the backward pass: less memory, 1/3 more FLOPs
-    )
+    checkpoint_activations: bool = False  # recompute blocks in the backward pass: 1/3 more FLOPs
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -101,9 +99,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(
-            x.dtype
-        )  # CUDA's autocast gives float32
+        y = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return y.to(x.dtype)  # CUDA's autocast gives float32
 
 
 class Linear(nn.Linear):
@@ -167,14 +164,16 @@ class Router(nn.Linear):
 class MoE(nn.Module):
     """Mixture of experts as in Qwen3: every position goes to the k most probable of E small MLPs.
 
-    Router in float32: softmax over all experts, top k, their weights renormalised to 1. No
-    expert has a capacity and no position is dropped. Positions are sorted by expert, so that two grouped
-    matrix products over the stacked weights do all experts at once: one graph whatever the routing, and an
-    expert nobody chose has a zero gradient rather than none, which is what DDP needs.
+    Router in float32: softmax over all experts, top k, their weights renormalised to 1. No expert has a
+    capacity and no position is dropped. Positions are sorted by expert, so that two grouped matrix products
+    over the stacked weights do all experts at once: one graph whatever the routing, and an expert nobody
+    chose has a zero gradient rather than none, which is what DDP needs.
 
     forward returns (y (B, L, C), statistics), the statistics being float32 tensors:
-        balance_loss  E * sum_e f_e P_e, f_e the share of positions that chose expert e (they sum to k), P_e
-                      its mean probability; k when balanced, as in Qwen3, where its coefficient is 0.001
+        balance_loss  E * sum_e f_e P_e, which is k when balanced. P_e: mean probability of expert e here;
+                      f_e: share of positions that chose it, load_share (E,) if given, else of those here.
+                      train.py gives that of the step before, over all ranks and micro-steps, so that the
+                      loss does not depend on how a batch is cut; Qwen3 takes each micro-batch's own
         z_loss        mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)
         load          (E,) positions that chose each expert, sum B*L*k
         entropy       mean entropy of the router's probabilities at a position, nats
@@ -182,15 +181,15 @@ class MoE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        E, C, H = config.n_expert, config.n_embd, config.ff_dim
+        E, C = config.n_expert, config.n_embd
         self.top_k, self.balance_bias = config.top_k, config.balance_bias
         self.router = Router(C, E, bias=False)
-        self.gate_up = nn.Parameter(torch.empty(E, C, 2 * H))
-        self.down = nn.Parameter(torch.empty(E, H, C))
+        self.gate_up = nn.Parameter(torch.empty(E, C, 2 * config.ff_dim))
+        self.down = nn.Parameter(torch.empty(E, config.ff_dim, C))
         if self.balance_bias:  # added to the probabilities for the choice alone, see GPT.balance_experts
             self.register_buffer("bias", torch.zeros(E))
 
-    def forward(self, x, share=None):
+    def forward(self, x, load_share=None):
         (B, L, C), k, E = x.shape, self.top_k, self.gate_up.size(0)
         x = x.flatten(0, 1).to(kernels.compute_dtype(x))  # (N, C)
         logits = self.router(x)  # (N, E)
@@ -208,8 +207,9 @@ class MoE(nn.Module):
         rows = kernels.grouped_product(rows, self.down, place.offsets)  # (M, C)
         y = kernels.sum_of_experts(rows, weights, place).view(B, L, C)
 
+        load_share = place.load / (B * L) if load_share is None else load_share  # (E,)
         return y, {
-            "balance_loss": E * ((place.load / (B * L) if share is None else share) * probs.mean(0)).sum(),
+            "balance_loss": E * (load_share * probs.mean(0)).sum(),
             "z_loss": logits.logsumexp(-1).square().mean(),
             "load": place.load,
             "entropy": -(probs * probs.clamp(min=1e-20).log()).sum(-1).mean().detach(),
@@ -217,8 +217,7 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Also returns the MoE's router statistics, None if
-    dense."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Also returns the MoE's statistics, None if dense."""
 
     def __init__(self, config):
         super().__init__()
@@ -227,12 +226,12 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MoE(config) if config.n_expert else MLP(config)
 
-    def forward(self, x, cos, sin, share=None):
+    def forward(self, x, cos, sin, load_share=None):
         x = x + self.attn(self.attn_norm(x), cos, sin)  # (B, L, C)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(self.mlp_norm(x)), None
-        y, router = self.mlp(self.mlp_norm(x), share)  # (B, L, C)
-        return x + y, router
+        y, routing = self.mlp(self.mlp_norm(x), load_share)  # (B, L, C)
+        return x + y, routing
 
 
 class BagEmbedding(nn.Embedding):
@@ -301,31 +300,32 @@ class GPT(nn.Module):
             if self.config.balance_bias:
                 block.mlp.bias.zero_()
 
-    def forward(self, bags, labels=None, weights=None, loss="mce", shares=None, bag_share=None):
+    def forward(self, bags, labels=None, weights=None, loss="mce", load_shares=None, bag_share=None):
         """Token ids to logits, or to the loss.
 
         bags (B, L, s), ordinary tokens being bags of one, or (B, L) for short. Without labels: logits (B, L,
-        V). With labels (B, L, n_out): (loss, router), where loss is one of tst.LOSSES, in nats ("mce" is the
-        usual cross-entropy for one label), and router the statistics of the MoE layers, None for a dense
-        model. weights (n_out,) of a bag's labels, uniform if None, belong to "mce". shares (n_layer, E): see
-        MoE.
+        V). With labels (B, L, n_out): (loss, routing), where loss is one of tst.LOSSES, in nats ("mce" is the
+        usual cross-entropy for one label), and routing the statistics of the MoE layers, None for a dense
+        model. weights (n_out,) of a bag's labels, uniform if None, belong to "mce". load_shares (n_layer, E):
+        see MoE. bag_share (B, L, s): see tst.embed_bags.
         """
         bags = bags if bags.dim() == 3 else bags.unsqueeze(-1)  # (B, L, s)
         x = self.embed(bags, bag_share)  # (B, L, C)
         cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
-        routers = []
-        for block, share in zip(self.blocks, [None] * len(self.blocks) if shares is None else shares):
+        routing = []  # of each block
+        load_shares = [None] * len(self.blocks) if load_shares is None else load_shares
+        for block, load_share in zip(self.blocks, load_shares):
             if self.config.checkpoint_activations and self.training:
-                x, router = checkpoint(block, x, cos, sin, share, use_reentrant=False)
+                x, of_block = checkpoint(block, x, cos, sin, load_share, use_reentrant=False)
             else:
-                x, router = block(x, cos, sin, share)
-            routers.append(router)
+                x, of_block = block(x, cos, sin, load_share)
+            routing.append(of_block)
         x = self.norm(x)
         if labels is None:
             return self.head(x)  # (B, L, V)
         loss = self.head(x, labels, weights, loss)
         if self.config.n_expert:
-            return loss, {key: torch.stack([r[key] for r in routers]) for key in routers[0]}
+            return loss, {key: torch.stack([r[key] for r in routing]) for key in routing[0]}
         return loss, None
 
     @torch.no_grad()

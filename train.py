@@ -3,8 +3,9 @@
     python train.py config/curves.py --bag_size=4 --out_dir=out/tst
     torchrun --standalone --nproc_per_node=8 train.py config/dense_270m.py
 
-The script reads from top to bottom: knobs, checks, and main: set up, loop, log. Everything about
-superposition is in tst.py and in the lines marked TST below.
+The script reads from top to bottom: knobs, checks, and main: set up, loop, log. Superposition enters in the
+lines marked TST: the phases, the phase of a step, bags and labels, their weights. Which text a phase reads is
+nanotst/stream.py.
 """
 
 import dataclasses
@@ -19,9 +20,8 @@ from typing import Literal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
-os.environ.setdefault(
-    "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
-)  # the phases differ in tensor sizes
+# the phases differ in tensor sizes
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +69,8 @@ class Config:
     superposition: Literal[MODES] = "full"  # bags in the input and the target, or in one of them alone
     loss: Literal[tuple(LOSSES)] = "mce"  # of bags; ordinary steps always use cross-entropy
     bag_weights: Literal[BAG_WEIGHTS] = "uniform"  # of the tokens of a bag in the loss mce
-    document_bags: bool = False  # of a bag, average and predict the last token's document alone
-    reinit_at_switch: str = ""  # what to begin anew there, of embedding,head,optimizer (don't)
+    document_bags: bool = False  # bags mix no documents: only that of a bag's last token counts
+    reinit_at_switch: str = ""  # drawn anew at the switch: embedding,head,optimizer (it hurts)
     fitted: str = ""  # file of tools.fit_mi with c0, a, k of c0 + a i^k; empty: the paper's
 
     # Model
@@ -93,7 +93,7 @@ class Config:
     balance_coef: float = 0.001  # of the load-balancing loss, which is top_k when balanced
     z_coef: float = 0.0  # of the router's z-loss
     balance_bias: bool = False  # choose experts by probability plus a bias that evens out their load
-    balance_rate: float = 0.001  # what an expert's bias moves by in a step
+    balance_rate: float = 0.001  # by how much an optimizer step moves an expert's bias
 
     # Batch and schedule
     block_size: int = 128  # L, positions in a row
@@ -101,12 +101,12 @@ class Config:
     batch_size: int = 0  # rows per micro-batch of a rank, accumulation follows from it; 0: all rows at once
     max_steps: int = 2000  # of the whole run; schedule and phases follow from it
     optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # muon: for matrices of blocks, AdamW for the rest
-    learning_rate: float = 8e-3  # at its highest
+    learning_rate: float = 8e-3  # the peak
     matrix_learning_rate: float = 0.0  # of the matrices that Muon trains; 0: learning_rate
     schedule: Literal[SCHEDULES] = "wsd"  # warmup, constant, linear decay; or cosine
-    warmup_steps: int = 100  # in which the rate rises from 0
-    decay_ratio: float = 0.1  # wsd: the last part of the steps, in which the rate falls
-    min_lr_ratio: float = 0.0  # the rate at the end, as a part of learning_rate
+    warmup_steps: int = 100  # over which the rate rises from 0
+    decay_ratio: float = 0.1  # wsd: last share of the steps, over which the rate falls
+    min_lr_ratio: float = 0.0  # the rate at the end, as a share of learning_rate
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient; Muon's momentum
     weight_decay: float = 0.1  # of matrices, not of norms
@@ -114,7 +114,7 @@ class Config:
 
     # Evaluation and logs
     eval_interval: int = 100  # steps between validation losses
-    eval_positions: int = 131072  # of the fixed validation batch
+    eval_positions: int = 131072  # of the fixed validation rows; of each corpus at most
     log_interval: int = 20  # steps between rows of metrics.jsonl
     save_interval: int = 500  # steps between checkpoints; 0: only at the end
     wandb_project: str = ""  # log to Weights & Biases, too
@@ -144,7 +144,7 @@ def read_fit(path):
             fit = json.load(f)
         fit = {key: float(fit[key]) for key in ("c0", "a", "k")}
         if not all(0 <= fit["c0"] + fit["a"] * i ** fit["k"] < math.inf for i in range(1, 65)):
-            raise ValueError("its weights are no weights")
+            raise ValueError("c0 + a i^k is negative or infinite for an i up to 64")
         return fit
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"fitted={path} is not a file of tools.fit_mi ({type(e).__name__}: {e})") from None
@@ -271,11 +271,13 @@ def main(c):
     step, seconds, best_val = 0, 0.0, math.inf
     # MoE: the share of positions that chose each expert in the step before, of all ranks and micro-steps, so
     # that the balance loss is the same however a batch is cut; (n_layer, E), even before the first step
-    shares = torch.full((c.n_layer, c.n_expert), c.top_k / c.n_expert, device=device) if c.n_expert else None
+    load_shares = None
+    if c.n_expert:
+        load_shares = torch.full((c.n_layer, c.n_expert), c.top_k / c.n_expert, device=device)
     if c.resume:
         saved = resume(folder.newest(), model, optimizer, c, corpus, FREE_ON_RESUME)
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
-        shares = saved["shares"].to(device) if c.n_expert else None
+        load_shares = saved["shares"].to(device) if c.n_expert else None
         stream = TokenStream(sources, c.block_size, phases, **read, state=saved["stream"], step=step)
         if saved["stream"] != stream.state() and not c.allow_changes:  # no knob has changed, so it is damaged
             raise UserError(f"{folder.newest()} cannot be resumed: its place in the text is another run's")
@@ -289,12 +291,12 @@ def main(c):
 
     # ---------------------------------------------------------------------- compilation, warmed up, and ranks
     fit = read_fit(c.fitted) if c.fitted else {}
-    kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases)  # each is a graph of its own
+    kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases if p.stop > step)  # each is a graph of its own
+    # TST: of the tokens of a bag in the loss
     weights = {n: bag_weights(c.bag_weights, n, **fit).to(device) for _, n in kinds if n > 1}  # (n_out,)
 
     def forward(net, tokens, n_in, n_out):
-        """Rows (B, L*n_in + n_out) -> what is minimised, the loss of tokens in it, the routers'
-        statistics."""
+        """Rows (B, L*n_in + n_out) -> what is minimised, the loss of tokens in it, experts' statistics."""
         bags, labels = bags_and_labels(tokens, n_in, n_out)  # TST: (B, L, n_in), (B, L, n_out)
         kind, bag_share = "mce", None
         if n_in > 1 or n_out > 1:
@@ -302,11 +304,11 @@ def main(c):
             if c.document_bags:
                 bag_share, labels = within_documents(tokens, n_in, n_out, corpus.meta["separator"])
         with machine.autocast():
-            loss, router = net(bags, labels, weights.get(n_out), kind, shares, bag_share)
-        if router is None:
+            loss, routing = net(bags, labels, weights.get(n_out), kind, load_shares, bag_share)
+        if routing is None:
             return loss, loss, None
-        balance = c.balance_coef * router["balance_loss"].mean() + c.z_coef * router["z_loss"].mean()
-        return loss + balance, loss, router
+        balance = c.balance_coef * routing["balance_loss"].mean() + c.z_coef * routing["z_loss"].mean()
+        return loss + balance, loss, routing
 
     def warm_up(net):
         for n_in, n_out in kinds:
@@ -335,24 +337,24 @@ def main(c):
         micro_batches = stream.batch(step).split(batch_size)  # (B, L*n_in + n_out) each
         for i, part in enumerate(micro_batches):
             sync_gradients(shared, i == micro_steps - 1)  # they travel once, with the last one
-            objective, loss, router = forward(shared, part, phase.n_in, phase.n_out)
+            objective, loss, routing = forward(shared, part, phase.n_in, phase.n_out)
             (objective / micro_steps).backward()
             loss_sum += loss.detach()
-            if router:
-                load += router["load"]
-                entropy += router["entropy"]
+            if routing:
+                load += routing["load"]
+                entropy += routing["entropy"]
         grad_norm = clip_gradients(raw_model, c.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         if c.n_expert:
             load = machine.mean(load)  # (n_layer, E), of a rank
-            shares = load / (len(rows) * c.block_size)
+            load_shares = load / (len(rows) * c.block_size)
             if c.balance_bias:
                 raw_model.balance_experts(load, c.balance_rate)
         step += 1
 
         # ------------------------------------------------------------------------------------------ log, save
-        stopping = signals.stop(step)
+        stopping = step < c.max_steps and signals.stop(step)  # a finished run has nothing to go on with
         evaluate_now = step == c.max_steps or step % c.eval_interval == 0
         save_now = stopping or step == c.max_steps or c.save_interval > 0 and step % c.save_interval == 0
         if not (evaluate_now or save_now or step % c.log_interval == 0 or step in switches):
@@ -391,7 +393,7 @@ def main(c):
         folder.add(row, progress(row, c.max_steps, elapsed / (step - logged_at)))
         state = {
             "model": raw_model.state_dict(), "step": step, "stream": stream.state(), "seconds": seconds,
-            "shares": shares, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c),
+            "shares": load_shares, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c),
             "meta": corpus.meta, "data": corpus.folder, "versions": described["versions"],
             "best_val": min(best_val, row.get("val_loss", best_val)),
         }  # fmt: skip

@@ -49,6 +49,8 @@ def phase_list(max_steps, bag_sizes, superposition_ratio, mode="full"):
     """
     if mode not in MODES:
         raise ValueError(f"unknown superposition {mode!r}, choose one of {', '.join(MODES)}")
+    if not 0 <= superposition_ratio <= 1:
+        raise ValueError(f"superposition_ratio must lie in 0..1, got {superposition_ratio}")
     steps, n = round(superposition_ratio * max_steps), len(bag_sizes)
     if not superposition_ratio or list(bag_sizes) == [1]:
         return [Phase(0, max_steps, 1, 1)]
@@ -108,7 +110,10 @@ def within_documents(tokens, n_in, n_out, separator):
     """Bags that mix no documents, at the same rows and shapes: an input bag is the mean of the tokens that
     belong to the document of its last token, and of its labels those count that belong to it, too.
 
-    tokens (B, L*n_in + n_out), in which the token `separator` begins a document -> how much each token counts
+    A separator counts with the document after it, also where a corpus writes it behind each document. So it
+    is never a label here: that a document ends is learned in ordinary steps.
+
+    tokens (B, L*n_in + n_out), cut into documents by the token `separator` -> how much each token counts
     in its bag, (B, L, n_in) float32, and the labels, others being -100, (B, L, n_out).
     """
     document = (tokens == separator).cumsum(-1)  # (B, L*n_in + n_out), its number in the row
@@ -165,8 +170,10 @@ def bag_weights(kind, n_out, c0=3.63, a=1.35, k=-1.25):
 
 
 # ----------------------------------------------------------------------------------------------------- losses
-# Each takes logits (..., V) and labels (..., s) and returns a scalar, for s = 1 as well. Labels that equal
-# ignore_index do not count. To add one: a function, and its name in LOSSES below.
+# Each takes logits (..., V) and labels (..., s), for s = 1 as well, and returns a scalar: the mean over the
+# positions that have a label, in nats. kernels.linear_loss relies on that when it adds up chunks of positions
+# (mce has a kernel of its own). Labels that equal ignore_index do not count. To add one: a function, and its
+# name in LOSSES below.
 
 
 def multi_hot_cross_entropy(logits, labels, weights=None, ignore_index=-100):
@@ -174,8 +181,8 @@ def multi_hot_cross_entropy(logits, labels, weights=None, ignore_index=-100):
 
         MCE = sum_i w_i CE(z, y_i) = logsumexp(z) - sum_i w_i z[y_i]
 
-    weights (s,) summing to 1, uniform if None -> nats. A label that occurs twice in a bag counts twice. For s
-    = 1 this is F.cross_entropy.
+    weights (s,) summing to 1, uniform if None -> nats. A label that occurs twice in a bag counts twice.
+    For s = 1 this is F.cross_entropy.
 
     With ignored labels each offset i is averaged over the positions where it is valid, then the offsets are
     averaged by weight, as in the paper's loop of s cross-entropies; an offset that is valid nowhere counts
@@ -191,22 +198,22 @@ def multi_hot_cross_entropy(logits, labels, weights=None, ignore_index=-100):
 
 
 def summed_probability(logits, labels, ignore_index=-100):
-    """The paper's MCEAlt: minus the log of the probability summed over the bag, nats. Cross-entropy for s =
-    1."""
+    """The paper's MCEAlt: minus the log of the probability summed over the bag, nats.
+    For s = 1 this is F.cross_entropy."""
     valid = labels != ignore_index  # (..., s)
-    some = valid.any(-1, keepdim=True)  # (..., 1)
+    has_label = valid.any(-1, keepdim=True)  # (..., 1)
     log_p = F.log_softmax(wide(logits), -1)  # (..., V)
     label_log_p = log_p.gather(-1, labels.long().where(valid, 0))  # (..., s)
-    label_log_p = label_log_p.masked_fill(~valid & some, -torch.inf)
-    return mean_where(some, -label_log_p.logsumexp(-1, keepdim=True))
+    label_log_p = label_log_p.masked_fill(~valid & has_label, -torch.inf)
+    return mean_where(has_label, -label_log_p.logsumexp(-1, keepdim=True))
 
 
 def binary_cross_entropy(logits, labels, ignore_index=-100):
     """Binary cross-entropy against the multi-hot target, nats, a sum over the vocabulary. (torch's own form
     divides by V, and gradients that small drown in the epsilon of AdamW.)"""
-    target, some = multi_hot(logits, labels, ignore_index)  # (..., V), (..., 1)
+    target, has_label = multi_hot(logits, labels, ignore_index)  # (..., V), (..., 1)
     loss = F.binary_cross_entropy_with_logits(wide(logits), target, reduction="none")  # (..., V)
-    return mean_where(some, loss.sum(-1, keepdim=True))
+    return mean_where(has_label, loss.sum(-1, keepdim=True))
 
 
 def multi_label_hinge(logits, labels, ignore_index=-100):
@@ -215,16 +222,15 @@ def multi_label_hinge(logits, labels, ignore_index=-100):
     mean over the labels y of the bag of sum over words v outside the bag of max(0, 1 - z[y] + z[v])
     """
     z = wide(logits)
-    outside, some = multi_hot(logits, labels, ignore_index)
-    outside = 1 - outside  # (..., V)
+    inside, has_label = multi_hot(logits, labels, ignore_index)  # (..., V), (..., 1)
+    outside = 1 - inside  # (..., V)
     valid = labels != ignore_index  # (..., s)
     label_z = z.gather(-1, labels.long().where(valid, 0))  # (..., s)
     loss = 0.0
-    for one_z, one_valid in zip(
-        label_z.unbind(-1), valid.unbind(-1)
-    ):  # s passes over (..., V), not (..., s, V)
+    # s passes over (..., V), not one over (..., s, V)
+    for one_z, one_valid in zip(label_z.unbind(-1), valid.unbind(-1)):
         loss = loss + ((1 - one_z[..., None] + z).clamp(min=0) * outside).sum(-1) * one_valid
-    return mean_where(some, loss[..., None] / valid.sum(-1, keepdim=True).clamp(min=1))
+    return mean_where(has_label, loss[..., None] / valid.sum(-1, keepdim=True).clamp(min=1))
 
 
 LOSSES = {

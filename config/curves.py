@@ -13,7 +13,7 @@ total_batch = 128 * 128
 max_steps = 1500
 warmup_steps = 200
 decay_ratio = 0.2
-learning_rate = 8e-3  # the best of the baseline, and of s = 2 (README, "The sweep")
+learning_rate = 8e-3  # the best of the baseline, and of s = 2 (results/seeds)
 bag_size = 2
 superposition_ratio = 0.3
 eval_interval = 100

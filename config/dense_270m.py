@@ -3,9 +3,9 @@ is the one that adds up), and so is block_size.
 
 Paper, DCLM, Llama-3 tokens, 20k steps: baseline 3.212, TST (s 6, r 0.3) 3.142; 100k steps: 3.092, 3.048.
 
-    python data/text/prepare.py FOLDER --encoding=path/to/llama-3/tokenizer.model --out_dir=data/dclm
+    python data/dclm/prepare.py --tokens=105B --encoding=path/to/llama-3/tokenizer.model
     torchrun --standalone --nproc_per_node=8 train.py config/dense_270m.py --out_dir=out/270m_tst
-    and the baseline with --bag_size=1 --out_dir=out/270m_baseline
+    and the baseline with --bag_size=1 --out_dir=out/270m_baseline, which reads 42B tokens; TST 2.5 times that
 """
 
 dataset = "dclm"

@@ -3,7 +3,7 @@ repository: 162,220,800 parameters, 123,587,328 of them beside the input embeddi
 head. Speed is measured with it, against nanoGPT's own train.py (tools/bench.py).
 """
 
-dataset = "openwebtext"
+dataset = "openwebtext"  # nanoGPT's train.bin and val.bin, copied to data/openwebtext/
 n_layer = 12
 n_head = 12
 n_embd = 768

@@ -2,7 +2,11 @@
 embedding. The paper does not state the shape; this one keeps Qwen3-30B-A3B's ratios. Its states,
 162 GB, are spread over the GPUs (FSDP2): 8 of 80 GB hold them. On several nodes, see examples/slurm.sh.
 
+    python data/dclm/prepare.py --tokens=1000B --encoding=path/to/llama-3/tokenizer.model
+    python data/fineweb_edu/prepare.py --folder=data --tokens=1000B --encoding=path/to/llama-3/tokenizer.model
     torchrun --standalone --nproc_per_node=8 train.py config/moe_10b_a1b.py --out_dir=out/10b_tst
+
+TST reads 2.0e12 tokens, one half of them from each corpus.
 
 Not run on GPUs yet: on two CPU ranks, one layer at this width has been.
 
@@ -10,7 +14,7 @@ Paper, DCLM and FineWeb-Edu 50/50: baseline 2.252 after 125k steps (12,311 B200-
 2.236 after 50k steps (4,768 B200-hours).
 """
 
-dataset = "dclm_fineweb_edu"
+dataset = "dclm:0.5,fineweb_edu:0.5"
 n_layer = 28
 n_head = 16
 n_kv_head = 4

@@ -112,9 +112,9 @@ def newest(path):
     """The form in which a checkpoint is there, None if in neither. If a run was killed before it could remove
     the other one, that of the later step."""
     there = [form for form in forms(path) if exists(form)]
-    return (
-        max(there, key=lambda path: read(path, verify=False)["step"]) if there[1:] else (there or [None])[0]
-    )
+    if len(there) > 1:
+        return max(there, key=lambda form: read(form, verify=False)["step"])
+    return there[0] if there else None
 
 
 # ---------------------------------------------------------------------------------------------------- loading

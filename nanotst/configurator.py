@@ -88,10 +88,10 @@ def parse(cls, argv, known=()):
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
             key = key.replace("-", "_")
-            known = fields.get(key)
-            if known and not equals and known.type is not bool:
+            field = fields.get(key)
+            if field and not equals and field.type is not bool:
                 raise UserError(f"{arg}: write --{key}=VALUE")
-            values[key] = typed(known, key, value if equals else True, arg, fields)
+            values[key] = typed(field, key, value if equals else True, arg, fields)
         elif places:
             positional.append(arg)
         elif os.path.isfile(arg) or arg.endswith(".py"):

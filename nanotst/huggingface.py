@@ -1,7 +1,8 @@
 """Hugging Face folders as initial weights: what they hold, and under which names.
 
-    python train.py --init_from=hf:FOLDER ...       tools/export.py is the other way, by the same table of
-    tensors
+    python train.py --init_from=hf:FOLDER ...
+
+tools/export.py goes the other way, by the same table of tensors.
 
 The numbers stay what they are: nothing is permuted or rescaled, fused matrices are only cut (q|k|v, gate|up,
 the stack of experts). Needs safetensors, which transformers brings along.

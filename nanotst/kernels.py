@@ -273,7 +273,8 @@ def linear_loss(loss, hidden, weight, labels, vocab_size=None, chunk_rows=None, 
 
 
 def rows_of_chunk(weight):
-    """Positions of a chunk: multiples of 64 rows multiply fastest on a CPU; a GPU wants to be filled."""
+    """Positions of a chunk, so that it holds about 2^26 logits (on CUDA, which wants to be filled, 2^29), in
+    multiples of 64, which a CPU multiplies fastest."""
     return max(64, (2**29 if weight.device.type == "cuda" else 2**26) // weight.size(0) // 64 * 64)
 
 

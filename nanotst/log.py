@@ -34,8 +34,8 @@ class RunFolder:
         self.wandb = None
 
     def after_restart(self, c):
-        """The knobs, with which a process that torchrun has started again, since a rank of its run had died,
-        goes on with that run by itself. The folder of another run is not touched: `lock` says whose it is."""
+        """c with resume set, where torchrun has started this process again after a rank had died, so that the
+        run goes on by itself; else c. Only where the folder's `lock` names this torchrun."""
         restarted = False
         # each node counts for itself, and not when it was another's rank that died
         again = any(of_all_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
@@ -217,7 +217,7 @@ def progress(row, max_steps, seconds_per_step):
         f"lr {row['lr']:.2e}",
         f"norm {row['grad_norm']:.2f}",
         f"{seconds_per_step * 1e3:.1f} ms",
-        f"{row['tokens_per_second'] / 1e3:.1f}k tok/s",
+        f"{row['tokens_per_second'] / 1e3:.1f}k pos/s",
     ]
     if "mfu" in row:
         parts.append(f"mfu {row['mfu']:.1%}")

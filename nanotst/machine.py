@@ -25,6 +25,8 @@ from nanotst.parallel import compile_units
 # closed connection, from torchrun by a signal, and after 30 more seconds by SIGKILL. What all may have to
 # wait for is one that is slow: a compilation, a checkpoint of one file.
 TIMEOUT = timedelta(minutes=20)
+# dense bfloat16 FLOPs a second by a part of the GPU's name; of the SXM form, so the MFU of a PCIe card is
+# shown too low
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -172,7 +174,7 @@ class Machine:
             print(*words, flush=True)
 
     def mean(self, x):
-        """Mean of a tensor over the ranks, in place."""
+        """Mean of a tensor over the ranks, a new tensor; x itself is left with their sum."""
         if self.distributed:
             dist.all_reduce(x)
         return x / self.world_size
@@ -227,9 +229,9 @@ class Machine:
         return model, False
 
     def leave(self):
-        """Wait for the others (rank 0 may still be writing) and part from them. Drop what parallel.wrap gave
-        before: with the last reference to the group, DDP would wait for a thread that waits for Python's
-        lock."""
+        """Wait for the other ranks (rank 0 may still be writing), then leave the group. Delete the DDP
+        wrapper before: with the last reference to the group, it would hold Python's lock while it waits for
+        a thread that waits for the same lock."""
         if self.distributed:
             dist.barrier()
             dist.destroy_process_group()
@@ -331,7 +333,8 @@ def leave_at_once(e):
 
 
 def first_to_say(text):
-    """Whether no other rank has said this, as far as the store knows in which they have met."""
+    """Whether this rank is the first to say this, by a counter in torchrun's store. True if the store cannot
+    be reached."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     try:
         store = agent_store(timedelta(seconds=5))

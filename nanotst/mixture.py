@@ -1,8 +1,8 @@
 """What a run reads: one corpus, or a mixture of several, such as dclm:0.5,fineweb_edu:0.5.
 
-Each row of a batch comes from one corpus. Which one is a fixed pattern that keeps the shares at any time,
-to less than one row; each corpus has its own order and is read without replacement. All of
-it is a function of the row's number, as in stream.py.
+Each row of a batch comes from one corpus. Which one is a fixed pattern that keeps the shares at any time, to
+less than one row; each corpus has its own order and is read without replacement. All of it is a function of
+the row's number, as in stream.py.
 """
 
 import hashlib
@@ -47,8 +47,8 @@ class Mixture:
 
 def open_mixture(spec, say=print):
     """The corpora of the knob `dataset`: NAME, or NAME:SHARE,NAME:SHARE ... whose shares sum to 1. Raises
-    UserError for shares that do not, or corpora of different vocabularies. say: called with
-    what was guessed of a corpus."""
+    UserError for shares that do not, or corpora of different vocabularies. say: called with what was guessed
+    of a corpus."""
     if not is_mixture(spec):
         corpus = open_corpus(spec)
         if corpus.note:

@@ -4,9 +4,8 @@ model; model.py knows nothing of it, and there is no tensor, pipeline or expert 
     ddp   every rank holds all of it: 16 bytes a parameter (float32 weight, gradient and two moments), 20
           where gradients are summed over micro-steps beside DDP's buckets
     fsdp  every rank holds a part of each of these and gathers one unit after the other: embedding, blocks,
-          head.
-          With shard_size N the parts are spread over N neighbouring ranks, say those of a node, and each such
-          group holds them all (hybrid sharding): weights are then gathered within the node alone.
+          head. With shard_size N the parts are spread over N neighbouring ranks, say those of a node, and
+          each such group holds them all (hybrid sharding): weights are then gathered within the node alone.
 
 Where the ranks compute in bfloat16, a block's and the head's weights are cast before they are gathered, which
 halves the traffic and the memory of a gathered unit. Autocast alone would gather float32 and keep its cast
@@ -62,8 +61,8 @@ def build(config, machine):
     model.to_empty(device=machine.device)
     model.init_buffers()
     with torch.device(machine.device):
-        # PyTorch draws the weights of a new layer, and init_weights draws them anew: so do these lines, and
-        # leave the generator where it is without sharding
+        # Without sharding each weight is drawn twice: by PyTorch's constructor, then by init_weights. Draw
+        # the first ones here, too, so that the generator is in the same state
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
                 nn.Linear(layer.in_features, layer.out_features, bias=False)

@@ -1,11 +1,12 @@
 """The token stream: one corpus, in one shuffled order, without replacement, whatever the phases of the run.
 
-The first phase reads the corpus in runs of L*n_in tokens, a run for each row of the batch, shuffled anew for
-each epoch. At a switch the runs not yet read in that epoch are cut into the shorter rows of the next phase,
-which are shuffled in their turn, so that rows of recovery are as unlike their neighbours as a baseline's:
+The first phase reads the corpus in stretches of L*n_in tokens, one for each row of the batch, shuffled anew
+for each epoch. At a switch the stretches not yet read in that epoch are cut into the shorter rows of the next
+phase, which are shuffled in their turn, so that rows of recovery are as unlike their neighbours as a
+baseline's:
 
-    corpus          | run 0 | run 1 | run 2 | run 3 | run 4 | run 5 | ...
-    superposition     4, 0, 5 ...               R runs a step, R = rows of the global batch
+    stretches       |   0   |   1   |   2   |   3   |   4   |   5   | ...    of the corpus
+    superposition     4, 0, 5 ...               R stretches a step, R = rows of the global batch
     recovery          1b, 3a, 2c, 1a ...        R rows of L tokens a step
 
 Where a row stands is computed, not stored: a pure function of seed, epoch, phase and the row's number. So
@@ -49,9 +50,8 @@ def permute(i, n, key):
     while True:
         left, right = x[away] >> half, x[away] & mask
         for key_of_round in round_keys(key):
-            h = (right + key_of_round) * np.uint64(
-                0x9E3779B97F4A7C15
-            )  # multiply, fold, multiply: mixes all bits
+            # multiply, fold, multiply: mixes all bits
+            h = (right + key_of_round) * np.uint64(0x9E3779B97F4A7C15)
             h = (h ^ (h >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
             left, right = right, left ^ ((h ^ (h >> np.uint64(32))) & mask)
         x[away] = left << half | right
@@ -67,8 +67,8 @@ class Order:
 
     def __init__(self, n_tokens, block_size, spans, tail, key):
         self.row_tokens = [block_size * n_in for n_in, _ in spans]  # by phase
-        self.n_runs = max(0, n_tokens - tail) // self.row_tokens[0]
-        self.epoch_tokens = self.n_runs * self.row_tokens[0]
+        self.n_stretches = max(0, n_tokens - tail) // self.row_tokens[0]
+        self.epoch_tokens = self.n_stretches * self.row_tokens[0]
         self.begins = [0]  # tokens read before each phase
         for length, (_, n_rows) in zip(self.row_tokens, spans[:-1]):
             self.begins.append(self.begins[-1] + length * n_rows)
@@ -81,20 +81,18 @@ class Order:
         out = np.empty(len(i), np.int64)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
             here = epochs == epoch
-            first = max(
-                self.begins[phase], epoch * self.epoch_tokens
-            )  # where this phase begins in this epoch
+            # where this phase begins in this epoch
+            first = max(self.begins[phase], epoch * self.epoch_tokens)
             out[here] = self._in_epoch(epoch, phase, (read[here] - first) // self.row_tokens[phase])
         return out
 
     def _in_epoch(self, epoch, phase, i):
         """The same for rows number i of those that a phase reads in one epoch."""
         bounds = np.clip(self.begins, epoch * self.epoch_tokens, (epoch + 1) * self.epoch_tokens)
-        used = [
-            int(b - a) // length for a, b, length in zip(bounds, bounds[1:], self.row_tokens)
-        ]  # rows, by phase
+        # rows, by phase
+        used = [int(b - a) // length for a, b, length in zip(bounds, bounds[1:], self.row_tokens)]
         pieces = [a // b for a, b in zip(self.row_tokens, self.row_tokens[1:])]  # of a row, in the next phase
-        there = [self.n_runs]  # rows that each phase finds
+        there = [self.n_stretches]  # rows that each phase finds
         for n_used, k in zip(used, pieces):
             there.append((there[-1] - n_used) * k)
         offset = 0
@@ -102,7 +100,7 @@ class Order:
             i, piece = np.divmod(permute(i, there[p], (*self.key, epoch, p)), pieces[p - 1])
             offset = offset + piece * self.row_tokens[p]
             i = i + used[p - 1]
-        return permute(i, self.n_runs, (*self.key, epoch, 0)) * self.row_tokens[0] + offset
+        return permute(i, self.n_stretches, (*self.key, epoch, 0)) * self.row_tokens[0] + offset
 
 
 def is_state(x):
@@ -145,9 +143,8 @@ class TokenStream:
             self._go_on(state, step)
         check_phases(self.phases)
         self.pattern = Pattern(shares)
-        self.rows_before = [
-            0
-        ]  # each phase: rows are numbered through the run, so that shares hold across switches
+        # each phase: rows are numbered through the run, so that shares hold across switches
+        self.rows_before = [0]
         for p in self.phases:
             self.rows_before.append(self.rows_before[-1] + (p.stop - p.start) * n_rows)
         self.orders = [self._order(i, seed) for i in range(len(sources))]
@@ -164,11 +161,11 @@ class TokenStream:
         order = Order(n_tokens, self.block_size, spans, tail, (seed + corpus, self.first_step))
         # rows of a batch that are of this corpus, its share rounded up
         n_rows = -(-self.n_rows * int(self.pattern.before[corpus, -1]) // self.pattern.n)
-        if order.n_runs < n_rows:
+        if order.n_stretches < n_rows:
             which = "the corpus" if len(self.tokens) == 1 else f"corpus {corpus + 1} of {len(self.tokens)}"
             raise UserError(
                 f"{which} has {n_tokens:,} tokens, too few for {n_rows} rows of {self.block_size} x "
-                f"bag_size {self.phases[0].n_in}; use smaller ones or more text"
+                f"bag_size {self.phases[0].n_in}; give smaller ones (or a smaller total_batch) or more text"
             )
         return order
 

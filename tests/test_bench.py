@@ -136,7 +136,7 @@ with open("arguments.txt", "a") as f:
 for i in range(41):
     ms = 900 if i < 9 else 2 if ours else 4
     if ours:
-        print(f"step {i}/40 | s 1 | loss 5.5 | {ms}.0 ms | 1k tok/s")
+        print(f"step {i}/40 | s 1 | loss 5.5 | {ms}.0 ms | 1k pos/s")
     else:
         print(f"iter {i}: loss 5.5, time {ms}.00ms, mfu 1%")
 """

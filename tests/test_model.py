@@ -631,13 +631,13 @@ def test_balance_loss_by_shares_of_experts_that_are_given():
     shares, seen = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.5, 0.25, 0.25, 1.0]]), []
     for block in model.blocks:
         block.mlp.register_forward_pre_hook(lambda layer, args: seen.append(args[0] @ layer.router.weight.T))
-    router = model(x, y, shares=shares)[1]
+    router = model(x, y, load_shares=shares)[1]
     probs = [z.softmax(-1).mean((0, 1)) for z in seen[:2]]
     assert_close(router["balance_loss"], torch.stack([4 * (s * p).sum() for s, p in zip(shares, probs)]))
     model.config.checkpoint_activations = True
-    assert_close(model(x, y, shares=shares)[1], router)
+    assert_close(model(x, y, load_shares=shares)[1], router)
     own = model(x, y)[1]
-    given = model(x, y, shares=own["load"] / 24)[1]
+    given = model(x, y, load_shares=own["load"] / 24)[1]
     assert_close(given["balance_loss"], own["balance_loss"])
     assert torch.equal(given["load"], own["load"])
 

@@ -242,7 +242,7 @@ def test_a_corpus_of_a_small_share_may_be_small():
     """Of 6 rows, 2 of 16 tokens are the second corpus's: 40 tokens hold them, and 20 do not."""
     shares = Fraction(3, 4), Fraction(1, 4)
     two = lambda n: [(np.arange(m), share) for m, share in zip((1000, n), shares)]
-    assert TokenStream(two(40), 16, [Phase(0, 9, 1, 1)], 6, range(6)).orders[1].n_runs == 2
+    assert TokenStream(two(40), 16, [Phase(0, 9, 1, 1)], 6, range(6)).orders[1].n_stretches == 2
     with pytest.raises(UserError, match="corpus 2 of 2 has 20 tokens, too few for 2 rows"):
         TokenStream(two(20), 16, [Phase(0, 9, 1, 1)], 6, range(6))
 

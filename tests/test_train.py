@@ -1225,9 +1225,9 @@ def test_bags_have_the_loss_of_the_knob_in_every_mode(run, tiny, tmp_path, monke
     mode, too."""
     seen, forward = set(), GPT.forward
 
-    def watch(model, bags, labels=None, weights=None, loss="mce", shares=None, bag_share=None):
+    def watch(model, bags, labels=None, weights=None, loss="mce", load_shares=None, bag_share=None):
         seen.add((bags.shape[-1], labels.shape[-1], loss, bag_share is not None))
-        return forward(model, bags, labels, weights, loss, shares, bag_share)
+        return forward(model, bags, labels, weights, loss, load_shares, bag_share)
 
     monkeypatch.setattr(GPT, "forward", watch)
     corpus = shutil.copytree(tiny().dataset, tmp_path / "separated")

@@ -72,7 +72,7 @@ VOCAB_SIZES = {
     "english": 256,
     "openwebtext": 50304,
     "dclm": 128256,
-    "dclm_fineweb_edu": 128256,
+    "dclm:0.5,fineweb_edu:0.5": 128256,
 }
 CPU_CONTEXT = 256  # on a CPU a config of a longer context is measured as one row of this length
 
