@@ -187,6 +187,10 @@ def check(c, world_size):
         raise UserError("out_dir must name a folder")
     if c.reinit_at_switch and (unknown := set(c.reinit_at_switch.split(",")) - REINIT.keys()):
         raise UserError(f"reinit_at_switch takes {', '.join(REINIT)}, between commas, got {min(unknown)!r}")
+    if c.tie_embeddings and "head" in c.reinit_at_switch.split(","):
+        raise UserError("reinit_at_switch=head: with tie_embeddings the head is the embedding, name that")
+    if c.fitted and c.bag_weights != "fitted":
+        raise UserError(f"fitted={c.fitted} belongs to bag_weights=fitted, not to bag_weights={c.bag_weights}")
     if c.loss != "mce" and c.bag_weights != "uniform":
         raise UserError(f"bag_weights={c.bag_weights} belongs to loss=mce, not to loss={c.loss}")
     if c.n_embd % c.n_head and not c.head_dim:
@@ -235,6 +239,7 @@ def evaluate(net, rows, batch_size, machine):
 def main(c):
     # -------------------------------------------------------------------------------- machine, corpus, phases
     phases = check(c, int(os.environ.get("WORLD_SIZE", 1)))  # TST: the steps on bags, then ordinary ones
+    fit = read_fit(c.fitted) if c.fitted else {}
     machine = Machine.start(c)
     device, world_size, say = machine.device, machine.world_size, machine.say
     folder = RunFolder(c.out_dir, machine)
@@ -281,6 +286,9 @@ def main(c):
         stream = TokenStream(sources, c.block_size, phases, **read, state=saved["stream"], step=step)
         if saved["stream"] != stream.state() and not c.allow_changes:  # no knob has changed, so it is damaged
             raise UserError(f"{folder.newest()} cannot be resumed: its place in the text is another run's")
+        if saved.get("fit", fit) != fit and not c.allow_changes:
+            raise UserError(f"{c.fitted} holds {fit}, and this run has begun with {saved['fit']}: put it back, "
+                            "or --allow_changes")  # fmt: skip
         folder.keep_rows(step)
     phases = stream.phases
     described = {
@@ -290,7 +298,6 @@ def main(c):
     folder.describe(described, c.wandb_project)
 
     # ---------------------------------------------------------------------- compilation, warmed up, and ranks
-    fit = read_fit(c.fitted) if c.fitted else {}
     kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases if p.stop > step)  # each is a graph of its own
     # TST: of the tokens of a bag in the loss
     weights = {n: bag_weights(c.bag_weights, n, **fit).to(device) for _, n in kinds if n > 1}  # (n_out,)
@@ -393,7 +400,7 @@ def main(c):
         folder.add(row, progress(row, c.max_steps, elapsed / (step - logged_at)))
         state = {
             "model": raw_model.state_dict(), "step": step, "stream": stream.state(), "seconds": seconds,
-            "shares": load_shares, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c),
+            "fit": fit, "shares": load_shares, "rng": torch.get_rng_state(), "config": dataclasses.asdict(c),
             "meta": corpus.meta, "data": corpus.folder, "versions": described["versions"],
             "best_val": min(best_val, row.get("val_loss", best_val)),
         }  # fmt: skip

@@ -194,10 +194,24 @@ def test_weights_of_a_bag_reach_the_loss(run, tiny, tmp_path, knobs, weigh):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"c0": 1}', '{"c0": 1, "a": NaN, "k": 0}', '{"c0": -9, "a": 1, "k": 0}']
 )
-def test_a_file_that_is_no_fit_is_one_line(run, tmp_path, text):
+def test_a_file_that_is_no_fit_is_one_line_and_costs_no_run(run, tmp_path, text):
+    run()
     (tmp_path / "fit.json").write_text(text)
     with pytest.raises(UserError, match="fit.json is not a file of tools.fit_mi"):
-        run(bag_weights="fitted", fitted=str(tmp_path / "fit.json"))
+        run(bag_weights="fitted", fitted=str(tmp_path / "fit.json"), overwrite=True)
+    run(resume=True)  # what was there still is
+
+
+def test_a_run_goes_on_with_the_weights_it_began_with(run, tmp_path, monkeypatch):
+    fit, knobs = tmp_path / "fit.json", dict(bag_weights="fitted", fitted=str(tmp_path / "fit.json"))
+    fit.write_text('{"c0": 0.0, "a": 2.0, "k": -2.0}')
+    ask_to_stop(monkeypatch, 3)
+    with pytest.raises(SystemExit):
+        run(**knobs)
+    fit.write_text('{"c0": 1.0, "a": 2.0, "k": -2.0}')
+    with pytest.raises(UserError, match="holds {'c0': 1.0, .*has begun with {'c0': 0.0"):
+        run(**knobs, resume=True)
+    run(**knobs, resume=True, allow_changes=True)
 
 
 def test_muon_equals_a_plain_loop(run, tiny):
@@ -453,6 +467,11 @@ def test_a_signal_saves_and_leaves_with_an_error_status(run, tiny, monkeypatch, 
     assert number.name in (out := capsys.readouterr().out) and "--resume" in out
 
 
+def test_a_signal_in_the_last_step_ends_a_finished_run(run, tiny, monkeypatch, capsys):
+    ask_to_stop(monkeypatch, tiny().max_steps)
+    assert run()[-1]["step"] == tiny().max_steps and "--resume" not in capsys.readouterr().out
+
+
 # ---- micro-batches and ranks
 
 
@@ -683,6 +702,8 @@ def test_errors_of_the_command_line_are_one_line(run, corpus, monkeypatch, argv,
         (dict(optimizer="muon", matrix_learning_rate=1e308), "matrix_learning_rate takes .* up to"),
         (dict(balance_bias=True), "balance_bias belongs to a mixture of experts"),
         (dict(reinit_at_switch=","), "reinit_at_switch takes embedding, head, optimizer"),
+        (dict(reinit_at_switch="head", tie_embeddings=True), "the head is the embedding, name that"),
+        (dict(fitted="fit.json", bag_weights="power"), "fitted=fit.json belongs to bag_weights=fitted"),
         (dict(n_head=3), "n_embd 16 must be a multiple of n_head 3"),
         (dict(batch_size=3), "total_batch 128"),
         (dict(batch_size=16), "total_batch 128"),
