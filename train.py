@@ -190,7 +190,7 @@ def check(c, world_size):
     if c.tie_embeddings and "head" in c.reinit_at_switch.split(","):
         raise UserError("reinit_at_switch=head: with tie_embeddings the head is the embedding, name that")
     if c.fitted and c.bag_weights != "fitted":
-        raise UserError(f"fitted={c.fitted} belongs to bag_weights=fitted, not to bag_weights={c.bag_weights}")
+        raise UserError(f"fitted={c.fitted} belongs to bag_weights=fitted, not to {c.bag_weights}")
     if c.loss != "mce" and c.bag_weights != "uniform":
         raise UserError(f"bag_weights={c.bag_weights} belongs to loss=mce, not to loss={c.loss}")
     if c.n_embd % c.n_head and not c.head_dim:
@@ -287,8 +287,8 @@ def main(c):
         if saved["stream"] != stream.state() and not c.allow_changes:  # no knob has changed, so it is damaged
             raise UserError(f"{folder.newest()} cannot be resumed: its place in the text is another run's")
         if saved.get("fit", fit) != fit and not c.allow_changes:
-            raise UserError(f"{c.fitted} holds {fit}, and this run has begun with {saved['fit']}: put it back, "
-                            "or --allow_changes")  # fmt: skip
+            was = f"this run has begun with {saved['fit']}"
+            raise UserError(f"fitted={c.fitted} holds {fit}, and {was}: put it back, or --allow_changes")
         folder.keep_rows(step)
     phases = stream.phases
     described = {

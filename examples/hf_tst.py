@@ -120,9 +120,8 @@ def main(config):
         phase = phase_at(phases, step)
         bags, labels = bags_and_labels(stream.batch(step), phase.n_in, phase.n_out)  # (B, L, s) each
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
-            out = trunk(
-                inputs_embeds=embed_bags(bags, embedding.weight), use_cache=False, **options
-            )  # (B, L, C)
+            x = embed_bags(bags, embedding.weight)  # (B, L, C)
+            out = trunk(inputs_embeds=x, use_cache=False, **options)
             loss = objective = linear_multi_hot_cross_entropy(out.last_hidden_state, head.weight, labels)
             if n_expert:
                 balance = load_balancing_loss_func(

@@ -62,9 +62,8 @@ def run(main, cls, argv=None, known=None):
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python would complain once more at its end
+        # or Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
         text = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)
@@ -139,23 +138,17 @@ def typed(field, key, value, where, fields):
             raise UserError(f"{where}: {key} must be one of {', '.join(get_args(kind))}, got {shown(value)}")
         return value
     if kind == int | str:  # such as bag_size, 4 or "8-4-2"
-        kind = (
-            int
-            if type(value) is int or isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value.strip())
-            else str
-        )
+        number = type(value) is int or type(value) is str and re.fullmatch(r"[+-]?\d+", value.strip())
+        kind = int if number else str
     wrong = UserError(f"{where}: {key} takes {kind.__name__}, got {shown(value)}")
     if isinstance(value, str) and kind is not str:
         text = value.strip().replace("_", "")
         try:
             if kind is bool:
-                value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-                    text.lower()
-                ]
-            elif kind is int and re.fullmatch(
-                r"[+-]?\d+(\.\d*)?e\+?\d+", text, re.I
-            ):  # 2e6 is a fine way to write a count
-                value = float(text)
+                words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+                value = words[text.lower()]
+            elif kind is int and re.fullmatch(r"[+-]?\d+(\.\d*)?e\+?\d+", text, re.I):
+                value = float(text)  # 2e6 is a fine way to write a count
             else:
                 value = kind(text)
         except (ValueError, KeyError):
@@ -188,9 +181,7 @@ def read_file(path):
             source = f.read(LARGEST_FILE + 1)
         if len(source) > LARGEST_FILE:
             raise UserError(f"{path} is too large for a config file")
-        tree = ast.parse(
-            source, path
-        )  # from bytes: UTF-8, with a byte-order mark or without, whatever the locale
+        tree = ast.parse(source, path)  # from bytes: UTF-8 whatever the locale, a byte-order mark or none
     except OSError as e:
         raise UserError(f"cannot read the config file {path}: {e.strerror}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:

@@ -75,9 +75,8 @@ def embed_bags(bags, weight, share=None):
     small = bags.device.type == "cpu" and weight.dtype == torch.float32 and weight.size(0) <= 1024
     lookup = EmbedBagsOfSmallVocabulary.apply if small else _embed_bags
     share = None if share is None else share.flatten(0, -2)  # (N, s)
-    return lookup(bags.flatten(0, -2), weight, share, compute_dtype(weight)).view(
-        *bags.shape[:-1], -1
-    )  # (B, L, C)
+    x = lookup(bags.flatten(0, -2), weight, share, compute_dtype(weight))  # (N, C)
+    return x.view(*bags.shape[:-1], -1)  # (B, L, C)
 
 
 def _embed_bags(bags, weight, share, dtype):
@@ -109,9 +108,8 @@ class EmbedBagsOfSmallVocabulary(torch.autograd.Function):
         rows = torch.arange(bags.size(0), device=grad.device)[:, None]
         one = torch.ones((), dtype=grad.dtype, device=grad.device)
         one = one if share is None else share.to(grad.dtype)
-        counts = grad.new_zeros(bags.size(0), ctx.vocab_size).index_put_(
-            (rows, bags), one, accumulate=True
-        )  # (N, V)
+        counts = grad.new_zeros(bags.size(0), ctx.vocab_size)  # (N, V)
+        counts.index_put_((rows, bags), one, accumulate=True)
         grad_weight = tall_product(counts, grad).to(ctx.dtype)  # (V, C)
         return None, grad_weight / bags.size(1) if share is None else grad_weight, None, None
 
@@ -190,15 +188,13 @@ def place_rows(experts, n_expert, dtype):
     (N, k), device = experts.shape, experts.device
     multiple = 64 if device.type == "cpu" else 1
     chosen, order = experts.flatten().sort(stable=True)  # (N*k,) the pairs, by expert
-    ends = torch.searchsorted(
-        chosen, torch.arange(n_expert, device=device), right=True, out_int32=True
-    )  # (E,)
+    numbers = torch.arange(n_expert, device=device)
+    ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)  # (E,)
     load = ends.diff(prepend=ends.new_zeros(1))  # (E,)
     room = -(-load // multiple) * multiple  # (E,) rows of each expert, some of them empty
     offsets = room.cumsum(0, dtype=torch.int32)  # (E,)
-    row = (
-        torch.arange(N * k, device=device) + ((offsets - room) - (ends - load))[chosen]
-    )  # (N*k,) of each pair in order
+    shift = (offsets - room) - (ends - load)  # (E,)
+    row = torch.arange(N * k, device=device) + shift[chosen]  # (N*k,) of each pair in order
     M = N * k + min(n_expert, N * k) * (multiple - 1)  # room for all
     row_of = torch.empty_like(order).scatter_(0, order, row)  # (N*k,)
     pair_of = torch.zeros(M, dtype=order.dtype, device=device).scatter_(0, row, order)  # (M,)
@@ -296,17 +292,15 @@ def linear_multi_hot_cross_entropy(
     float16 with a loss scaler would overflow.
     """
     dtype = compute_dtype(hidden)
-    labels = (
-        labels.flatten(0, -2).T.long().contiguous()
-    )  # (s, N): N is the side along which compiled loops are vectors
+    # N is the side along which compiled loops are vectors
+    labels = labels.flatten(0, -2).T.long().contiguous()  # (s, N)
     wide = torch.promote_types(dtype, torch.float32)
     if weights is None:  # made on the device: a copy from the host would be waited for in each step
         weights = torch.full((labels.size(0),), 1 / labels.size(0), dtype=wide, device=labels.device)
     weights = weights.to(wide)
     valid = labels != ignore_index  # (s, N)
-    coef = (
-        valid * (weights / valid.sum(1).clamp(min=1))[:, None]
-    )  # (s, N): how much each label counts in the loss
+    # how much each label counts in the loss
+    coef = valid * (weights / valid.sum(1).clamp(min=1))[:, None]  # (s, N)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return LinearMCE.apply(
         hidden.flatten(0, -2), weight, labels.where(valid, 0), coef, dtype, vocab_size or weight.size(0),
@@ -321,9 +315,8 @@ class LinearMCE(torch.autograd.Function):
         wide = coef.dtype  # float32, or float64
         total = coef.sum(0)  # (N,), 1/N where every label is valid
         share = coef / total.clamp(min=torch.finfo(wide).tiny)  # (s, N), a position's own label distribution
-        share = sum(
-            own * (labels == label) for own, label in zip(share, labels)
-        )  # (s, N), equal labels taken together
+        # (s, N), equal labels taken together
+        share = sum(own * (labels == label) for own, label in zip(share, labels))
         total = total[:, None]  # (N, 1)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_h, grad_w = [], None
@@ -380,8 +373,7 @@ def softmax_(z, wide):
     lse = []  # each line below is a pass: on a CPU, through the cache instead of memory, by blocks of rows
     for block in z.split(max(1, 2**20 // z.size(1)) if z.device.type == "cpu" else len(z)):
         p = block.softmax(-1, dtype=wide)
-        lse.append(
-            block.amax(-1, keepdim=True).to(wide) - p.amax(-1, keepdim=True).log()
-        )  # p.amax() >= 1 / V
+        # p.amax() >= 1 / V
+        lse.append(block.amax(-1, keepdim=True).to(wide) - p.amax(-1, keepdim=True).log())
         block.copy_(p)
     return torch.cat(lse)

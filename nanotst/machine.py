@@ -212,9 +212,8 @@ class Machine:
                 return compiled, True
             except (torch.OutOfMemoryError, UserError):
                 raise
-            except (
-                Exception
-            ) as e:  # a process that was killed while compiling may have left a broken cache behind
+            except Exception as e:
+                # a process that was killed while compiling may have left a broken cache behind
                 self.say(
                     f"torch.compile failed ({type(e).__name__}: {' '.join(str(e).split())[:100]})"
                     + ("; trying again without its cache" if again else "")

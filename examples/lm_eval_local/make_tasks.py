@@ -31,9 +31,8 @@ from nanotst.vocabulary import tokenizer_of
 CLOSING = """["'”’)\\]]*"""  # what may follow a full stop
 LAST_WORD = re.compile(rf"(?<=\S )[^\W\d]\w{{3,}}(?=[.!?]{CLOSING}\s|[^\w\n]*\n)")
 END = re.compile(rf"(?:(?<=[.!?])|(?<=[.!?]{CLOSING[:-1]}))\s+|\n")  # of a sentence or of a line
-PAIR = re.compile(
-    r"(?<=\s)([^\W\d_]+) (?=([^\W\d_]+)(?!\S))"
-)  # two words with only a space between and after
+# two words with only a space between and after
+PAIR = re.compile(r"(?<=\s)([^\W\d_]+) (?=([^\W\d_]+)(?!\S))")
 FEWEST_WORDS = 5  # of a sentence
 
 
@@ -93,9 +92,7 @@ def write_task(name, items, folder):
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as f:
         f.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     task = string.Template((Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8"))
-    place = json.dumps(folder.as_posix(), ensure_ascii=False)[
-        1:-1
-    ]  # as it stands between quotes in YAML, too
+    place = json.dumps(folder.as_posix(), ensure_ascii=False)[1:-1]  # in YAML's quotes it looks the same
     (folder / f"{name}.yaml").write_text(task.substitute(folder=place), encoding="utf-8")
 
 
