@@ -27,8 +27,8 @@ from nanotst.corpus import check_vocabulary
 from nanotst.machine import pick_device
 from nanotst.mixture import open_mixture
 from nanotst.stream import validation_rows
-from tools.plot import COLORS, MARKERS
-from tools.runs import CORPUS, differences, markdown_table, save_picture
+from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
+from tools.runs import CORPUS, differences, markdown_table
 
 BLOCKS = 50  # of neighbouring rows, whose means count as independent
 LOGITS = 2**25  # at once, at most
@@ -254,15 +254,10 @@ def table(result, by_position):
 def draw(result, title, trained):
     """A figure of two panels: loss against context, and its difference to the baseline. trained: positions
     of the rows in training."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: draws with Agg, needs no display
-    except ImportError:
-        raise UserError("drawing needs the package matplotlib; leave --out away without it") from None
+    fig, axes = new_figure((11, 4.6), 1, 2, "leave --out away without it")
     sides, base = result["sides"], result["baseline"]
     buckets = result["context"][:-1]
     x = [math.sqrt(first * last) for first, last in buckets]
-    fig = Figure(figsize=(11, 4.6), layout="constrained", dpi=100)
-    axes = fig.subplots(1, 2)
 
     def line(ax, entry, factor=1.0, **look):
         loss, text, seeds = (
@@ -288,8 +283,7 @@ def draw(result, title, trained):
         ax.set(xscale="log", xlabel="tokens of context")
         ax.set_xticks([last for _, last in buckets], [f"{last:,}" for _, last in buckets], fontsize=8)
         ax.minorticks_off()
-        ax.grid(color="0.92")
-        ax.spines[["top", "right"]].set_visible(False)
+        tidy(ax)
         ax.legend(frameon=False)
     fig.suptitle(title, fontsize=11)
     return fig

@@ -38,7 +38,7 @@ import numpy as np
 from nanotst import UserError
 from nanotst.configurator import run
 from nanotst.corpus import open_corpus
-from tools.plot import COLORS
+from tools.picture import COLORS, new_figure, save_picture, tidy
 
 BLOCKS = 10  # of contiguous text; one of them is left out at a time
 T_QUANTILE = 2.262  # of 95 % of Student's t with BLOCKS - 1 degrees of freedom
@@ -178,14 +178,11 @@ def text_blocks(tokens, n_tokens, max_distance):
 
 
 def draw(result, path):
-    """The measured information and the fit, on logarithmic axes. ImportError: no matplotlib."""
-    from matplotlib.figure import Figure  # without pyplot: draws with Agg, needs no display
-
+    """The measured information and the fit, on logarithmic axes."""
     d, y = np.array(result["distances"]), np.array(result["information"])
     error = T_QUANTILE * np.array(result["standard_error"])
     c0, a, k = (result[key] for key in ("c0", "a", "k"))
-    fig = Figure(figsize=(7, 4.8), layout="constrained", dpi=150)
-    ax = fig.subplots()
+    fig, ax = new_figure((7, 4.8))
     curve = np.geomspace(d[0], d[-1], 200)
     ax.plot(d, result["plain"], "s", color="0.6", ms=4, mfc="none", label="as counted")
     ax.axhline(result["plain_far_apart"], color="0.6", ls=":", lw=1.2, label="tokens far apart, as counted")
@@ -200,12 +197,10 @@ def draw(result, path):
     ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if d[0] <= t <= d[-1]]
     ax.set_xticks(ticks, map(str, ticks))
     ax.minorticks_off()
-    ax.grid(color="0.92")
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax)
     ax.legend(frameon=False)
     ax.set_title(f"{result['dataset']}: {result['tokens']:,} tokens of {result['vocab_size']:,}", fontsize=11)
-    fig.savefig(path)
+    save_picture(fig, path)
 
 
 def main(config):
@@ -246,12 +241,7 @@ def main(config):
     out.write_text(json.dumps(result, indent=1) + "\n")
     written = str(out)
     if config.plot:
-        try:
-            draw(result, out.with_suffix(".png"))
-        except ImportError:
-            raise UserError(
-                "drawing needs the package matplotlib; --plot=no leaves the picture out"
-            ) from None
+        draw(result, out.with_suffix(".png"))
         written += f", {out.with_suffix('.png')}"
     print(f"wrote {written}; train with --bag_weights=fitted --fitted={out}")
 
