@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,6 +220,14 @@ def test_the_command_writes_what_train_reads(on_a_chain, tmp_path, capsys):
     assert f"(95 % {low:.4f} to {high:.4f})" in said
     curve = [result["c0"] + result["a"] * d ** result["k"] for d in result["distances"]]
     assert np.corrcoef(curve, result["information"])[0, 1] > 0.9 and sorted(curve, reverse=True) == curve
+
+
+def test_without_matplotlib_the_file_is_there_all_the_same(on_a_chain, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = tmp_path / "f.json"
+    with pytest.raises(UserError, match="needs the package matplotlib; --plot=no"):
+        fit_mi.main(fit_mi.Config(out=str(out), max_distance=4))
+    assert train.read_fit(str(out))
 
 
 def test_intervals_cover_what_is_known(monkeypatch, tmp_path):
