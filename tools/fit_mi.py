@@ -212,7 +212,7 @@ def draw(result, path):
     label = f"{c0:.3g} + {a:.3g} $d^{{{k:.3g}}}$"
     ax.plot(curve, c0 + a * curve**k, color=COLORS[1], lw=1.6, label=label, zorder=1)
     ax.set(xscale="log", yscale="log", xlabel="distance d (tokens)", ylabel="mutual information (nats)")
-    positive = np.concatenate([y[y > 0], result["plain"], c0 + a * curve**k])
+    positive = np.concatenate([y, result["plain"], [result["plain_far_apart"]], c0 + a * curve**k])
     ax.set_ylim(positive[positive > 0].min() / 1.6, positive.max() * 1.4)
     ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if d[0] <= t <= d[-1]]
     ax.set_xticks(ticks, map(str, ticks))
