@@ -10,7 +10,6 @@ import pytest
 from nanotst import UserError
 from nanotst.configurator import parse
 from tools import compare, runner
-from tools.picture import COLORS
 
 # A baseline of n steps ends at 5 - log2(n) / 4, TST where one of 1.6 times its steps does; seeds 1, 2, 3 end
 # 0.01 below, at and above that.
@@ -205,7 +204,7 @@ def test_picture(compared, monkeypatch):
         for label, (x, steps) in expected.items():
             assert list(named[label].get_xdata()) == pytest.approx(x)
             assert list(named[label].get_ydata()) == pytest.approx([loss(n) for n in steps])
-            assert named[label].get_color() == COLORS[label == tst]
+            assert named[label].get_color() == compare.COLORS[label == tst]
         low, high = ax.get_ylim()
         assert low < loss(700) and loss(400) < high
         names = [text.get_text() for text in ax.get_legend().get_texts()]
