@@ -187,8 +187,35 @@ def test_intervals_shrink_with_the_spread_and_hold_the_value():
     assert exact.low == exact.high == pytest.approx(np.sqrt(2))
 
 
-def test_picture(compared):
+def test_picture(compared, monkeypatch):
+    figures, save = [], compare.save_picture
+    monkeypatch.setattr(compare, "save_picture", lambda *to: (figures.append(to[0]), save(*to)))
     out = compared("--plot")
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "compare.png").stat().st_size > 30_000
+    left, middle, right = figures[0].axes
+    loss, tst = lambda steps: 5 - np.log2(steps) / 4, "TST, s 4, r 0.25"
+
+    assert [ax.get_title() for ax in (left, middle, right)] == ["Equal FLOPs", "Equal loss", "Equal data"]
+    for ax, expected in [
+        (left, {tst: ([0.5, 1], [320, 640]), "baseline": ([0.5, 1], [200, 400])}),
+        (right, {tst: ([500 / 700, 1], [320, 640]), "baseline": ([0.5, 1], [350, 700])}),
+    ]:
+        named = {line.get_label(): line for line in ax.get_lines() if line.get_label() in expected}
+        for label, (x, steps) in expected.items():
+            assert list(named[label].get_xdata()) == pytest.approx(x)
+            assert list(named[label].get_ydata()) == pytest.approx([loss(n) for n in steps])
+            assert named[label].get_color() == compare.COLORS[label == tst]
+        low, high = ax.get_ylim()
+        assert low < loss(700) and loss(400) < high
+        names = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert names == [f"{tst} (3 seeds)", "baseline (3 seeds)"]
+
+    ends = {tuple(line.get_xdata()): list(line.get_ydata()) for line in middle.get_lines()}
+    lengths = (1.0, 1.5, 1.75, 2.0)
+    assert ends[lengths] == pytest.approx([loss(400 * length) for length in lengths])
+    assert middle.get_xscale() == "log" and list(middle.get_xticks()) == list(lengths)
+    assert [text.get_text() for text in middle.get_xticklabels()] == ["1", "1.5", "1.75", "2"]
+    arrow, said = middle.texts  # from where TST ends to where a baseline ends as low
+    assert (*arrow.xyann, *arrow.xy) == pytest.approx((1, loss(640), 1.6, loss(640)), rel=1e-3)
+    assert said.get_text() == "1.60x"
     assert json.loads((out / "s1_max_steps=600_seed1" / "sweep.json").read_text())["max_steps"] == 600

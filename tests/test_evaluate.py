@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -156,6 +157,67 @@ def test_differences_are_paired_by_row(runs, tmp_path):
     difference = result["sides"]["c"]["difference"]
     assert difference["loss"][-2] == pytest.approx(last.mean(), abs=1e-5)
     assert difference["error_of_text"][-2] == pytest.approx(last.std(ddof=1) / math.sqrt(len(last)), rel=1e-3)
+
+
+def test_errors_hold_what_is_known_of_the_seeds():
+    rng = np.random.default_rng(0)
+    two, one = rng.normal(size=(2, 60, 3)), rng.normal(size=(1, 60, 3))
+    spread = evaluate.error_of_seeds(two.mean(1))
+    for side, base in ((two, one), (one, two)):
+        assert evaluate.compare(side, base)[2] == pytest.approx(spread)
+    assert evaluate.compare(two, two[:, ::-1])[2] == pytest.approx(spread * math.sqrt(2))
+    assert np.isnan(evaluate.compare(one, one)[2]).all()
+    assert evaluate.together(np.array([3.0, math.nan, math.nan]), np.array([4.0, 2.0, math.nan])) == (
+        pytest.approx([5, 2, math.nan], nan_ok=True)
+    )
+
+
+ALONE = "± of {} is of the text alone, and that of a difference lacks their part, as one checkpoint"
+SEEDS = "A side's loss is the mean of its seeds, of which the error holds that of their spread."
+
+
+@pytest.mark.parametrize(
+    "which, labels, known, said, unsaid",
+    [
+        ([0, 1, 2, 3], "a,a,b,b", ["b", "a"], [SEEDS], ["alone"]),
+        ([0, 1, 2], "a,a,b", ["a"], [SEEDS, ALONE.format("b")], []),
+        ([0, 2, 3], "a,b,b", ["b"], [SEEDS, ALONE.format("a")], []),
+        ([0, 2], "a,b", [], ["of the text alone: with one checkpoint a side, a difference may"], [SEEDS]),
+        ([0], "a", None, ["of the text alone: one checkpoint does not show how far seeds spread"], [SEEDS]),
+        ([0, 1], "a,a", None, [SEEDS], ["alone", "difference"]),
+    ],
+)
+def test_of_whom_the_spread_of_seeds_is_not_known_is_said(
+    runs, tmp_path, capsys, which, labels, known, said, unsaid
+):
+    paths = [runs[1][i] for i in which]
+    (result,) = command(tmp_path, *paths, f"--labels={labels}", "--eval_positions=480").values()
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in said) and not any(words in printed for words in unsaid)
+    if known is None:
+        assert "minus" not in printed
+        return
+    a, b = (result["sides"][label] for label in "ab")
+    difference = b["difference"]
+    assert difference["seeds_known_of"] == known
+    seeds = [{"a": a, "b": b}[label]["error_of_seeds"][-1] for label in known]
+    assert difference["error_of_seeds"][-1] == (pytest.approx(math.hypot(*seeds)) if known else None)
+    error = math.hypot(difference["error_of_text"][-1], *seeds)
+    assert f"{difference['loss'][-1]:+.4f} ± {error:.4f} |" in printed
+
+
+def test_one_row_shows_no_error_of_the_text(runs, tmp_path, capsys):
+    (result,) = command(tmp_path, *runs[1][:2], "--labels=a,a", "--eval_positions=16").values()
+    side, printed = result["sides"]["a"], capsys.readouterr().out
+    assert result["rows"] == 1 and "One row does not show how far texts differ" in printed
+    assert f"{side['loss'][-1]:.4f} ± {side['error_of_seeds'][-1]:.4f} |" in printed
+
+
+def test_without_matplotlib_the_numbers_are_there_all_the_same(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="needs the package matplotlib; leave --out away"):
+        command(tmp_path, runs[1][0], f"--out={tmp_path / 'never.png'}")
+    assert "nats per token" in capsys.readouterr().out
 
 
 def test_text_of_another_kind(runs, tmp_path, capsys):

@@ -2,11 +2,13 @@
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import train
 from nanotst import UserError
 from tools import fit_mi
 
@@ -76,6 +78,44 @@ def test_tokens_that_repeat_themselves_count_as_fewer_and_are_still_corrected():
     assert corrected[-1] < 0.01 < 0.3 < plain[-1]  # shuffled tokens as the reference would leave most of it
 
 
+@pytest.mark.parametrize("vocab_size, within", [(2, 1e-4), (20, 0.001), (256, 0.01)])
+def test_kinds_of_text_one_after_another_keep_their_information(vocab_size, within):
+    """Two halves without a token in common: each token tells the kind of the others, log 2, at any distance.
+    Blocks beside each other are mostly of one kind: as pairs that share nothing they would not do."""
+    rng, half = np.random.default_rng(0), vocab_size // 2
+    tokens = np.concatenate([rng.integers(0, half, 50_000), rng.integers(half, vocab_size, 50_000)])
+    corrected, plain, apart = fit_mi.mutual_information(parts_of(tokens), vocab_size, (1, 4, 16))
+    assert abs(corrected[0] - math.log(2)).max() < within
+    assert apart < plain[0].min() / 2
+    order = np.random.default_rng(1).permutation(200)  # the same kinds as a mixture of short documents
+    mixed = tokens.reshape(200, 500)[order].ravel()
+    corrected, plain, _ = fit_mi.mutual_information(parts_of(mixed), vocab_size, (1,))
+    assert abs(corrected[0, 0] - math.log(2)) < within + 0.01  # a few pairs cross into the next document
+
+
+def test_the_second_correction_is_bounded_and_next_to_nothing_with_much_text():
+    p = zipf(20)
+    tokens = chain(1_000_000, 0.7, p, np.random.default_rng(0))
+    corrected, plain, apart = fit_mi.mutual_information(parts_of(tokens), 20, (1, 8))
+    taken = plain[0] - corrected[0]
+    assert 0 < apart < 5e-4 and taken.min() >= 0 and taken.max() < 5e-4
+    for vocab_size in (1, 2):  # so few cells that the first correction can take away nothing, or less
+        tokens = np.random.default_rng(0).integers(0, vocab_size, 10_000)
+        corrected, plain, _ = fit_mi.mutual_information(parts_of(tokens), vocab_size, (1, 2, 3))
+        assert abs(corrected - plain).max() < 1e-3
+
+
+def test_pairs_far_apart_mix_all_kinds_and_keep_repetitions():
+    parts = np.repeat(np.arange(fit_mi.BLOCKS), 6_400).reshape(fit_mi.BLOCKS, -1)  # one kind a block
+    x, y, blocks = fit_mi.far_apart(parts)
+    assert (x == blocks).all() and (np.bincount(x) == np.bincount(y)).all()
+    met = np.bincount(x * 10 + y, minlength=100) / fit_mi.SEGMENT  # 10 segments of each pair of kinds
+    assert met.sum() == 1000 and met.min() >= 1 and met.max() <= 22
+    runs = np.arange(64_000).reshape(fit_mi.BLOCKS, -1)
+    _, y, _ = fit_mi.far_apart(runs)
+    assert (np.diff(y.reshape(-1, fit_mi.SEGMENT)) == 1).all()  # neighbours stay neighbours
+
+
 def test_independent_tokens_share_nothing():
     tokens = np.random.default_rng(0).choice(500, size=50_000, p=zipf(500))
     corrected, plain, apart = fit_mi.mutual_information(parts_of(tokens), 500, (1, 5))
@@ -93,11 +133,12 @@ def test_grassberger_is_unbiased_where_the_plain_entropy_is_not():
     assert fit_mi.entropy(np.array([3, 3, 0]), plain=True) == pytest.approx(math.log(2))
 
 
-def test_table_of_grassbergers_numbers():
+def test_grassbergers_numbers():
     # G(n) = psi(n) + (-1)^n / 2 (psi((n+1)/2) - psi(n/2)); psi(1) = -gamma, psi(1/2) = -gamma - 2 log 2
     first = -np.euler_gamma - math.log(2)
-    assert fit_mi.grassberger_table(4)[:3] == pytest.approx([first, first + 2, first + 2 + 2 / 3])
-    assert fit_mi.grassberger_table(2**16)[50_000] == pytest.approx(math.log(100_000), abs=1e-5)
+    small = fit_mi.grassberger(np.arange(1, 6))
+    assert small == pytest.approx([first, first + 2, first + 2, first + 2 + 2 / 3, first + 2 + 2 / 3])
+    assert fit_mi.grassberger(np.array([100_000])) == pytest.approx(math.log(100_000), abs=1e-5)
 
 
 def test_pairs_do_not_reach_from_one_block_into_the_next():
@@ -165,16 +206,47 @@ def test_the_command_writes_what_train_reads(on_a_chain, tmp_path, capsys):
     out = tmp_path / "made" / "fitted.json"
     fit_mi.main(fit_mi.Config(out=str(out), max_distance=8))
     result = json.loads(out.read_text())
-    for key in ("c0", "a", "k"):
-        low, high = result[f"{key}_interval"]
-        assert low <= result[key] <= high
+    assert train.read_fit(str(out)) == {key: result[key] for key in ("c0", "a", "k")}
     assert result["c0"] >= 0 and result["a"] > 0 > result["k"]
     assert (result["dataset"], result["fingerprint"], result["tokens"]) == ("chain", "f00", 60_000)
     assert result["distances"] == list(range(1, 9)) and len(result["information"]) == 8
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert f"--fitted={out}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"--fitted={out}" in said
+    # stay^d falls faster than any power: the best c0 is below its bound, however the text is cut
+    assert result["c0"] == 0 and result["c0_interval"] is None
+    assert "c0 0.0000  (at its bound, without an interval)" in said and "held at its bound 0" in said
+    low, high = result["a_interval"]
+    assert f"(95 % {low:.4f} to {high:.4f})" in said
     curve = [result["c0"] + result["a"] * d ** result["k"] for d in result["distances"]]
     assert np.corrcoef(curve, result["information"])[0, 1] > 0.9 and sorted(curve, reverse=True) == curve
+
+
+def test_without_matplotlib_the_file_is_there_all_the_same(on_a_chain, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = tmp_path / "f.json"
+    with pytest.raises(UserError, match="needs the package matplotlib; --plot=no"):
+        fit_mi.main(fit_mi.Config(out=str(out), max_distance=4))
+    assert train.read_fit(str(out))
+
+
+def test_intervals_cover_what_is_known(monkeypatch, tmp_path):
+    """Of a chain in blocks of two kinds: c0 is the kind's, and what the chain itself tells falls with d."""
+    distances, p = range(1, 7), zipf(10)
+    known = [math.log(2) + known_information(d, 0.6, p) for d in distances]
+    true, out, covered = fit_mi.fit(distances, known), tmp_path / "f.json", []
+    assert true[0] > 0.4
+    for seed in range(8):
+        parts = parts_of(chain(20_000, 0.6, p, np.random.default_rng(seed)))
+        tokens = (parts + 10 * (np.arange(fit_mi.BLOCKS) % 2)[:, None]).ravel()
+        made = SimpleNamespace(train=tokens, vocab_size=20, folder="/chain", fingerprint="")
+        monkeypatch.setattr(fit_mi, "open_corpus", lambda name, made=made: made)
+        fit_mi.main(fit_mi.Config(out=str(out), max_distance=6, plot=False))
+        result = json.loads(out.read_text())
+        intervals = [result[f"{key}_interval"] for key in ("c0", "a", "k")]
+        covered.append([low <= value <= high for value, (low, high) in zip(true, intervals)])
+        assert max(high - low for low, high in intervals) < 0.4
+    assert (np.sum(covered, axis=0) >= 6).all()
 
 
 def test_too_little_text_is_said(on_a_chain, tmp_path):

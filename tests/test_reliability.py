@@ -23,7 +23,8 @@ import train
 from model import GPT
 from nanotst import UserError, checkpoint, configurator, log, parallel
 from nanotst.configurator import help_text, parse
-from tools.runs import load_metrics, save_picture
+from tools.picture import save_picture
+from tools.runs import load_metrics
 
 SCRIPTS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

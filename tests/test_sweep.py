@@ -2,13 +2,13 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -398,17 +398,86 @@ def test_without_matplotlib_the_table_is_there_all_the_same(swept, monkeypatch, 
     assert cells(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--bag_size=1,2,4", "--superposition_ratio=0.1,0.2,0.3,0.4", "--seed=1,2"],
-        ["--bag_weights=uniform,power", "--bag_size=4,8"],
-        ["--learning_rate=0.0001,0.01", "--bag_size=1"],
-        ["--seed=1,2"],
-    ],
-)
-def test_every_kind_of_grid_has_a_picture(swept, arguments):
-    assert os.path.getsize(swept(*arguments, "--plot") / "sweep.png") > 10_000
+def mean_loss(s, r=0.3, seeds=(1, 3)):
+    """What the stub's seeds end at; bag size 1 is ordinary training."""
+    bad = 0.5 if s == 1 else 0.02 * abs(s - 4) ** 1.5 + abs(r - 0.3)
+    return 3 + bad + 0.001 * sum(seeds) / len(seeds) + 5 / 20
+
+
+@pytest.fixture
+def pictured(swept, monkeypatch):
+    """pictured("--key=a,b", ...) -> the axes of the picture that a sweep writes."""
+
+    def start(*arguments):
+        figures, save = [], sweep.save_picture
+        monkeypatch.setattr(sweep, "save_picture", lambda *to: (figures.append(to[0]), save(*to)))
+        assert (swept(*arguments, "--plot") / "sweep.png").read_bytes().startswith(b"\x89PNG")
+        return figures[0].axes
+
+    return start
+
+
+def ticks(axis):
+    """{label: place} of an axis."""
+    return {label.get_text(): place for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels())}
+
+
+def curves(ax):
+    """{label: (x, y)} of the lines that the legend names."""
+    lines = (line for line in ax.get_lines() if not line.get_label().startswith("_"))
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in lines}
+
+
+def test_picture_of_r_by_s(pictured):
+    sizes, ratios = (2, 4, 8), (0.1, 0.2, 0.3, 0.4)
+    left, right, bar = pictured("--bag_size=1,2,4,8", "--superposition_ratio=0.1,0.2,0.3,0.4", "--seed=1,3")
+    for r in ratios:
+        x, y = curves(left)[f"r {r}"]
+        assert x == [2, 4, 8] and y == pytest.approx([mean_loss(s, r) for s in sizes])
+    assert curves(left)["ordinary training"][1] == pytest.approx([mean_loss(1)] * 2)
+    assert ticks(left.xaxis) == {"2": 2, "4": 4, "8": 8} and left.get_xlabel() == "bag_size"
+
+    (image,) = right.images
+    expected = [[mean_loss(s, r) - mean_loss(1) for s in sizes] for r in ratios]
+    assert np.array(image.get_array()) == pytest.approx(np.array(expected))
+    assert image.origin == "lower" and image.get_clim()[0] == -image.get_clim()[1]  # white: ordinary training
+    assert (right.get_xlabel(), right.get_ylabel()) == ("bag_size", "superposition_ratio")
+    assert ticks(right.xaxis) == {"2": 0, "4": 1, "8": 2}
+    assert ticks(right.yaxis) == {"0.1": 0, "0.2": 1, "0.3": 2, "0.4": 3}
+    written = {text.get_position(): text for text in right.texts}
+    assert len(written) == 12
+    for (x, y), text in written.items():
+        assert text.get_text() == f"{mean_loss(sizes[x], ratios[y]):.3f}"
+        assert (text.get_weight() == "bold") == ((x, y) == (1, 2))  # s 4, r 0.3
+    red, _, blue, _ = image.to_rgba(-0.5)
+    assert blue > red and "difference from ordinary training" in bar.get_ylabel()
+
+
+def test_picture_of_words_without_ordinary_training(pictured):
+    left, right, bar = pictured("--bag_weights=uniform,power", "--bag_size=4,8")
+    losses = [mean_loss(s, seeds=(1337,)) for s in (4, 8)]
+    (image,) = right.images
+    assert np.array(image.get_array()) == pytest.approx(np.array([losses, losses]))
+    assert list(ticks(right.yaxis)) == ["uniform", "power"] and list(ticks(right.xaxis)) == ["4", "8"]
+    assert bar.get_ylabel() == "validation loss (nats per token)"
+    assert {label: y for label, (_, y) in curves(left).items()} == {
+        f"bag_weights {kind}": pytest.approx(losses) for kind in ("uniform", "power")
+    }
+
+
+def test_picture_of_rates_is_on_a_logarithmic_axis(pictured):
+    (ax,) = pictured("--learning_rate=0.0001,0.01", "--bag_size=4", "--seed=1,3")
+    assert ax.get_xscale() == "log" and ax.get_xlabel() == "learning_rate"
+    assert ticks(ax.xaxis) == {"0.0001": 0.0001, "0.01": 0.01}
+    assert list(ax.get_lines()[0].get_xdata()) == [0.0001, 0.01]
+    assert list(ax.get_lines()[0].get_ydata()) == pytest.approx([mean_loss(4) + 0.099, mean_loss(4)])
+
+
+def test_picture_of_seeds_alone_shows_each(pictured):
+    (ax,) = pictured("--seed=1,3")
+    mean, *seeds = (list(line.get_ydata()) for line in ax.get_lines() if line.get_marker() in ("o", "_"))
+    assert mean == pytest.approx([mean_loss(1)]) and ax.get_xlabel() == "all runs"
+    assert [sorted(each) for each in seeds if len(each) == 2] == [[mean_loss(1, seeds=[i]) for i in (1, 3)]]
 
 
 def test_an_outlier_does_not_press_the_picture_together():

@@ -25,7 +25,8 @@ import numpy as np
 
 from nanotst import UserError
 from nanotst.configurator import run
-from tools.plot import COLORS, MARKERS, draw_group, loss_limits, mean_of, speedup
+from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
+from tools.plot import draw_group, loss_limits, mean_of, speedup
 from tools.runner import (
     TRAINER,
     find_folders,
@@ -261,11 +262,8 @@ def table(tst, baselines, equal_data, higher):
 
 
 def draw(tst, baselines, equal_data, gain, path):
-    """Three panels, one for each comparison. ImportError: no matplotlib."""
-    from matplotlib.figure import Figure  # without pyplot: draws with Agg, needs no display
-
-    fig = Figure(figsize=(14, 4.6), layout="constrained", dpi=150)
-    left, middle, right = fig.subplots(1, 3)
+    """Three panels, one for each comparison."""
+    fig, (left, middle, right) = new_figure((14, 4.6), 1, 3)
     draw_curves(left, [tst, baselines[tst.steps]], "flops", tst)
     left.set(
         title="Equal FLOPs", xlabel="FLOPs, in those of TST's run", ylabel="validation loss (nats per token)"
@@ -277,10 +275,8 @@ def draw(tst, baselines, equal_data, gain, path):
     else:
         right.set_axis_off()
     for ax in (left, middle, right):
-        ax.grid(color="0.92")
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(path)
+        tidy(ax)
+    save_picture(fig, path)
 
 
 def draw_curves(ax, sides, key, unit):

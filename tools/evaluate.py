@@ -27,8 +27,8 @@ from nanotst.corpus import check_vocabulary
 from nanotst.machine import pick_device
 from nanotst.mixture import open_mixture
 from nanotst.stream import validation_rows
-from tools.plot import COLORS, MARKERS
-from tools.runs import CORPUS, differences, markdown_table, save_picture
+from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
+from tools.runs import CORPUS, differences, markdown_table
 
 BLOCKS = 50  # of neighbouring rows, whose means count as independent
 LOGITS = 2**25  # at once, at most
@@ -105,12 +105,18 @@ def error_of_seeds(seeds):
     return seeds.std(0, ddof=1) / math.sqrt(len(seeds))
 
 
+def together(*errors):
+    """Independent standard errors as one, of those that are known; NaN where none is."""
+    known = ~np.isnan(errors)
+    return np.where(known.any(0), np.sqrt(np.nansum(np.square(errors), axis=0)), math.nan)
+
+
 def compare(side, base):
     """side - base in each bucket, both (seeds, n, buckets): the difference and its standard errors, of the
-    text (paired: both sides read the same rows) and of the seeds (NaN unless both sides have several)."""
+    text (paired: both sides read the same rows) and of the seeds, as far as known: a side of one seed adds
+    nothing, and with two such sides it is NaN."""
     difference, text = mean_and_error(side.mean(0) - base.mean(0))
-    seeds = np.hypot(error_of_seeds(side.mean(1)), error_of_seeds(base.mean(1)))
-    return difference, text, seeds
+    return difference, text, together(error_of_seeds(side.mean(1)), error_of_seeds(base.mean(1)))
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
@@ -203,7 +209,9 @@ def evaluate(sides, baseline, corpus, block_size, positions, device):
             entry["bits_per_byte"] = mean / math.log(2) / corpus.bytes_per_token
         if label != baseline:
             difference, text, seeds = compare(losses, measured[baseline])
+            known = [each for each in (label, baseline) if len(sides[each]) > 1]
             entry["difference"] = {"loss": difference, "error_of_text": text, "error_of_seeds": seeds}
+            entry["difference"]["seeds_known_of"] = known
         result["sides"][label] = entry
     return plain(result)
 
@@ -251,30 +259,45 @@ def table(result, by_position):
     return text
 
 
+def about_errors(sides, n_rows):
+    """What ± holds, and of whom it does not hold how far seeds spread, as sentences."""
+    paired = "; that of a difference is of both sides' losses on the same rows" if len(sides) > 1 else ""
+    yield f"± is one standard error{paired}."
+    single = [label for label, side in sides.items() if len(side) == 1]
+    if len(single) < len(sides):
+        yield "A side's loss is the mean of its seeds, of which the error holds that of their spread."
+        if single:
+            yield (
+                f"± of {', '.join(single)} is of the text alone, and that of a difference lacks their part, "
+                "as one checkpoint shows no spread."
+            )
+    elif len(sides) > 1:
+        yield "± is of the text alone: with one checkpoint a side, a difference may be the seeds' spread."
+    else:
+        yield "± is of the text alone: one checkpoint does not show how far seeds spread."
+    if n_rows == 1:
+        yield "One row does not show how far texts differ: ± lacks that part."
+
+
 def draw(result, title, trained):
     """A figure of two panels: loss against context, and its difference to the baseline. trained: positions
     of the rows in training."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: draws with Agg, needs no display
-    except ImportError:
-        raise UserError("drawing needs the package matplotlib; leave --out away without it") from None
+    fig, axes = new_figure((11, 4.6), 1, 2, "leave --out away without it")
     sides, base = result["sides"], result["baseline"]
     buckets = result["context"][:-1]
     x = [math.sqrt(first * last) for first, last in buckets]
-    fig = Figure(figsize=(11, 4.6), layout="constrained", dpi=100)
-    axes = fig.subplots(1, 2)
 
     def line(ax, entry, factor=1.0, **look):
         loss, text, seeds = (
             np.array(entry[key][:-1], float) for key in ("loss", "error_of_text", "error_of_seeds")
         )
-        error = 2 * np.hypot(np.nan_to_num(text), np.nan_to_num(seeds))
+        error = 2 * np.nan_to_num(together(text, seeds))
         ax.plot(x, loss, lw=1.8, ms=5, **look)
         ax.fill_between(x, loss - error, loss + error, color=look["color"], alpha=0.15, lw=0)
 
     for i, (label, side) in enumerate(sides.items()):
         n = len(side["checkpoints"])
-        name = label + (f" ({n} seeds)" if n > 1 else "")
+        name = f"{label} ({n} seed{'s' * (n > 1)})"
         look = dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], label=name)
         line(axes[0], side, **look)
         if label != base:
@@ -288,8 +311,7 @@ def draw(result, title, trained):
         ax.set(xscale="log", xlabel="tokens of context")
         ax.set_xticks([last for _, last in buckets], [f"{last:,}" for _, last in buckets], fontsize=8)
         ax.minorticks_off()
-        ax.grid(color="0.92")
-        ax.spines[["top", "right"]].set_visible(False)
+        tidy(ax)
         ax.legend(frameon=False)
     fig.suptitle(title, fontsize=11)
     return fig
@@ -311,15 +333,12 @@ def main(config):
     notes += differences(named)
     if block_size > trained:
         notes.append(f"Rows of {block_size:,} tokens are longer than in training, {trained:,}.")
-    if any(len(side) > 1 for side in sides.values()):
-        notes.append("A side's loss is the mean of its seeds, of which the error holds that of their spread.")
     results = {}
     for name, corpus in parts:
         results[name] = result = evaluate(sides, baseline, corpus, block_size, c.eval_positions, device)
         print(f"{name}: {result['rows']:,} rows of {block_size:,} tokens, spread over its validation split\n")
         print(table(result, c.by_position) + "\n")
-    paired = "; that of a difference is of both sides' losses on the same rows" if len(sides) > 1 else ""
-    notes.insert(0, f"± is one standard error{paired}.")
+    notes = [*about_errors(sides, min(result["rows"] for result in results.values())), *notes]
     for note in notes:
         print(note)
     if c.json:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from nanotst import UserError, configurator
-from tools.runs import differences, final, markdown_table, measure_of, read_runs, save_picture
+from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
+from tools.runs import differences, final, markdown_table, measure_of, read_runs
 
 
 @dataclass
@@ -37,10 +38,6 @@ class Config:
     title: str = ""  # heading of the picture
     no_plot: bool = False  # print the table alone, which needs no matplotlib
 
-
-# Okabe and Ito's colours, told apart by the colour-blind, too
-COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-MARKERS = "osD^vPX"
 
 # ---------------------------------------------------------------------------------------------- measurements
 
@@ -318,11 +315,9 @@ def label_ends(ax, ends, width, low, high):
 
 def draw(runs, title=""):
     """A figure of three panels of validation loss: against positions (or FLOPs), data and time."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: draws with Agg, needs no display
-        from matplotlib.lines import Line2D
-    except ImportError:
-        raise UserError("drawing needs the package matplotlib; --no_plot prints the table alone") from None
+    fig, axes = new_figure((13, 4.8), 1, 3, "--no_plot prints the table alone", sharey=True)
+    from matplotlib.lines import Line2D  # here, as new_figure says it if there is no matplotlib
+
     y, groups = measure_of(runs), grouped(runs)
     means = [mean_of(group) for group in groups]
     low, high = loss_limits(groups, means, y)
@@ -332,8 +327,6 @@ def draw(runs, title=""):
     for i, label in enumerate(labels):
         style[label] = COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
 
-    fig = Figure(figsize=(13, 4.8), layout="constrained", dpi=100)
-    axes = fig.subplots(1, 3, sharey=True)
     for ax, (heading, key, quantity, units) in zip(axes, panels_of(runs)):
         longest = max((x for run in runs for x, _ in curve(run["rows"], key, y)), default=0)
         scale, unit = next((unit for unit in units if longest >= 2 * unit[0]), units[-1])
@@ -345,8 +338,7 @@ def draw(runs, title=""):
             ends += [(loss, x / scale, color) for x, loss in curve([final(mean)], key, y)]
         label_ends(ax, ends, width, low, high)
         ax.set(title=heading, xlabel=f"{quantity} ({unit})", xlim=(0, width), ylim=(low, high))
-        ax.grid(color="0.92")
-        ax.spines[["top", "right"]].set_visible(False)
+        tidy(ax)
     axes[0].set_ylabel(f"validation loss ({'nats per token' if y == 'val_loss' else 'bits per byte'})")
 
     handles = []

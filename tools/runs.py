@@ -176,14 +176,6 @@ def measure_of(runs):
     return "val_bpb"
 
 
-def save_picture(fig, path):
-    """Write a picture; the ending of its name sets the format."""
-    try:
-        fig.savefig(path)
-    except ValueError as e:  # an ending that matplotlib does not know
-        raise UserError(f"cannot draw {path}: {' '.join(str(e).split())[:200]}") from None
-
-
 def differences(runs):
     """Sentences that name what differs between the runs and is no column of the table."""
     sides = {"tokenizer": tokenizer_of, "corpus": corpus_of}

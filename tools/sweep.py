@@ -27,7 +27,7 @@ import numpy as np
 
 from nanotst import UserError
 from nanotst.configurator import run
-from tools.plot import COLORS
+from tools.picture import COLORS, new_figure, save_picture, tidy
 from tools.runner import (
     SHORT,
     TRAINER,
@@ -284,12 +284,7 @@ def write_results(tool, config, text, members, draw, failed):
     (out_dir / "table.md").write_text(f"{text}\n\n`{command}`\n")
     write_csv(members, out_dir / "runs.csv")
     if config.plot:
-        try:
-            draw(out_dir / f"{tool}.png")
-        except ImportError:
-            raise UserError(
-                "drawing needs the package matplotlib; --plot=no leaves the picture out"
-            ) from None
+        draw(out_dir / f"{tool}.png")
     print(f"\nwrote {out_dir}/table.md, runs.csv{f', {tool}.png' if config.plot else ''}")
     if failed:
         raise UserError(f"{len(failed)} of {len(members)} runs failed; the same command tries them again")
@@ -300,20 +295,18 @@ def write_results(tool, config, text, members, draw, failed):
 
 def draw(tables, path):
     """Curves over the columns with bands of the seeds, a line for each row; beside them, where there are
-    several rows, a map of the differences from the baseline. ImportError: no matplotlib."""
-    from matplotlib.figure import Figure  # without pyplot: draws with Agg, needs no display
-
+    several rows, a map of the differences from the baseline."""
     maps = any(len(t.row_values) > 1 and len(t.column_values) > 1 for t in tables)
     width, panels = (14, 2) if maps else (7, 1)
-    fig = Figure(figsize=(width, 4.6 * len(tables)), layout="constrained", dpi=150)
-    axes_of_tables = fig.subplots(len(tables), panels, squeeze=False, width_ratios=(1, 1.15)[:panels])
+    look = dict(squeeze=False, width_ratios=(1, 1.15)[:panels])
+    fig, axes_of_tables = new_figure((width, 4.6 * len(tables)), len(tables), panels, **look)
     for table, axes in zip(tables, axes_of_tables):
         draw_curves(axes[0], table)
         if maps:
             draw_map(fig, axes[1], table)
         if table.title:
             axes[0].set_title(table.title, loc="left", fontsize=10)
-    fig.savefig(path)
+    save_picture(fig, path)
 
 
 def is_scale(values):
@@ -368,9 +361,7 @@ def draw_curves(ax, table):
         look = dict(xycoords="axes fraction", ha="right", fontsize=9, color="0.4")
         ax.annotate(f"{above} means lie above", (0.99, 1.01), **look)
     ax.set(xlabel=table.columns or "all runs", ylabel="validation loss (nats per token)")
-    ax.grid(color="0.92")
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax)
     if table.rows or ordinary:
         ax.legend(fontsize=9, edgecolor="none", framealpha=0.8)
 

@@ -1,0 +1,32 @@
+"""How all pictures of tools/ look, and how they are written. matplotlib is asked for here alone."""
+
+from nanotst import UserError
+
+# Okabe and Ito's colours, told apart by the colour-blind, too
+COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+MARKERS = "osD^vPX"
+
+
+def new_figure(size, rows=1, columns=1, without="--plot=no leaves the picture out", **panels):
+    """(figure, axes) of `size` in inches. UserError: no matplotlib; `without` says how to do without it."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: draws with Agg, needs no display
+    except ImportError:
+        raise UserError(f"drawing needs the package matplotlib; {without}") from None
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    return figure, figure.subplots(rows, columns, **panels)
+
+
+def tidy(ax):
+    """A light grid behind the curves, and no frame above and to the right."""
+    ax.grid(color="0.92")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def save_picture(figure, path):
+    """Write a picture; the ending of its name sets the format."""
+    try:
+        figure.savefig(path)
+    except ValueError as e:  # an ending that matplotlib does not know
+        raise UserError(f"cannot draw {path}: {' '.join(str(e).split())[:200]}") from None
