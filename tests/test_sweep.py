@@ -1,6 +1,7 @@
 """tools/sweep.py and the runner beneath it, with a trainer that takes no time in the place of train.py."""
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -51,6 +52,7 @@ if given.get("dataset") and not os.path.exists(given["dataset"]):
     print("reading", flush=True)
     sys.exit(f"error: no corpus {given['dataset']}")
 os.makedirs(given["out_dir"], exist_ok=True)
+began = time.monotonic()
 with open(at("starts.jsonl"), "a") as f:
     names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
     f.write(json.dumps([sys.argv[1:], {name: os.environ.get(name) for name in names}]) + chr(10))
@@ -77,6 +79,7 @@ while step < steps:
     if stopped:
         print(f"stopped after step {step}")
         sys.exit(1)
+open(at("times"), "w").write(f"{began} {time.monotonic()}")
 """
 
 
@@ -300,12 +303,30 @@ def test_each_job_has_its_share_of_the_cores(swept, monkeypatch):
 
 
 def test_jobs_at_a_time_have_a_gpu_each(swept, monkeypatch):
-    out = swept("--seed=1,2,3,4", "--gpus=0,3", "--pause=0.01")
-    ends = [starts(out / f"seed{i}")[0][1]["CUDA_VISIBLE_DEVICES"] for i in (1, 2)]
-    assert ends == ["0", "3"]
-    assert {starts(out / f"seed{i}")[0][1]["CUDA_VISIBLE_DEVICES"] for i in (3, 4)} <= {"0", "3"}
+    out = swept("--seed=1,2,3,4,5", "--gpus=0,3", "--pause=0.01")
+    spans = []  # (GPU, begin, end) of each run
+    for name in names(out):
+        gpu = starts(out / name)[0][1]["CUDA_VISIBLE_DEVICES"]
+        spans.append((gpu, *map(float, (out / name / "times").read_text().split())))
+    pairs = [(a, b) for a, b in itertools.combinations(spans, 2) if a[1] < b[2] and b[1] < a[2]]
+    assert pairs and all({a[0], b[0]} == {"0", "3"} for a, b in pairs)  # at the same time, on another GPU
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert runner.find_gpus("auto") == ["2", "5"] and runner.find_gpus("none") == []
+    assert runner.find_gpus("auto") == ["2", "5"]
+
+
+def test_without_gpus_none_is_seen(swept):
+    out = swept("--seed=1,2", "--jobs=2", "--gpus=none")
+    assert [starts(out / name)[0][1]["CUDA_VISIBLE_DEVICES"] for name in names(out)] == ["", ""]
+
+
+@pytest.mark.parametrize("text, code, gpus", [("0\n1\n", 0, ["0", "1"]), ("no driver is running\n", 9, [])])
+def test_gpus_are_those_of_nvidia_smi_if_its_driver_runs(monkeypatch, tmp_path, text, code, gpus):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nprintf '{text}'\nexit {code}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert runner.find_gpus("auto") == gpus
 
 
 def test_progress_counts_steps(trainer, tmp_path, monkeypatch):
@@ -321,6 +342,37 @@ def test_progress_counts_steps(trainer, tmp_path, monkeypatch):
     assert progress.line([members[1]]) == "1 of 4 done | seed2 50% | eta 1h40m"
     progress.failed["seed4"] = "why"
     assert progress.line([members[1]]) == "1 of 4 done | 1 failed | seed2 50% | eta 1h00m"
+
+
+@pytest.fixture
+def at(trainer, tmp_path, monkeypatch):
+    """at(seconds, running, step, ...) -> the line when the members are at these steps of 1000."""
+    members, _ = sweep.plan(["seed=1,2,3,4", "max_steps=1000"], tmp_path, trainer)
+    progress = []
+
+    def line(seconds, running, *steps):
+        for member, step in zip(members, steps):
+            member.folder.mkdir(exist_ok=True)
+            (member.folder / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+        monkeypatch.setattr(time, "monotonic", lambda: seconds)
+        if not progress:
+            progress.append(runner.Progress(members[: len(steps)]))
+        return progress[0].line(members[:running])
+
+    return line
+
+
+def test_the_time_left_after_a_kill_counts_from_the_checkpoint(at):
+    assert at(0, 1, 980).endswith("eta unknown")
+    at(1, 1, 760)
+    assert at(3601, 1, 880).endswith("88% | eta 1h01m")  # 120 steps in an hour, and as many are left
+
+
+def test_a_run_left_alone_cannot_share_its_work(at):
+    at(0, 4, 0, 0, 0, 0)
+    assert "eta 1h00m" in at(3600, 4, 500, 500, 500, 500)
+    at(7200, 4, 1000, 1000, 1000, 500)  # the last one was held up, and three quarters of the work are done
+    assert at(7200, 1, 1000, 1000, 1000, 500).endswith("eta 1h09m")  # 4 x 2 hours for 3500 steps, 500 left
 
 
 # ----------------------------------------------------------------------------------------- table and picture

@@ -198,13 +198,14 @@ def cores():
 def find_gpus(text):
     """Identifiers for CUDA_VISIBLE_DEVICES: of the knob `gpus`, or all that this process may use."""
     if text != "auto":
-        return [] if text == "none" else text.split(",")
+        return [""] if text == "none" else text.split(",")
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.split()
+    done = subprocess.run(query, capture_output=True, text=True)
+    return [] if done.returncode else done.stdout.split()  # without its driver it prints a message there
 
 
 def start(member, trainer, threads, gpu):
@@ -273,30 +274,45 @@ class Progress:
     def __init__(self, members):
         self.members, self.failed = members, {}  # {name: why}
         self.steps = {member.name: member.step() for member in members}
-        self.before, self.began, self.shown_at = sum(self.steps.values()), time.monotonic(), 0.0
+        self.made, self.busy = 0, 0.0  # steps since we began, and seconds of all runs together
+        self.began = self.looked_at = time.monotonic()
+
+    def look(self, running):
+        """See how far the runs are."""
+        now = time.monotonic()
+        self.busy, self.looked_at = self.busy + len(running) * (now - self.looked_at), now
+        for m in self.members:
+            if m in running or self.steps[m.name] < m.steps:
+                # after a kill a run goes on from its checkpoint, before the last step that it had logged
+                self.made += max(0, (step := m.step()) - self.steps[m.name])
+                self.steps[m.name] = step
 
     def line(self, running):
-        self.steps |= {m.name: m.step() for m in self.members if self.steps[m.name] < m.steps}
+        self.look(running)
         done = sum(self.steps[m.name] >= m.steps for m in self.members if m not in running)
         left = [m.steps - self.steps[m.name] for m in self.members if m.name not in self.failed]
-        made, elapsed = sum(self.steps.values()) - self.before, time.monotonic() - self.began
         parts = [f"{done} of {len(self.members)} done"]
         parts += [f"{len(self.failed)} failed"] * bool(self.failed)
         parts += [", ".join(f"{m.name} {self.steps[m.name] / m.steps:.0%}" for m in running)] * bool(running)
-        minutes = math.ceil(sum(left) * elapsed / made / 60) if made > 0 else None
-        return " | ".join([*parts, f"eta {minutes // 60}h{minutes % 60:02d}m" if made > 0 else "eta unknown"])
+        if not self.made:
+            return " | ".join([*parts, "eta unknown"])
+        # all of it at the pace of all runs together, but the longest one at that of one run
+        work = max(sum(left) * (self.looked_at - self.began), max(left, default=0) * self.busy)
+        minutes = math.ceil(work / self.made / 60)
+        return " | ".join([*parts, f"eta {minutes // 60}h{minutes % 60:02d}m"])
 
     def say(self, running, event=""):
-        terminal = sys.stdout.isatty()
+        terminal, late = sys.stdout.isatty(), time.monotonic() - self.looked_at > 1
         if event:
             print(f"\r\033[K{event}" if terminal else event)
-        if event or terminal and time.monotonic() - self.shown_at > 1:
+        if event or terminal and late:
             line = self.line(running)
             if terminal:
                 print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
             else:
                 print(line, flush=True)
-            self.shown_at = time.monotonic()
+        elif late:
+            self.look(running)
 
 
 def run_members(members, jobs=0, threads=0, gpus="none", trainer=TRAINER):
