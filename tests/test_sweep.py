@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,8 +35,11 @@ class Config:
     bag_size: int | str = 1
     superposition_ratio: float = 0.3
     bag_weights: Literal["uniform", "power"] = "uniform"
+    fitted: str = ""
     reinit_at_switch: str = ""
     learning_rate: float = 1e-2
+    optimizer: str = "adamw"
+    matrix_learning_rate: float = 0.0
     max_steps: int = 20
     dataset: str = ""
     pause: float = 0.0  # seconds a step
@@ -46,7 +50,7 @@ for name in (arg for arg in sys.argv[1:] if not arg.startswith("--")):
     given = dict(line.split(" = ") for line in open(name)) | given  # a config file
 at = lambda name: os.path.join(given["out_dir"], name)
 steps, pause = int(given.get("max_steps", 20)), float(given.get("pause", 0))
-seed, s = int(given.get("seed", 1337)), int(given.get("bag_size", 1))
+seed, s = int(given.get("seed", 1337)), int(given.get("bag_size", "1").split("-")[0])
 r, rate = float(given.get("superposition_ratio", 0.3)), float(given.get("learning_rate", 1e-2))
 if given.get("dataset") and not os.path.exists(given["dataset"]):
     print("reading", flush=True)
@@ -156,7 +160,13 @@ def test_values_with_commas_stand_between_semicolons(swept):
         "reinit_at_switch=optimizer",
     ]
     assert "--reinit_at_switch=embedding,head" in starts(out / "reinit_at_switch=embedding-head")[0][0]
-    assert runner.alternatives("a,b;") == ["a,b"]  # a single value with a comma
+    assert runner.alternatives("fitted", "a,b;") == ["a,b"]  # a single value with a comma
+
+
+def test_one_value_of_some_knobs_may_hold_commas(trainer, tmp_path):
+    both = ["reinit_at_switch=embedding,head", "dataset=dclm:0.5,fineweb_edu:0.5", "bag_size=2"]
+    (member,), varied = sweep.plan(both, tmp_path, trainer)
+    assert not varied and {f"--{knob}" for knob in both} == set(member.arguments)
 
 
 def test_config_files_are_handed_on_and_known(swept, tmp_path):
@@ -177,7 +187,13 @@ def test_config_files_are_handed_on_and_known(swept, tmp_path):
         (["--max_steps"], "write --max_steps=VALUE"),
         (["--resume", "--seed=1,2"], "leave --resume out"),
         (["--seed=1,2", "--rows=bag_size"], "bag_size does not vary here; what varies: seed"),
-        (["--dataset=a/c,b/c"], "two runs would be called dataset=c"),
+        (["--dataset=a/c;b/c"], "two runs would be called dataset=c"),
+        (["--seed=1,2", "--columns=seed"], "seed is no axis: a cell is the mean of the seeds"),
+        (
+            ["--seed=1,2", "--best_of=lr"],
+            "--best_of takes a knob of train.py but the seed, or none, got 'lr'",
+        ),
+        (["--eval_interval=5,10"], "--eval_interval takes one value: nothing is learned otherwise"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(swept, tmp_path, arguments, message):
@@ -219,16 +235,16 @@ def test_a_failed_run_is_survived_reported_and_tried_again(swept, tmp_path, caps
     missing, there = tmp_path / "missing", tmp_path / "there"
     there.write_text("")
     with pytest.raises(UserError, match="1 of 2 runs failed; the same command tries them again"):
-        swept(f"--dataset={missing},{there}")
+        swept(f"--dataset={missing};{there}")
     printed = capsys.readouterr().out
     assert (
         f"failed (exit 1, {tmp_path}/sweep/" in printed
         and f"log.txt): error: no corpus {missing}\n" in printed
     )
-    assert "failed" in cells(printed)["val loss"][0]
+    assert cells(printed)["val loss"][0] == "not done"
     missing.write_text("")
-    swept(f"--dataset={missing},{there}")
-    assert "failed" not in cells(capsys.readouterr().out)["val loss"][0]
+    swept(f"--dataset={missing};{there}")
+    assert "not done" not in cells(capsys.readouterr().out)["val loss"][0]
 
 
 def test_nothing_done_gives_the_reason(swept, tmp_path):
@@ -478,6 +494,73 @@ def test_a_knob_that_nothing_reads_makes_no_other_run(tmp_path):
     assert [member.settings["fitted"] for member in members] == ["", "f.json"]
     (plain,), _ = sweep.plan(["bag_size=2", "bag_weights=power"], tmp_path)
     assert members[0].settings == plain.settings
+
+
+def test_an_idle_knob_is_neither_named_nor_given(tmp_path):
+    grid = ["bag_size=2", "bag_weights=power,fitted", "fitted=a.json,b.json"]
+    power, *fitted = sweep.plan(grid, tmp_path)[0]
+    assert power.name == "bag_weights=power" and "fitted" not in power.point
+    assert not any("fitted" in argument for argument in power.arguments)
+    assert [member.settings["fitted"] for member in (power, *fitted)] == ["", "a.json", "b.json"]
+
+
+def test_a_run_without_a_knob_stands_at_each_of_its_values(swept, capsys):
+    grid = ["--optimizer=adamw,muon", "--matrix_learning_rate=0.004,0.008"]
+    out = swept(*grid)
+    assert len(names(out)) == 3
+    table = cells(capsys.readouterr().out)
+    assert table["matrix_learning_rate \\ optimizer"] == ["adamw", "muon"]
+    assert table["0.004"] == table["0.008"] and not table["0.004"][0].startswith("-")
+    swept(*grid, "--bag_size=1,2", "--superposition_ratio=0.2,0.3")  # tables of their own
+    printed = capsys.readouterr().out
+    assert printed.count("**optimizer adamw, matrix_learning_rate 0.004") == 1 and "None" not in printed
+    swept(*grid, "--bag_size=2,4", "--best_of=optimizer")
+    table = cells(capsys.readouterr().out)
+    assert all(
+        "(1, optimizer adamw)" in cell for cell in table["0.004"] + table["0.008"]
+    )  # the first of equals
+
+
+def test_rows_without_columns_are_columns(swept, capsys):
+    for extra in ([], ["--rows=superposition_ratio"]):
+        text = (swept("--bag_size=2", "--superposition_ratio=0.2,0.3", *extra) / "table.md").read_text()
+        assert cells(text)["superposition_ratio"] == ["0.2", "0.3"] and "None" not in text
+
+
+def test_axes_are_chosen_by_preference():
+    def axes(*varied, **knobs):
+        return sweep.axes_of(varied, sweep.Config([], **knobs))
+
+    assert axes("superposition_ratio", "loss", "bag_size") == ("superposition_ratio", "bag_size", ["loss"])
+    assert axes("superposition_ratio", "loss") == ("superposition_ratio", "loss", [])
+    assert axes("bag_size", "loss", rows="bag_size") == ("bag_size", "loss", [])
+    assert axes("bag_size", "loss", "superposition_ratio", columns="loss")[1:] == ("loss", ["bag_size"])
+    assert axes("seed", "learning_rate") == ("", "learning_rate", []) and axes("seed") == ("", "", [])
+    assert axes("bag_size", "learning_rate", rows="learning_rate") == ("learning_rate", "bag_size", [])
+
+
+def test_seeds_alone_have_a_column_without_a_name(swept):
+    members, varied = sweep.plan(["bag_size=2", "seed=1,2"], "nowhere")
+    (table,), _ = sweep.tables_of(members, varied, sweep.Config([]))
+    assert [sweep.shown(value) for value in table.column_values] == [""]
+
+
+def test_the_best_of_values_without_an_order_has_no_edge(swept, capsys):
+    swept("--bag_size=2,8-4-2", "--learning_rate=0.01,0.02", "--best_of=bag_size")
+    printed = capsys.readouterr().out
+    assert "Each cell at its best bag_size." in printed and "(1, s 2)" in printed
+
+
+def test_the_command_in_the_table_can_be_pasted(swept, monkeypatch):
+    arguments = ["--reinit_at_switch=;embedding;head", "--bag_size=2"]
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
+    command = (swept(*arguments) / "table.md").read_text().splitlines()[-1].strip("`")
+    assert command == "python -m tools.sweep '--reinit_at_switch=;embedding;head' --bag_size=2"
+
+
+def test_the_knobs_of_superposition_are_those_of_that_section_of_train_py():
+    section = runner.TRAINER.read_text().split("    # Token superposition")[1].split("\n\n")[0]
+    assert set(re.findall(r"^    (\w+):", section, re.M)) == runner.SUPERPOSITION
 
 
 def test_one_bag_size_stands_beside_no_other(swept):

@@ -31,6 +31,7 @@ SUPERPOSITION = {"bag_size", "superposition_ratio", "superposition", "loss", "ba
 SUPERPOSITION |= {"document_bags", "reinit_at_switch"}
 # and these where another knob has another value: {knob: (the other, that value, what to take it for)}
 IDLE = {"fitted": ("bag_weights", "fitted", ""), "matrix_learning_rate": ("optimizer", "muon", 0.0)}
+COMMAS = {"dataset", "reinit_at_switch"}  # one value of these may hold commas
 OURS = {"resume", "overwrite", "allow_changes"}  # a member's folder decides these
 SHORT = {"bag_size": "s", "superposition_ratio": "r", "learning_rate": "lr", "seed": "seed"}  # in names
 
@@ -95,9 +96,10 @@ def places(argv, config):
     return [arg if is_own(arg) else arg[2:] for arg in argv]
 
 
-def alternatives(text):
-    """The values in "a,b,c", or, where there is a semicolon, in "a;b,c;d" (a last, empty one is none)."""
-    return text.removesuffix(";").split(";") if ";" in text else text.split(",")
+def alternatives(key, text):
+    """The values in "a,b,c", or, of a knob in COMMAS or where there is a semicolon, in "a;b,c;d" (a last,
+    empty one is none)."""
+    return text.removesuffix(";").split(";") if key in COMMAS or ";" in text else text.split(",")
 
 
 def read_arguments(arguments, knobs, own):
@@ -117,7 +119,7 @@ def read_arguments(arguments, knobs, own):
             raise UserError(f"{where}: runs go on, or start anew, as their folders say; leave --{key} out")
         if key in knobs and not equals and knobs[key].type is not bool:
             raise UserError(f"{where}: write --{key}=VALUE")
-        values = alternatives(text) if equals else [True]
+        values = alternatives(key, text) if equals else [True]
         grid[key] = list(dict.fromkeys(typed(knobs.get(key), key, v, where, known) for v in values))
     return settings, files, grid
 
@@ -130,15 +132,15 @@ def is_ordinary(settings):
 def make_member(settings, files, chosen, varied, out_dir):
     """The run with the knobs `chosen` over `settings`, told from its neighbours by those in `varied`."""
     full = {k: v for k, v in (settings | chosen).items() if k not in FREE}
-    for knob, (reader, value, nothing) in IDLE.items():
-        if knob in full and full[reader] != value:
-            full[knob] = nothing
-    point = {k: chosen[k] for k in varied if k in chosen}
-    if is_ordinary(full):
-        chosen = {k: v for k, v in chosen.items() if k not in SUPERPOSITION} | {"bag_size": 1}
-        full = {k: v for k, v in full.items() if k not in SUPERPOSITION} | {"bag_size": 1}
-        if any(k in SUPERPOSITION for k in point):
-            point = {"bag_size": 1} | {k: v for k, v in point.items() if k not in SUPERPOSITION}
+    idle = {k for k, (reader, value, _) in IDLE.items() if k in full and full[reader] != value}
+    full |= {k: IDLE[k][2] for k in idle}
+    ordinary = {"bag_size": 1} if is_ordinary(full) else {}
+    if ordinary:
+        idle |= SUPERPOSITION
+        full = {k: v for k, v in full.items() if k not in SUPERPOSITION} | ordinary
+    chosen = {k: v for k, v in chosen.items() if k not in idle}
+    point = (ordinary if SUPERPOSITION & set(varied) else {}) | {k: chosen[k] for k in varied if k in chosen}
+    chosen |= ordinary
     words = [f"{SHORT.get(k, k + '=')}{shown(v).rstrip('/').rpartition('/')[2]}" for k, v in point.items()]
     name = re.sub(r"[^\w.+=-]", "-", "_".join(words)) or "run"
     arguments = [*files, *(f"--{k}={v}" for k, v in chosen.items())]
