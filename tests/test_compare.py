@@ -9,7 +9,7 @@ import pytest
 
 from nanotst import UserError
 from nanotst.configurator import parse
-from tools import compare, runner
+from tools import compare, plot, runner, sweep
 
 # A baseline of n steps ends at 5 - log2(n) / 4, TST where one of 1.6 times its steps does; seeds 1, 2, 3 end
 # 0.01 below, at and above that.
@@ -77,15 +77,14 @@ def test_three_comparisons_of_known_runs(compared, capsys):
         "1x",
         "0.571x",
         f"{loss(400):.4f} ± 0.0100 (3)",
-        f"+{higher:.4f}",
+        f"-{higher:.4f}",
     ]
     assert table["baseline, equal data"][:3] == ["700", "1.75x", "1x"] and len(table) == 6
-    assert f"Equal FLOPs: TST ends {higher:.4f} lower (95 % 0." in printed
+    assert f"Equal FLOPs: TST minus baseline -{higher:.4f} (95 % -0.1" in printed
     assert "Equal loss: a baseline needs 1.60 times the FLOPs of TST (95 % 1." in printed
     data = loss(640) - loss(700)
-    assert (
-        f"Equal data: TST ends {data:.4f} higher (95 % " in printed and "in 1.75 times the FLOPs." in printed
-    )
+    assert f"Equal data: TST minus baseline +{data:.4f} (95 % +0.0" in printed
+    assert "which takes 1.75 times the FLOPs." in printed
     assert "Learning rate: TST 0.01, baseline 0.01." in printed
     assert printed.split("\nwrote")[0].strip().splitlines()[-1] in (out / "table.md").read_text()
     with open(out / "runs.csv", newline="") as f:
@@ -98,7 +97,7 @@ def test_more_seeds_and_lengths_only_add_runs(compared, capsys):
     out = compared("--seeds=1", "--lengths=1,2")
     first = {name: (out / name / "metrics.jsonl").stat().st_mtime_ns for name in names(out)}
     printed = capsys.readouterr().out
-    assert "(one seed, no interval)" in printed and "95 %" not in printed
+    assert "(no interval: one seed of TST and of each baseline)" in printed and "95 %" not in printed
     compared("--seeds=1,2", "--lengths=1,1.5,2")
     assert len(names(out)) == 2 * 5
     assert all((out / name / "metrics.jsonl").stat().st_mtime_ns == time for name, time in first.items())
@@ -138,6 +137,12 @@ def test_beyond_the_longest_baseline_there_is_only_a_bound(compared, capsys):
         (["--seeds=1,x"], "--seeds takes numbers between commas, got '1,x'"),
         (["--lengths=2"], "--lengths needs 1, for equal FLOPs, and another"),
         (["--lengths=1"], "and another, for equal loss; got 1"),
+        (["--lengths=1,1.008"], "more than 1 % apart; of 400 steps 1,1.008 are \\[400, 403\\]"),
+        (["--lengths=1,1.0001"], "more than 1 % apart"),
+        (["--lengths=1,inf"], "finite numbers that make a step or more, got 1,inf"),
+        (["--lengths=1,nan"], "finite numbers that make a step or more"),
+        (["--lengths=1,0.001"], "finite numbers that make a step or more"),
+        (["--lengths=-1,1"], "finite numbers that make a step or more"),
         (["--train=no"], "no run of TST is done"),
     ],
 )
@@ -155,6 +160,36 @@ def test_a_failed_seed_is_left_out_and_said(compared, tmp_path, capsys):
     assert lines(capsys.readouterr().out)["TST, s 4, r 0.25"][3].endswith("(2 of 3)")
 
 
+def failing(stub, condition):
+    stub.write_text(STUB.replace("with open", f"if {condition}: sys.exit('diverged')\nwith open"))
+
+
+def test_one_surviving_seed_of_a_side_makes_no_interval(compared, tmp_path, capsys):
+    failing(tmp_path / "stub.py", "s == 4 and seed > 1")
+    with pytest.raises(UserError, match="2 of 15 runs failed"):
+        compared()
+    printed = capsys.readouterr().out
+    assert printed.count("(no interval: one seed of TST)") == 3 and "95 %" not in printed
+
+
+def test_a_length_without_a_finished_run_takes_nothing_from_the_others(compared, tmp_path, capsys):
+    failing(tmp_path / "stub.py", "steps == 800")
+    with pytest.raises(UserError, match="3 of 9 runs failed"):
+        compared("--lengths=1,2", "--equal_data=no", "--plot")
+    printed = capsys.readouterr().out
+    assert lines(printed)["baseline"] == ["800", "-", "-", sweep.Group({}, [], 3).text(), ""]
+    assert f"Equal FLOPs: TST minus baseline -{np.log2(1.6) / 4:.4f} (95 % " in printed
+    assert "needs more than 1.00 times the FLOPs of TST" in printed
+    assert {path.name for path in (tmp_path / "out").glob("*.*")} >= {"table.md", "runs.csv", "compare.png"}
+
+
+def test_the_baseline_for_equal_data_may_be_one_that_is_there(compared, capsys):
+    """TST's data takes 700 steps, and 705 are less than 1 % more."""
+    out = compared("--seeds=1", "--lengths=1,1.7625")
+    assert "baseline, equal data" in lines(capsys.readouterr().out)
+    assert not any("700" in name for name in names(out))
+
+
 def sides(tst, baselines):
     """Sides with these final losses, {steps: losses}, and FLOPs in proportion to steps."""
 
@@ -170,10 +205,10 @@ def test_intervals_are_those_of_students_t():
     tst, baselines = sides([1, 2, 3], {100: [11, 12, 13], 200: [5, 6, 7]})
     half = lambda draws: np.subtract(*np.quantile(draws, (0.975, 0.025))) / 2
     (own,) = compare.possible_means([tst], np.random.default_rng(0))
-    assert half(own) == pytest.approx(4.303 / np.sqrt(3), rel=0.1)  # two degrees of freedom
+    assert half(own) == pytest.approx(4.303 / np.sqrt(3), rel=0.02)  # two degrees of freedom
     first, second = compare.possible_means(list(baselines.values()), np.random.default_rng(0))
-    assert half(first) == pytest.approx(2.776 / np.sqrt(3), rel=0.1)  # four, for both lengths together
-    assert half(second) == pytest.approx(2.776 / np.sqrt(3), rel=0.1)
+    assert half(first) == pytest.approx(2.776 / np.sqrt(3), rel=0.02)  # four, for both lengths together
+    assert half(second) == pytest.approx(2.776 / np.sqrt(3), rel=0.02)
     assert (np.median(own), np.median(first), np.median(second)) == pytest.approx((2, 12, 6), abs=0.05)
 
 
@@ -185,6 +220,18 @@ def test_intervals_shrink_with_the_spread_and_hold_the_value():
     assert wide.low < narrow.low < wide.value < narrow.high < wide.high
     exact = compare.results_of(*sides([3.0], {100: [3.2], 200: [2.8]}))[1]
     assert exact.low == exact.high == pytest.approx(np.sqrt(2))
+    _, alone = compare.results_of(*sides([3.0], {100: three(3.2, 0.02), 200: three(2.8, 0.02)}))
+    assert alone.low == alone.high  # fewer seeds never give a narrower interval, but none
+
+
+def test_factors_are_the_speed_ups_of_tools_plot():
+    rng, flops = np.random.default_rng(0), np.array([1.0, 1.5, 2.0])
+    ends, own = 3 + 0.1 * rng.standard_normal((3, 200)), 3 + 0.1 * rng.standard_normal(200)
+    ends[1, 0] = ends[0, 0] = own[0]
+    row = lambda flops, loss: [dict(step=1, flops=flops, val_loss=loss)]
+    for loss, losses, found in zip(own, ends.T, compare.factors(own, ends, flops), strict=True):
+        relation, factor = plot.speedup(row(1, loss), [row(*pair) for pair in zip(flops, losses)])
+        assert found == pytest.approx({">": np.inf, "<": 0}.get(relation, factor))
 
 
 def test_picture(compared, monkeypatch):

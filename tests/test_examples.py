@@ -12,7 +12,7 @@ from nanotst import UserError
 from nanotst.configurator import parse
 from nanotst.corpus import open_corpus
 from tools import compare, sweep
-from tools.runner import places
+from tools.runner import TRAINER, places
 
 
 def test_a_small_corpus_is_blocks_of_a_large_one(tmp_path):
@@ -42,10 +42,13 @@ def test_the_experiments_of_the_paper_are_command_lines_that_work(tmp_path):
         if name in ("tools.sweep", "tools.compare"):
             tool = {"tools.sweep": sweep, "tools.compare": compare}[name]
             c = parse(tool.Config, places(arguments, tool.Config))
-            knobs = "bag_size=1", *(a for a in c.arguments if "=" in a and "," not in a and ";" not in a)
-            train.check(parse(train.Config, ["config/small.py", *(f"--{knob}" for knob in knobs)]), 1)
             if name == "tools.sweep":  # all of its runs have names of their own
-                sweep.axes_of(sweep.plan(c.arguments, tmp_path / c.out_dir)[1], c)
+                members, varied = sweep.plan(c.arguments, tmp_path / c.out_dir)
+                sweep.axes_of(varied, c)
+            else:
+                members = compare.Plan(c, TRAINER).members()
+            for member in members:  # all values of the grid
+                train.check(parse(train.Config, member.arguments), 1)
     names = [call[1] for call in calls]
     assert names.count("tools.sweep") > 15 and "tools.compare" in names and "tools.fit_mi" in names
     unknown = subprocess.run(["bash", script, "nothing"], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -1,7 +1,10 @@
 """tools/sweep.py and the runner beneath it, with a trainer that takes no time in the place of train.py."""
 
 import csv
+import itertools
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,8 +36,11 @@ class Config:
     bag_size: int | str = 1
     superposition_ratio: float = 0.3
     bag_weights: Literal["uniform", "power"] = "uniform"
+    fitted: str = ""
     reinit_at_switch: str = ""
     learning_rate: float = 1e-2
+    optimizer: str = "adamw"
+    matrix_learning_rate: float = 0.0
     max_steps: int = 20
     dataset: str = ""
     pause: float = 0.0  # seconds a step
@@ -45,12 +51,13 @@ for name in (arg for arg in sys.argv[1:] if not arg.startswith("--")):
     given = dict(line.split(" = ") for line in open(name)) | given  # a config file
 at = lambda name: os.path.join(given["out_dir"], name)
 steps, pause = int(given.get("max_steps", 20)), float(given.get("pause", 0))
-seed, s = int(given.get("seed", 1337)), int(given.get("bag_size", 1))
+seed, s = int(given.get("seed", 1337)), int(given.get("bag_size", "1").split("-")[0])
 r, rate = float(given.get("superposition_ratio", 0.3)), float(given.get("learning_rate", 1e-2))
 if given.get("dataset") and not os.path.exists(given["dataset"]):
     print("reading", flush=True)
     sys.exit(f"error: no corpus {given['dataset']}")
 os.makedirs(given["out_dir"], exist_ok=True)
+began = time.monotonic()
 with open(at("starts.jsonl"), "a") as f:
     names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
     f.write(json.dumps([sys.argv[1:], {name: os.environ.get(name) for name in names}]) + chr(10))
@@ -77,6 +84,7 @@ while step < steps:
     if stopped:
         print(f"stopped after step {step}")
         sys.exit(1)
+open(at("times"), "w").write(f"{began} {time.monotonic()}")
 """
 
 
@@ -153,7 +161,13 @@ def test_values_with_commas_stand_between_semicolons(swept):
         "reinit_at_switch=optimizer",
     ]
     assert "--reinit_at_switch=embedding,head" in starts(out / "reinit_at_switch=embedding-head")[0][0]
-    assert runner.alternatives("a,b;") == ["a,b"]  # a single value with a comma
+    assert runner.alternatives("fitted", "a,b;") == ["a,b"]  # a single value with a comma
+
+
+def test_one_value_of_some_knobs_may_hold_commas(trainer, tmp_path):
+    both = ["reinit_at_switch=embedding,head", "dataset=dclm:0.5,fineweb_edu:0.5", "bag_size=2"]
+    (member,), varied = sweep.plan(both, tmp_path, trainer)
+    assert not varied and {f"--{knob}" for knob in both} == set(member.arguments)
 
 
 def test_config_files_are_handed_on_and_known(swept, tmp_path):
@@ -174,7 +188,13 @@ def test_config_files_are_handed_on_and_known(swept, tmp_path):
         (["--max_steps"], "write --max_steps=VALUE"),
         (["--resume", "--seed=1,2"], "leave --resume out"),
         (["--seed=1,2", "--rows=bag_size"], "bag_size does not vary here; what varies: seed"),
-        (["--dataset=a/c,b/c"], "two runs would be called dataset=c"),
+        (["--dataset=a/c;b/c"], "two runs would be called dataset=c"),
+        (["--seed=1,2", "--columns=seed"], "seed is no axis: a cell is the mean of the seeds"),
+        (
+            ["--seed=1,2", "--best_of=lr"],
+            "--best_of takes a knob of train.py but the seed, or none, got 'lr'",
+        ),
+        (["--eval_interval=5,10"], "--eval_interval takes one value: nothing is learned otherwise"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(swept, tmp_path, arguments, message):
@@ -216,16 +236,16 @@ def test_a_failed_run_is_survived_reported_and_tried_again(swept, tmp_path, caps
     missing, there = tmp_path / "missing", tmp_path / "there"
     there.write_text("")
     with pytest.raises(UserError, match="1 of 2 runs failed; the same command tries them again"):
-        swept(f"--dataset={missing},{there}")
+        swept(f"--dataset={missing};{there}")
     printed = capsys.readouterr().out
     assert (
         f"failed (exit 1, {tmp_path}/sweep/" in printed
         and f"log.txt): error: no corpus {missing}\n" in printed
     )
-    assert "failed" in cells(printed)["val loss"][0]
+    assert cells(printed)["val loss"][0] == "not done"
     missing.write_text("")
-    swept(f"--dataset={missing},{there}")
-    assert "failed" not in cells(capsys.readouterr().out)["val loss"][0]
+    swept(f"--dataset={missing};{there}")
+    assert "not done" not in cells(capsys.readouterr().out)["val loss"][0]
 
 
 def test_nothing_done_gives_the_reason(swept, tmp_path):
@@ -300,12 +320,30 @@ def test_each_job_has_its_share_of_the_cores(swept, monkeypatch):
 
 
 def test_jobs_at_a_time_have_a_gpu_each(swept, monkeypatch):
-    out = swept("--seed=1,2,3,4", "--gpus=0,3", "--pause=0.01")
-    ends = [starts(out / f"seed{i}")[0][1]["CUDA_VISIBLE_DEVICES"] for i in (1, 2)]
-    assert ends == ["0", "3"]
-    assert {starts(out / f"seed{i}")[0][1]["CUDA_VISIBLE_DEVICES"] for i in (3, 4)} <= {"0", "3"}
+    out = swept("--seed=1,2,3,4,5", "--gpus=0,3", "--pause=0.01")
+    spans = []  # (GPU, begin, end) of each run
+    for name in names(out):
+        gpu = starts(out / name)[0][1]["CUDA_VISIBLE_DEVICES"]
+        spans.append((gpu, *map(float, (out / name / "times").read_text().split())))
+    pairs = [(a, b) for a, b in itertools.combinations(spans, 2) if a[1] < b[2] and b[1] < a[2]]
+    assert pairs and all({a[0], b[0]} == {"0", "3"} for a, b in pairs)  # at the same time, on another GPU
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert runner.find_gpus("auto") == ["2", "5"] and runner.find_gpus("none") == []
+    assert runner.find_gpus("auto") == ["2", "5"]
+
+
+def test_without_gpus_none_is_seen(swept):
+    out = swept("--seed=1,2", "--jobs=2", "--gpus=none")
+    assert [starts(out / name)[0][1]["CUDA_VISIBLE_DEVICES"] for name in names(out)] == ["", ""]
+
+
+@pytest.mark.parametrize("text, code, gpus", [("0\n1\n", 0, ["0", "1"]), ("no driver is running\n", 9, [])])
+def test_gpus_are_those_of_nvidia_smi_if_its_driver_runs(monkeypatch, tmp_path, text, code, gpus):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nprintf '{text}'\nexit {code}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert runner.find_gpus("auto") == gpus
 
 
 def test_progress_counts_steps(trainer, tmp_path, monkeypatch):
@@ -321,6 +359,37 @@ def test_progress_counts_steps(trainer, tmp_path, monkeypatch):
     assert progress.line([members[1]]) == "1 of 4 done | seed2 50% | eta 1h40m"
     progress.failed["seed4"] = "why"
     assert progress.line([members[1]]) == "1 of 4 done | 1 failed | seed2 50% | eta 1h00m"
+
+
+@pytest.fixture
+def at(trainer, tmp_path, monkeypatch):
+    """at(seconds, running, step, ...) -> the line when the members are at these steps of 1000."""
+    members, _ = sweep.plan(["seed=1,2,3,4", "max_steps=1000"], tmp_path, trainer)
+    progress = []
+
+    def line(seconds, running, *steps):
+        for member, step in zip(members, steps):
+            member.folder.mkdir(exist_ok=True)
+            (member.folder / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+        monkeypatch.setattr(time, "monotonic", lambda: seconds)
+        if not progress:
+            progress.append(runner.Progress(members[: len(steps)]))
+        return progress[0].line(members[:running])
+
+    return line
+
+
+def test_the_time_left_after_a_kill_counts_from_the_checkpoint(at):
+    assert at(0, 1, 980).endswith("eta unknown")
+    at(1, 1, 760)
+    assert at(3601, 1, 880).endswith("88% | eta 1h01m")  # 120 steps in an hour, and as many are left
+
+
+def test_a_run_left_alone_cannot_share_its_work(at):
+    at(0, 4, 0, 0, 0, 0)
+    assert "eta 1h00m" in at(3600, 4, 500, 500, 500, 500)
+    at(7200, 4, 1000, 1000, 1000, 500)  # the last one was held up, and three quarters of the work are done
+    assert at(7200, 1, 1000, 1000, 1000, 500).endswith("eta 1h09m")  # 4 x 2 hours for 3500 steps, 500 left
 
 
 # ----------------------------------------------------------------------------------------- table and picture
@@ -495,6 +564,73 @@ def test_a_knob_that_nothing_reads_makes_no_other_run(tmp_path):
     assert [member.settings["fitted"] for member in members] == ["", "f.json"]
     (plain,), _ = sweep.plan(["bag_size=2", "bag_weights=power"], tmp_path)
     assert members[0].settings == plain.settings
+
+
+def test_an_idle_knob_is_neither_named_nor_given(tmp_path):
+    grid = ["bag_size=2", "bag_weights=power,fitted", "fitted=a.json,b.json"]
+    power, *fitted = sweep.plan(grid, tmp_path)[0]
+    assert power.name == "bag_weights=power" and "fitted" not in power.point
+    assert not any("fitted" in argument for argument in power.arguments)
+    assert [member.settings["fitted"] for member in (power, *fitted)] == ["", "a.json", "b.json"]
+
+
+def test_a_run_without_a_knob_stands_at_each_of_its_values(swept, capsys):
+    grid = ["--optimizer=adamw,muon", "--matrix_learning_rate=0.004,0.008"]
+    out = swept(*grid)
+    assert len(names(out)) == 3
+    table = cells(capsys.readouterr().out)
+    assert table["matrix_learning_rate \\ optimizer"] == ["adamw", "muon"]
+    assert table["0.004"] == table["0.008"] and not table["0.004"][0].startswith("-")
+    swept(*grid, "--bag_size=1,2", "--superposition_ratio=0.2,0.3")  # tables of their own
+    printed = capsys.readouterr().out
+    assert printed.count("**optimizer adamw, matrix_learning_rate 0.004") == 1 and "None" not in printed
+    swept(*grid, "--bag_size=2,4", "--best_of=optimizer")
+    table = cells(capsys.readouterr().out)
+    assert all(
+        "(1, optimizer adamw)" in cell for cell in table["0.004"] + table["0.008"]
+    )  # the first of equals
+
+
+def test_rows_without_columns_are_columns(swept, capsys):
+    for extra in ([], ["--rows=superposition_ratio"]):
+        text = (swept("--bag_size=2", "--superposition_ratio=0.2,0.3", *extra) / "table.md").read_text()
+        assert cells(text)["superposition_ratio"] == ["0.2", "0.3"] and "None" not in text
+
+
+def test_axes_are_chosen_by_preference():
+    def axes(*varied, **knobs):
+        return sweep.axes_of(varied, sweep.Config([], **knobs))
+
+    assert axes("superposition_ratio", "loss", "bag_size") == ("superposition_ratio", "bag_size", ["loss"])
+    assert axes("superposition_ratio", "loss") == ("superposition_ratio", "loss", [])
+    assert axes("bag_size", "loss", rows="bag_size") == ("bag_size", "loss", [])
+    assert axes("bag_size", "loss", "superposition_ratio", columns="loss")[1:] == ("loss", ["bag_size"])
+    assert axes("seed", "learning_rate") == ("", "learning_rate", []) and axes("seed") == ("", "", [])
+    assert axes("bag_size", "learning_rate", rows="learning_rate") == ("learning_rate", "bag_size", [])
+
+
+def test_seeds_alone_have_a_column_without_a_name(swept):
+    members, varied = sweep.plan(["bag_size=2", "seed=1,2"], "nowhere")
+    (table,), _ = sweep.tables_of(members, varied, sweep.Config([]))
+    assert [sweep.shown(value) for value in table.column_values] == [""]
+
+
+def test_the_best_of_values_without_an_order_has_no_edge(swept, capsys):
+    swept("--bag_size=2,8-4-2", "--learning_rate=0.01,0.02", "--best_of=bag_size")
+    printed = capsys.readouterr().out
+    assert "Each cell at its best bag_size." in printed and "(1, s 2)" in printed
+
+
+def test_the_command_in_the_table_can_be_pasted(swept, monkeypatch):
+    arguments = ["--reinit_at_switch=;embedding;head", "--bag_size=2"]
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
+    command = (swept(*arguments) / "table.md").read_text().splitlines()[-1].strip("`")
+    assert command == "python -m tools.sweep '--reinit_at_switch=;embedding;head' --bag_size=2"
+
+
+def test_the_knobs_of_superposition_are_those_of_that_section_of_train_py():
+    section = runner.TRAINER.read_text().split("    # Token superposition")[1].split("\n\n")[0]
+    assert set(re.findall(r"^    (\w+):", section, re.M)) == runner.SUPERPOSITION
 
 
 def test_one_bag_size_stands_beside_no_other(swept):

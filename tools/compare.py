@@ -11,9 +11,9 @@ equal data    a baseline that reads as many tokens as TST did, in more steps: wh
 Each side should be at its own best learning rate, which python -m tools.sweep finds. A second start goes on
 where the first was cut, as in tools/sweep.py; longer or more baselines and more seeds only add runs.
 
-Intervals say how far the seeds leave the results open: 95 % of what the means of as many seeds could be, by
-Student's t, with one variance for TST and one for the baselines of all lengths. They know nothing of other
-data or models.
+Intervals say how far the seeds leave the results open: where the true means, those of endlessly many seeds,
+lie with 95 %, by Student's t, with one variance for TST and one for the baselines of all lengths. That takes
+two seeds of TST, and two of a baseline. They know nothing of other data or models.
 """
 
 import itertools
@@ -26,7 +26,7 @@ import numpy as np
 from nanotst import UserError
 from nanotst.configurator import run
 from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
-from tools.plot import draw_group, loss_limits, mean_of, speedup
+from tools.plot import draw_group, loss_limits, mean_of
 from tools.runner import (
     TRAINER,
     find_folders,
@@ -41,7 +41,7 @@ from tools.runner import (
 from tools.runs import markdown_table
 from tools.sweep import Group, write_results
 
-DRAWS = 4000  # of the means, for the intervals
+DRAWS = 100_000  # of the means, for the intervals: enough for the digits shown
 
 
 @dataclass
@@ -133,16 +133,30 @@ class Plan:
         return self.members(bag_size=1, max_steps=steps, **rate)
 
 
+def close(a, b):
+    """Whether two lengths are too much alike to be baselines of their own."""
+    return max(a, b) <= 1.01 * min(a, b)
+
+
+def baseline_steps(text, steps):
+    """The steps of the baselines, from the knob `lengths`."""
+    lengths = numbers(text, float, "lengths")
+    if not all(0 < length < math.inf for length in lengths) or round(lengths[0] * steps) < 1:
+        raise UserError(f"--lengths takes finite numbers that make a step or more, got {text}")
+    if 1 not in lengths or len(lengths) < 2:
+        raise UserError(f"--lengths needs 1, for equal FLOPs, and another, for equal loss; got {text}")
+    baselines = [round(length * steps) for length in lengths]
+    if any(close(*pair) for pair in itertools.pairwise(baselines)):
+        raise UserError(f"--lengths must be more than 1 % apart; of {steps:,} steps {text} are {baselines}")
+    return baselines
+
+
 def train_sides(config, trainer):
     """(TST, its baselines by steps, the steps of that for equal data or None, {run that failed: why})."""
     plan = Plan(config, trainer)
-    steps, lengths = plan.settings["max_steps"], numbers(config.lengths, float, "lengths")
-    if 1 not in lengths or len(lengths) < 2 or lengths[0] <= 0:
-        raise UserError(
-            f"--lengths needs 1, for equal FLOPs, and another, for equal loss; got {config.lengths}"
-        )
+    steps = plan.settings["max_steps"]
+    baselines = {length: plan.baselines(length) for length in baseline_steps(config.lengths, steps)}
     tst = plan.members()
-    baselines = {round(length * steps): plan.baselines(round(length * steps)) for length in lengths}
     machine = dict(jobs=config.jobs, threads=config.threads, gpus=config.gpus, trainer=trainer)
     train = lambda members: run_members(members, **machine) if config.train else {}
     failed = train([*tst, *itertools.chain(*baselines.values())])
@@ -155,26 +169,29 @@ def train_sides(config, trainer):
     if config.equal_data:
         end = next(end for end in (member.end() for member in tst) if end)
         wanted = round(steps * end["data_tokens"] / end["positions"])  # a baseline reads a token a position
-        equal_data = next((length for length in baselines if abs(length / wanted - 1) < 0.005), wanted)
+        nearest = min(baselines, key=lambda length: abs(length - wanted))
+        equal_data = nearest if close(nearest, wanted) else wanted
         if equal_data not in baselines:
             print(f"to read as much data as TST, a baseline takes {wanted:,} steps")
             baselines[equal_data] = plan.baselines(equal_data)
             failed |= train(baselines[equal_data])
     s, r = (shown(plan.settings[key]) for key in ("bag_size", "superposition_ratio"))
     sides = {length: Side("baseline", members) for length, members in sorted(baselines.items())}
-    sides = {length: side for length, side in sides.items() if side.ends}
     return Side(f"TST, s {s}, r {r}", tst), sides, equal_data, failed
 
 
 # ------------------------------------------------------------------------------------------------ the results
 
 
+def freedom(sides):
+    """Degrees of freedom of the one variance of some sides."""
+    return sum(len(side.losses) - 1 for side in sides)
+
+
 def possible_means(sides, rng):
-    """What the true means of sides of one variance could be, given their seeds: {index: (DRAWS,)}. Means
-    alone if no side has two seeds."""
-    freedom = sum(len(side.losses) - 1 for side in sides)
+    """What the true means of sides of one variance could be, given their seeds: a list of (DRAWS,)."""
     squares = sum(((np.array(side.losses) - side.group.mean) ** 2).sum() for side in sides)
-    sd = np.sqrt(squares / rng.chisquare(freedom, DRAWS)) if freedom else np.zeros(DRAWS)
+    sd = np.sqrt(squares / rng.chisquare(freedom(sides), DRAWS))
     return [side.group.mean + sd * rng.standard_normal(DRAWS) / math.sqrt(len(side.losses)) for side in sides]
 
 
@@ -188,73 +205,70 @@ class Result:
     high: float
 
 
-def interval(value, draws):
-    low, high = np.quantile(draws, (0.025, 0.975), method="nearest")
-    return Result(float(value), float(low), float(high))
+def factors(own, ends, flops):
+    """The FLOPs at which a baseline would end at TST's loss `own` (D,), linear in loss over log FLOPs between
+    neighbours of the losses `ends` (n, D) at ascending `flops` (n,) -> (D,); 0 or inf where none does."""
+    out = np.full_like(own, np.inf)
+    for f0, f1, l0, l1 in reversed(list(zip(flops, flops[1:], ends, ends[1:]))):  # the shortest one counts
+        share = np.clip((l0 - own) / np.where(l0 > l1, l0 - l1, 1), 0, 1)
+        out = np.where((l0 >= own) & (own >= l1), f0 * (f1 / f0) ** share, out)
+    return np.where(own > ends[0], 0.0, out)
 
 
 def results_of(tst, baselines, seed=0):
-    """({steps: how much higher the baseline ends}, the speed-up at equal loss)."""
-    rng = np.random.default_rng(seed)
-    (own,), others = possible_means([tst], rng), possible_means(list(baselines.values()), rng)
-    higher = {}
-    for (steps, side), means in zip(baselines.items(), others):
-        higher[steps] = interval(side.group.mean - tst.group.mean, means - own)
-
-    row = lambda side, loss: [{"step": side.steps, "flops": side.of("flops"), "val_loss": loss}]
-
-    def factor(tst_loss, losses):
-        relation, value = speedup(
-            row(tst, tst_loss), [row(*pair) for pair in zip(baselines.values(), losses)]
-        )
-        return {">": math.inf, "<": 0.0}.get(relation, value)
-
-    draws = np.array([factor(*losses) for losses in zip(own, zip(*others))])
-    return higher, interval(factor(tst.group.mean, [s.group.mean for s in baselines.values()]), draws)
+    """({steps: TST's loss minus the baseline's}, the speed-up at equal loss), of baselines that are done."""
+    rng, sides = np.random.default_rng(seed), list(baselines.values())
+    flops = [side.of("flops") / tst.of("flops") for side in sides]
+    own, ends = np.array([tst.group.mean]), np.array([[side.group.mean] for side in sides])
+    means = [*(own - ends), factors(own, ends, flops)]
+    draws = means
+    if freedom([tst]) and freedom(sides):
+        (own,), ends = possible_means([tst], rng), np.array(possible_means(sides, rng))
+        draws = [*(own - ends), factors(own, ends, flops)]
+    bounds = [np.quantile(draw, (0.025, 0.975), method="nearest") for draw in draws]
+    *against, gain = [Result(float(mean[0]), *map(float, pair)) for mean, pair in zip(means, bounds)]
+    return dict(zip(baselines, against)), gain
 
 
-def sentences(tst, baselines, equal_data, higher, gain, same_rate):
+def sentences(tst, baselines, equal_data, against, gain, same_rate):
     """What came out, for people."""
     lengths = [side.of("flops") / tst.of("flops") for side in baselines.values()]
-    spread = len(tst.losses) > 1 or any(len(side.losses) > 1 for side in baselines.values())
+    both = (("TST", [tst]), ("each baseline", baselines.values()))
+    single = [name for name, sides in both if not freedom(sides)]
 
     def times(x):
         bounds = {0.0: f"less than {min(lengths):.2f}", math.inf: f"more than {max(lengths):.2f}"}
         return bounds.get(x, f"{x:.2f}")
 
     def within(result, show):
-        if not spread:
-            return " (one seed, no interval)"
+        if single:
+            return f" (no interval: one seed of {' and of '.join(single)})"
         return f" (95 % {show(result.low)} to {show(result.high)})" * (result.low != result.high)
 
-    def ends(result):
-        words = "lower" if result.value >= 0 else "higher"
-        sign = 1 if result.value >= 0 else -1
-        show = lambda x: f"{sign * x:.4f}"
-        turned = Result(result.value, *((result.low, result.high) if sign > 0 else (result.high, result.low)))
-        return f"TST ends {sign * result.value:.4f} {words}{within(turned, show)}"
+    signed = "{:+.4f}".format
+    difference = lambda result: f"TST minus baseline {signed(result.value)}{within(result, signed)}"
 
-    yield f"Equal FLOPs: {ends(higher[tst.steps])}."
+    yield f"Equal FLOPs: {difference(against[tst.steps])}."
     yield f"Equal loss: a baseline needs {times(gain.value)} times the FLOPs of TST{within(gain, times)}."
-    if equal_data in higher:
+    if equal_data in against:
         cost = baselines[equal_data].of("flops") / tst.of("flops")
-        than = f"than a baseline that reads as much, in {cost:.2f} times the FLOPs"
-        yield f"Equal data: {ends(higher[equal_data])} {than}."
+        yield f"Equal data: {difference(against[equal_data])}, which takes {cost:.2f} times the FLOPs."
     yield (
         "Validation loss in nats per token, mean ± standard deviation of the seeds (how many). Intervals are "
         f"from the spread of the seeds alone. {same_rate}"
     )
 
 
-def table(tst, baselines, equal_data, higher):
+def table(tst, baselines, equal_data, against):
     """One line for TST and for each length of the baseline."""
-    cells = [["run", "steps", "FLOPs", "data", "val loss", "against TST"]]
+    cells = [["run", "steps", "FLOPs", "data", "val loss", "TST minus it"]]
     for side in (tst, *baselines.values()):
         is_for = ["equal FLOPs"] * (side.steps == tst.steps) + ["equal data"] * (side.steps == equal_data)
         name = tst.name if side is tst else ", ".join([side.name, *is_for])
-        ratios = [f"{side.of(key) / tst.of(key):.3g}x" for key in ("flops", "data_tokens")]
-        against = "" if side is tst else f"{higher[side.steps].value:+.4f}"
-        cells.append([name, f"{side.steps:,}", *ratios, side.group.text(), against])
+        ratio = lambda key, side=side: f"{side.of(key) / tst.of(key):.3g}x" if side.ends else "-"
+        minus = f"{against[side.steps].value:+.4f}" if side is not tst and side.ends else ""
+        line = [name, f"{side.steps:,}", ratio("flops"), ratio("data_tokens"), side.group.text(), minus]
+        cells.append(line)
     return markdown_table(cells)
 
 
@@ -330,15 +344,14 @@ def draw_ends(ax, tst, baselines, gain):
 
 def main(config, trainer=TRAINER):
     tst, baselines, equal_data, failed = train_sides(config, trainer)
-    if len(baselines) < 2:
-        raise UserError("baselines of one length alone are done; equal loss needs two")
-    higher, gain = results_of(tst, baselines)
+    done = {steps: side for steps, side in baselines.items() if side.ends}
+    against, gain = results_of(tst, done)
     own, other = (side.members[0].settings.get("learning_rate") for side in (tst, baselines[tst.steps]))
     same_rate = f"Learning rate: TST {own:g}, baseline {other:g}." if own else ""
-    text = table(tst, baselines, equal_data, higher)
-    text += "\n\n" + "\n\n".join(sentences(tst, baselines, equal_data, higher, gain, same_rate))
+    text = table(tst, baselines, equal_data, against)
+    text += "\n\n" + "\n\n".join(sentences(tst, done, equal_data, against, gain, same_rate))
     members = [member for side in (tst, *baselines.values()) for member in side.members]
-    picture = lambda path: draw(tst, baselines, equal_data, gain, path)
+    picture = lambda path: draw(tst, done, equal_data, gain, path)
     write_results("compare", config, text, members, picture, failed)
 
 

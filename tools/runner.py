@@ -31,6 +31,7 @@ SUPERPOSITION = {"bag_size", "superposition_ratio", "superposition", "loss", "ba
 SUPERPOSITION |= {"document_bags", "reinit_at_switch"}
 # and these where another knob has another value: {knob: (the other, that value, what to take it for)}
 IDLE = {"fitted": ("bag_weights", "fitted", ""), "matrix_learning_rate": ("optimizer", "muon", 0.0)}
+COMMAS = {"dataset", "reinit_at_switch"}  # one value of these may hold commas
 OURS = {"resume", "overwrite", "allow_changes"}  # a member's folder decides these
 SHORT = {"bag_size": "s", "superposition_ratio": "r", "learning_rate": "lr", "seed": "seed"}  # in names
 
@@ -95,9 +96,10 @@ def places(argv, config):
     return [arg if is_own(arg) else arg[2:] for arg in argv]
 
 
-def alternatives(text):
-    """The values in "a,b,c", or, where there is a semicolon, in "a;b,c;d" (a last, empty one is none)."""
-    return text.removesuffix(";").split(";") if ";" in text else text.split(",")
+def alternatives(key, text):
+    """The values in "a,b,c", or, of a knob in COMMAS or where there is a semicolon, in "a;b,c;d" (a last,
+    empty one is none)."""
+    return text.removesuffix(";").split(";") if key in COMMAS or ";" in text else text.split(",")
 
 
 def read_arguments(arguments, knobs, own):
@@ -117,7 +119,7 @@ def read_arguments(arguments, knobs, own):
             raise UserError(f"{where}: runs go on, or start anew, as their folders say; leave --{key} out")
         if key in knobs and not equals and knobs[key].type is not bool:
             raise UserError(f"{where}: write --{key}=VALUE")
-        values = alternatives(text) if equals else [True]
+        values = alternatives(key, text) if equals else [True]
         grid[key] = list(dict.fromkeys(typed(knobs.get(key), key, v, where, known) for v in values))
     return settings, files, grid
 
@@ -130,15 +132,15 @@ def is_ordinary(settings):
 def make_member(settings, files, chosen, varied, out_dir):
     """The run with the knobs `chosen` over `settings`, told from its neighbours by those in `varied`."""
     full = {k: v for k, v in (settings | chosen).items() if k not in FREE}
-    for knob, (reader, value, nothing) in IDLE.items():
-        if knob in full and full[reader] != value:
-            full[knob] = nothing
-    point = {k: chosen[k] for k in varied if k in chosen}
-    if is_ordinary(full):
-        chosen = {k: v for k, v in chosen.items() if k not in SUPERPOSITION} | {"bag_size": 1}
-        full = {k: v for k, v in full.items() if k not in SUPERPOSITION} | {"bag_size": 1}
-        if any(k in SUPERPOSITION for k in point):
-            point = {"bag_size": 1} | {k: v for k, v in point.items() if k not in SUPERPOSITION}
+    idle = {k for k, (reader, value, _) in IDLE.items() if k in full and full[reader] != value}
+    full |= {k: IDLE[k][2] for k in idle}
+    ordinary = {"bag_size": 1} if is_ordinary(full) else {}
+    if ordinary:
+        idle |= SUPERPOSITION
+        full = {k: v for k, v in full.items() if k not in SUPERPOSITION} | ordinary
+    chosen = {k: v for k, v in chosen.items() if k not in idle}
+    point = (ordinary if SUPERPOSITION & set(varied) else {}) | {k: chosen[k] for k in varied if k in chosen}
+    chosen |= ordinary
     words = [f"{SHORT.get(k, k + '=')}{shown(v).rstrip('/').rpartition('/')[2]}" for k, v in point.items()]
     name = re.sub(r"[^\w.+=-]", "-", "_".join(words)) or "run"
     arguments = [*files, *(f"--{k}={v}" for k, v in chosen.items())]
@@ -198,13 +200,14 @@ def cores():
 def find_gpus(text):
     """Identifiers for CUDA_VISIBLE_DEVICES: of the knob `gpus`, or all that this process may use."""
     if text != "auto":
-        return [] if text == "none" else text.split(",")
+        return [""] if text == "none" else text.split(",")
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.split()
+    done = subprocess.run(query, capture_output=True, text=True)
+    return [] if done.returncode else done.stdout.split()  # without its driver it prints a message there
 
 
 def start(member, trainer, threads, gpu):
@@ -273,30 +276,45 @@ class Progress:
     def __init__(self, members):
         self.members, self.failed = members, {}  # {name: why}
         self.steps = {member.name: member.step() for member in members}
-        self.before, self.began, self.shown_at = sum(self.steps.values()), time.monotonic(), 0.0
+        self.made, self.busy = 0, 0.0  # steps since we began, and seconds of all runs together
+        self.began = self.looked_at = time.monotonic()
+
+    def look(self, running):
+        """See how far the runs are."""
+        now = time.monotonic()
+        self.busy, self.looked_at = self.busy + len(running) * (now - self.looked_at), now
+        for m in self.members:
+            if m in running or self.steps[m.name] < m.steps:
+                # after a kill a run goes on from its checkpoint, before the last step that it had logged
+                self.made += max(0, (step := m.step()) - self.steps[m.name])
+                self.steps[m.name] = step
 
     def line(self, running):
-        self.steps |= {m.name: m.step() for m in self.members if self.steps[m.name] < m.steps}
+        self.look(running)
         done = sum(self.steps[m.name] >= m.steps for m in self.members if m not in running)
         left = [m.steps - self.steps[m.name] for m in self.members if m.name not in self.failed]
-        made, elapsed = sum(self.steps.values()) - self.before, time.monotonic() - self.began
         parts = [f"{done} of {len(self.members)} done"]
         parts += [f"{len(self.failed)} failed"] * bool(self.failed)
         parts += [", ".join(f"{m.name} {self.steps[m.name] / m.steps:.0%}" for m in running)] * bool(running)
-        minutes = math.ceil(sum(left) * elapsed / made / 60) if made > 0 else None
-        return " | ".join([*parts, f"eta {minutes // 60}h{minutes % 60:02d}m" if made > 0 else "eta unknown"])
+        if not self.made:
+            return " | ".join([*parts, "eta unknown"])
+        # all of it at the pace of all runs together, but the longest one at that of one run
+        work = max(sum(left) * (self.looked_at - self.began), max(left, default=0) * self.busy)
+        minutes = math.ceil(work / self.made / 60)
+        return " | ".join([*parts, f"eta {minutes // 60}h{minutes % 60:02d}m"])
 
     def say(self, running, event=""):
-        terminal = sys.stdout.isatty()
+        terminal, late = sys.stdout.isatty(), time.monotonic() - self.looked_at > 1
         if event:
             print(f"\r\033[K{event}" if terminal else event)
-        if event or terminal and time.monotonic() - self.shown_at > 1:
+        if event or terminal and late:
             line = self.line(running)
             if terminal:
                 print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
             else:
                 print(line, flush=True)
-            self.shown_at = time.monotonic()
+        elif late:
+            self.look(running)
 
 
 def run_members(members, jobs=0, threads=0, gpus="none", trainer=TRAINER):

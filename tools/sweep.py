@@ -2,10 +2,10 @@
 
     python -m tools.sweep config/curves.py --bag_size=1,2,4 --superposition_ratio=0.2,0.3 --seed=1,2 --jobs=2
 
-Any knob of train.py may take several values, between commas; where a value holds a comma itself, between
-semicolons ('--reinit_at_switch=;embedding,head;optimizer' is three). Combinations that are one and the same
-run are trained once: ordinary training (bag size 1, or no superposition) has no use for the knobs of
-superposition.
+Any knob of train.py may take several values, between commas; dataset and reinit_at_switch, of which one value
+may hold commas, between semicolons ('--reinit_at_switch=;embedding,head;optimizer' is three). Combinations
+that are one and the same run are trained once: ordinary training (bag size 1, or no superposition) has no use
+for the knobs of superposition, nor AdamW for Muon's.
 
 Start the same command again, or a larger grid in the same out_dir, and it goes on: what is done is skipped,
 what was cut off is resumed, what failed is tried again. Ctrl-C stops all runs at a checkpoint.
@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,9 @@ from nanotst import UserError
 from nanotst.configurator import run
 from tools.picture import COLORS, new_figure, save_picture, tidy
 from tools.runner import (
+    IDLE,
     SHORT,
+    SUPERPOSITION,
     TRAINER,
     find_folders,
     knobs_of,
@@ -39,14 +42,15 @@ from tools.runner import (
     run_members,
     shown,
 )
-from tools.runs import markdown_table
+from tools.runs import FREE, markdown_table
 
 
 @dataclass
 class Config:
     """Usage: python -m tools.sweep [CONFIG.py ...] --key=VALUE[,VALUE ...] ... [--jobs=N]
 
-    The keys are those of train.py; several values make a grid. Beside them:"""
+    The keys are those of train.py; several values make a grid. Those of dataset and reinit_at_switch stand
+    between semicolons, since a value of these may hold commas. Beside them:"""
 
     arguments: list[str]  # config files and knobs of train.py
 
@@ -72,6 +76,8 @@ def plan(arguments, out_dir, trainer=TRAINER):
     knobs = knobs_of(trainer)
     settings, files, grid = read_arguments(arguments, knobs, Config)
     varied = sorted((k for k, values in grid.items() if len(values) > 1), key=lambda k: k == "seed")
+    if free := [k for k in varied if k in FREE]:
+        raise UserError(f"--{free[0]} takes one value: nothing is learned otherwise with another")
     distinct = {}
     for values in itertools.product(*grid.values()):
         member = make_member(settings, files, dict(zip(grid, values)), varied, out_dir)
@@ -81,12 +87,9 @@ def plan(arguments, out_dir, trainer=TRAINER):
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two runs would be called {twice.pop()}: a folder's name cannot tell them apart")
     find_folders(members, out_dir, knobs)
-    combinations = math.prod(map(len, grid.values()))
-    if len(members) < combinations:
-        print(
-            f"{combinations} combinations are {len(members)} runs: without superposition its knobs do nothing"
-        )
-    return members, varied
+    if len(members) < (combinations := math.prod(map(len, grid.values()))):
+        print(f"{combinations} combinations are {len(members)} runs: some differ in what does nothing there")
+    return members, [k for k in varied if any(k in member.point for member in members)]
 
 
 # -------------------------------------------------------------------------------------------------- the table
@@ -115,7 +118,7 @@ class Group:
 
     def text(self):
         if not self.losses:
-            return "failed"
+            return "not done"
         n = f"{len(self.losses)}" + ("" if len(self.losses) == self.planned else f" of {self.planned}")
         spread = f" ± {self.sd:.4f}" if len(self.losses) > 1 else ""
         return f"{self.mean:.4f}{spread} ({n}{', ' + self.note if self.note else ''})"
@@ -139,13 +142,13 @@ def take_best(groups, knob):
     alike, edges = {}, 0
     for group in groups:
         rest = {k: v for k, v in group.point.items() if k != knob}
-        alike.setdefault(json.dumps(rest), []).append(group)
+        alike.setdefault(json.dumps(rest, sort_keys=True), []).append(group)
     chosen = []
     for rest, candidates in alike.items():
         best = min(candidates, key=lambda g: (not g.whole, g.mean if g.losses else math.inf))
-        values = sorted(g.point[knob] for g in candidates if knob in g.point)
+        values = [g.point[knob] for g in candidates if knob in g.point]
         note = f"{SHORT.get(knob, knob)} {shown(best.point[knob])}" if knob in best.point else ""
-        edges += len(values) > 1 and best.point[knob] in (values[0], values[-1])
+        edges += len(values) > 1 and is_scale(values) and best.point[knob] in (min(values), max(values))
         chosen.append(dataclasses.replace(best, point=json.loads(rest), note=note))
     return chosen, edges
 
@@ -194,18 +197,29 @@ def axes_of(varied, config):
     for key in (config.rows, config.columns):
         if key and key not in varied:
             raise UserError(f"{key} does not vary here; what varies: {', '.join(varied) or 'nothing'}")
+        if key == "seed":
+            raise UserError("seed is no axis: a cell is the mean of the seeds")
     if config.rows and config.rows == config.columns:
         raise UserError("rows and columns must be two knobs")
     free = [k for k in varied if k != "seed" and (k != config.best_of or k in (config.rows, config.columns))]
     if not free and config.best_of in varied:  # nothing else varies: then it is what the table is about
         free = [config.best_of]
-    take = lambda wanted: wanted if wanted in free else ""
-    columns = config.columns or (take("bag_size") if config.rows != "bag_size" else "")
-    rows = config.rows or (take("superposition_ratio") if columns != "superposition_ratio" else "")
-    left = [k for k in free if k not in (rows, columns)]
-    columns = columns or (left.pop(0) if left else "")
-    rows = rows or (left.pop(0) if left else "")
-    return rows, columns, left
+    first = lambda k: (k != config.columns, k == config.rows, k != "bag_size", k == "superposition_ratio")
+    columns, *free = sorted(free, key=first) or [""]
+    rows, *others = sorted(free, key=lambda k: (k != config.rows, k != "superposition_ratio")) or [""]
+    return rows, columns, others
+
+
+def everywhere(groups, knobs):
+    """The groups, those in which one of the knobs does nothing at each of its values. Ordinary training stays
+    as it is, without the knobs of superposition."""
+    for knob in knobs:
+        values = dict.fromkeys(group.point[knob] for group in groups if knob in group.point)
+        old, groups = groups, []
+        for g in old:
+            stays = knob in g.point or knob in SUPERPOSITION and g.point.get("bag_size") == 1
+            groups += [g] if stays else [dataclasses.replace(g, point=g.point | {knob: v}) for v in values]
+    return groups
 
 
 def tables_of(members, varied, config):
@@ -213,20 +227,22 @@ def tables_of(members, varied, config):
     besides."""
     groups, edges = groups_of(members), 0
     rows, columns, others = axes_of(varied, config)
+    groups = everywhere(groups, IDLE.keys() & {rows, columns, *others})
     if config.best_of in varied and config.best_of not in (rows, columns):
         groups, edges = take_best(groups, config.best_of)
-    in_grid = lambda group: all(k in group.point for k in (rows, columns) if k)
-    combinations = [tuple(group.point.get(k) for k in others) for group in groups if in_grid(group)]
+    axes = {rows, columns} - {""}
+    whole = [group for group in groups if {*axes, *others} <= group.point.keys()]
     tables = []
-    for combination in dict.fromkeys(combinations or [()]):
+    for combination in dict.fromkeys([tuple(group.point[k] for k in others) for group in whole] or [()]):
         here = dict(zip(others, combination))
         # ordinary training has no knobs of superposition, and belongs to every table
         mine = [g for g in groups if all(g.point.get(k, v) == v for k, v in here.items())]
-        cells = {(g.point.get(rows), g.point.get(columns)): g for g in mine if in_grid(g)}
-        baselines, across, down = [g for g in mine if not in_grid(g)], columns, rows
+        grid = [g for g in mine if axes <= g.point.keys()]
+        cells = {(g.point.get(rows, ""), g.point.get(columns, "")): g for g in grid}
+        baselines, across, down = [g for g in mine if not axes <= g.point.keys()], columns, rows
         if rows and len(values := {column for _, column in cells}) == 1:  # then the rows stand side by side
             here |= {columns: values.pop()}
-            cells, across, down = {(None, row): g for (row, _), g in cells.items()}, rows, ""
+            cells, across, down = {("", row): g for (row, _), g in cells.items()}, rows, ""
         title = ", ".join(f"{k} {shown(v)}" for k, v in here.items())
         tables.append(Table(title, down, across, cells, baselines))
     return tables, edges
@@ -237,8 +253,9 @@ def markdown(tables, edges, config):
     lines = []
     for table in tables:
         lines += [f"**{table.title}**", ""] * bool(table.title)
-        best = table.best
-        mark = lambda group, best=best: f"**{group.text()}**" if group is best else group.text()
+        lowest = table.best and table.best.mean  # of a whole group, which may stand in several cells
+        is_best = lambda group, lowest=lowest: group.whole and group.mean == lowest
+        mark = lambda group, is_best=is_best: f"**{group.text()}**" if is_best(group) else group.text()
         for group in table.baselines:
             about = {k: v for k, v in group.point.items() if k != "bag_size"}
             name = "".join(f", {k} {shown(v)}" for k, v in about.items())
@@ -280,7 +297,7 @@ def write_results(tool, config, text, members, draw, failed):
     missing, or runs failed."""
     out_dir = Path(config.out_dir)
     print(text)
-    command = " ".join([f"python -m tools.{tool}", *sys.argv[1:]])
+    command = f"python -m tools.{tool} {shlex.join(sys.argv[1:])}"
     (out_dir / "table.md").write_text(f"{text}\n\n`{command}`\n")
     write_csv(members, out_dir / "runs.csv")
     if config.plot:
@@ -398,6 +415,8 @@ def draw_map(fig, ax, table):
 def main(config, trainer=TRAINER):
     members, varied = plan(config.arguments, config.out_dir, trainer)
     axes_of(varied, config)  # before hours of training
+    if config.best_of not in {"none", *knobs_of(trainer)} - {"seed"}:
+        raise UserError(f"--best_of takes a knob of train.py but the seed, or none, got {config.best_of!r}")
     failed = {}
     if config.train:
         failed = run_members(members, config.jobs, config.threads, config.gpus, trainer)
