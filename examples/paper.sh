@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's experiments, and those that it leaves open: a sweep each, at any scale.
+# The paper's experiments, and those that it leaves open: a command each, at any scale.
 #
 #     bash examples/paper.sh                     all, at the scale of results/paper: hours on two CPU cores
 #     bash examples/paper.sh bag_size ratio      some
@@ -8,10 +8,13 @@
 # Experiments share their runs, and go on where they were cut off. For each, OUT holds NAME.md, NAME.csv and
 # NAME.png. Their values are in the lines below: edit them for another scale.
 set -eu
-config=${CONFIG:-config/small.py} dataset=${DATASET:-python_source} seeds=${SEEDS:-1,2,3}
-out=${OUT:-out/paper} python=${PYTHON:-python} machine="--jobs=${JOBS:-1} --threads=${THREADS:-0}"
+trap 'exit 130' INT TERM
+config=${CONFIG:-config/small.py} seeds=${SEEDS:-1,2,3} out=${OUT:-out/paper} python=${PYTHON:-python}
+dataset=${DATASET:-$(sed -n 's/^dataset = "\(.*\)".*/\1/p' "$config")}
+machine="--jobs=${JOBS:-1} --threads=${THREADS:-0}"
+failed=
 
-keep() {  # what a tool says in the end, by the name of the experiment
+keep() {  # NAME FOLDER: what a tool has written there, by the name of the experiment
     for ending in md csv png; do
         for written in "$2"/table.$ending "$2"/runs.$ending "$2"/sweep.$ending "$2"/compare.$ending; do
             [ ! -e "$written" ] || mv "$written" "$out/$1.$ending"
@@ -19,10 +22,13 @@ keep() {  # what a tool says in the end, by the name of the experiment
     done
 }
 
-sweep() {  # NAME, grid; the runs go to runs, unless they are not to be told from those by what varies
+# sweep NAME KNOBS: runs are in OUT/runs, which experiments share. Set $runs where knobs outside the grid
+# differ: folders are named by the grid alone. What fails stops nothing else, and is said at the end.
+sweep() {
     name=$1 folder=$out/${runs:-runs}; shift
     echo "---- $name"
-    "$python" -m tools.sweep "$config" --seed="$seeds" --out_dir="$folder" $machine "$@"
+    "$python" -m tools.sweep "$config" --dataset="$dataset" --seed="$seeds" --out_dir="$folder" $machine "$@" ||
+        failed="$failed $name"
     keep "$name" "$folder"
 }
 
@@ -31,16 +37,18 @@ sweep() {  # NAME, grid; the runs go to runs, unless they are not to be told fro
 rates() { sweep rates --bag_size=1,2,4 --learning_rate=4e-3,8e-3,1.6e-2 --rows=learning_rate --best_of=none; }
 bag_size() { sweep bag_size --bag_size=1,2,3,4,6,8; }
 ratio() { sweep ratio --bag_size=1,2 --superposition_ratio=0.1,0.2,0.3,0.4,0.5,0.6; }
+grid() { sweep grid --bag_size=1,2,4 --superposition_ratio=0.1,0.2,0.3,0.4; }
 sides() { sweep sides --bag_size=1,2,4 --superposition=full,input,output; }
 losses() { sweep losses --bag_size=1,2 --loss=mce,mce_alt,bce,hinge; }
-reinit() { sweep reinit --bag_size=1,2 --reinit_at_switch=';embedding;head;optimizer'; }
+reinit() { sweep reinit --bag_size=1,2 --reinit_at_switch=';embedding;head;embedding,head;optimizer'; }
 weights() {
     "$python" -m tools.fit_mi --dataset="$dataset" --out="$out/fitted.json"
     kinds=uniform,power,exponential,first,fitted
     sweep weights --bag_size=1,2,8 --bag_weights=$kinds --fitted="$out/fitted.json"
 }
-compare() {  # equal FLOPs, equal loss, equal data
-    "$python" -m tools.compare "$config" --seeds="$seeds" --lengths=1,1.5,2 --out_dir="$out/runs" $machine
+compare() { # equal FLOPs, equal loss, equal data
+    "$python" -m tools.compare "$config" --dataset="$dataset" --seeds="$seeds" --lengths=1,1.5,2 \
+        --out_dir="$out/runs" $machine || failed="$failed compare"
     keep compare "$out/runs"
 }
 
@@ -48,33 +56,56 @@ compare() {  # equal FLOPs, equal loss, equal data
 
 step_down() { sweep step_down --bag_size=1,2,4,8,4-2,8-4-2; }
 documents() { sweep documents --bag_size=1,2,4 --document_bags=False,True; }
-muon() { sweep muon --bag_size=1,2 --optimizer=adamw,muon --matrix_learning_rate="${MUON_RATE:-0}"; }
-muon_rates() { sweep muon_rates --bag_size=1,2 --optimizer=muon --matrix_learning_rate=4e-3,0,1.6e-2; } # 0: 8e-3
+muon() { sweep muon --bag_size=1,2 --optimizer=adamw,muon; }
+muon_rates() { # 0: the same as AdamW's, 8e-3
+    sweep muon_rates --bag_size=1,2 --optimizer=muon --matrix_learning_rate=4e-3,0,1.6e-2
+}
 window() { sweep window --bag_size=1,2 --attention_window=0,32; }
 schedule() { sweep schedule --bag_size=1,2 --schedule=wsd,cosine; }
 experts() { runs=experts sweep experts --bag_size=1,2 --n_expert=8 --top_k=2 --ff_dim=96; }
 texts() { # prepare them first: --out_dir=data/english, and data/english_1024 with a vocabulary of 1,024
     for text in ${TEXTS:-english english_1024}; do
-        runs=$text sweep "$text" --dataset="$text" --bag_size=1,2
+        dataset=$text runs=$text sweep "$text" --bag_size=1,2
     done
 }
 repeat() { # corpora so small that TST, s 2 and r 0.3, reads them 2, 4, 8 and 16 times
     for times in ${TIMES:-2 4 8 16}; do
-        "$python" -m examples.small_corpus "$dataset" "$out/repeat_$times" --tokens=$((10649600 / times))
-        runs=repeat_${times}_runs sweep "repeat_$times" --dataset="$out/repeat_$times" --bag_size=1,2
+        small=$out/repeat_$times
+        "$python" -m examples.small_corpus "$dataset" "$small" --tokens=$((10649600 / times))
+        dataset=$small runs=repeat_${times}_runs sweep "repeat_$times" --bag_size=1,2
     done
 }
 size_400k() { # three blocks of width 96, as many bytes a parameter
-    runs=size_400k sweep size_400k --bag_size="${SIZES:-1,2,3,4,6}" --n_layer=3 --n_embd=96 --max_steps=2750 \
-        --learning_rate="${RATES:-6e-3}"
+    runs=size_400k sweep size_400k --bag_size="${SIZES:-1,2,4,6}" --n_layer=3 --n_embd=96 --max_steps=2750 \
+        --learning_rate="${RATES:-3e-3}"
 }
 size_1200k() { # four blocks of width 160, as many bytes a parameter: over an hour a run on one core
-    runs=size_1200k sweep size_1200k --bag_size="${SIZES:-1,2,3,4,6}" --n_layer=4 --n_embd=160 \
-        --max_steps=8700 --learning_rate="${RATES:-4e-3}"
+    runs=size_1200k sweep size_1200k --bag_size="${SIZES:-1,2,4,6,8}" --n_layer=4 --n_embd=160 \
+        --max_steps=8700 --learning_rate="${RATES:-2e-3}"
 }
 
-all="rates bag_size ratio sides losses reinit weights compare step_down documents muon_rates muon window"
-all="$all schedule experts texts repeat size_400k size_1200k"
+# ------------------------------------------------------------------- what is asked of the models of bag_size
+
+checkpoints() { # of bags of $1 tokens
+    awk -F, -v s="$1" -v runs="$out/runs" '$2 == s {print runs "/" $1 "/last.pt"}' "$out/bag_size.csv"
+}
+positions() { # loss by tokens of context, and on text of another kind
+    labels=$({ checkpoints 1 | sed 's/.*/baseline/'; checkpoints 2 | sed 's/.*/TST/'; } | paste -sd, -)
+    evaluate="$python -m tools.evaluate $(checkpoints 1) $(checkpoints 2) --labels=$labels"
+    $evaluate --dataset="$dataset" --by_position --out="$out/positions.png" | tee "$out/positions.md"
+    $evaluate --dataset="${OTHER:-english}" --eval_positions=262144 | tee "$out/other_text.md"
+}
+tasks() { # lm-eval; see examples/lm_eval_local
+    "$python" -m examples.lm_eval_local.make_tasks --dataset="$dataset" --out_dir="$out/tasks"
+    for checkpoint in $(checkpoints 1) $(checkpoints 2); do
+        "$python" -m tools.export "$checkpoint" "$out/hf" --overwrite
+        HF_HUB_OFFLINE=1 "$python" -m lm_eval --model hf --model_args pretrained="$out/hf",dtype=float32 \
+            --device cpu --include_path "$out/tasks" --tasks last_word,swapped_words --batch_size 32
+    done
+}
+
+all="rates bag_size ratio grid sides losses reinit weights compare step_down documents muon muon_rates window"
+all="$all schedule experts texts repeat size_400k size_1200k positions tasks"
 mkdir -p "$out"
 for experiment in ${@:-$all}; do
     case " $all " in
@@ -82,3 +113,4 @@ for experiment in ${@:-$all}; do
     *) echo "error: no experiment $experiment; there are $all" >&2; exit 1 ;;
     esac
 done
+[ -z "$failed" ] || { echo "error: of these some runs failed, start again to go on:$failed" >&2; exit 1; }

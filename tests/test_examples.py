@@ -33,6 +33,8 @@ def test_the_experiments_of_the_paper_are_command_lines_that_work(tmp_path):
         f'#!/bin/sh\nfor argument; do printf "%s\\n" "$argument" >> {log}; done\necho "" >> {log}\n'
     )
     python.chmod(0o755)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "bag_size.csv").write_text("run,bag_size,seed\ns1_seed1,1,1\ns2_seed1,2,1\n")
     env = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUT": str(tmp_path / "out")}
     script = str(ROOT / "examples" / "paper.sh")
     done = subprocess.run(["bash", script], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -51,5 +53,14 @@ def test_the_experiments_of_the_paper_are_command_lines_that_work(tmp_path):
                 train.check(parse(train.Config, member.arguments), 1)
     names = [call[1] for call in calls]
     assert names.count("tools.sweep") > 15 and "tools.compare" in names and "tools.fit_mi" in names
+    assert [name for name in names if "evaluate" in name or "export" in name or "lm_eval" in name] == [
+        "tools.evaluate", "tools.evaluate", "examples.lm_eval_local.make_tasks",
+        "tools.export", "lm_eval", "tools.export", "lm_eval",
+    ]  # fmt: skip
+    evaluated = next(call for call in calls if call[1] == "tools.evaluate")
+    assert evaluated[2:5] == [
+        f"{tmp_path}/out/runs/s1_seed1/last.pt", f"{tmp_path}/out/runs/s2_seed1/last.pt",
+        "--labels=baseline,TST",
+    ]  # fmt: skip
     unknown = subprocess.run(["bash", script, "nothing"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert unknown.returncode == 1 and "no experiment nothing; there are rates" in unknown.stderr
