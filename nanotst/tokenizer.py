@@ -1,5 +1,4 @@
-"""
-Text to token ids and back: the one place that knows about vocabularies.
+"""Text to token ids and back: the one place that knows about vocabularies.
 
 get_tokenizer(name) takes
   "bytes"                   the 256 byte values; needs no vocabulary file and no package
@@ -8,8 +7,8 @@ get_tokenizer(name) takes
                             split pattern nor special tokens. One of 128,000 ranks gets those of Llama 3, any
                             other gets its pattern and a single <|endoftext|>, which `note` says
 
-The name is stored as "encoding" in a dataset's meta.json. A dataset made with a rank file keeps a
-copy of it, so get_tokenizer(meta["encoding"], folder=DATASET_FOLDER) opens the right one.
+The name is stored as "encoding" in a dataset's meta.json. A dataset made with a rank file keeps a copy of it,
+so get_tokenizer(meta["encoding"], folder=DATASET_FOLDER) opens the right one.
 """
 
 import base64
