@@ -47,7 +47,9 @@ class GPTConfig:
     attention_window: int = 0  # positions that a position sees, itself included; 0: all before it
     n_expert: int = 0  # 0: dense
     top_k: int = 0  # experts per position
-    balance_bias: bool = False  # MoE: choose experts by probability plus a bias that evens out their load
+    balance_bias: bool = (
+        False  # MoE: choose experts by probability plus a bias that evens out their load
+    )
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: 1/3 more FLOPs
 
     def __post_init__(self):
@@ -59,11 +61,17 @@ class GPTConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+            raise ValueError(
+                f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"
+            )
         if self.balance_bias and not self.n_expert:
-            raise ValueError("balance_bias belongs to a mixture of experts: give n_expert and top_k, too")
+            raise ValueError(
+                "balance_bias belongs to a mixture of experts: give n_expert and top_k, too"
+            )
         if self.n_expert and not 1 <= self.top_k <= self.n_expert:
-            raise ValueError(f"top_k must be between 1 and n_expert {self.n_expert}, got {self.top_k}")
+            raise ValueError(
+                f"top_k must be between 1 and n_expert {self.n_expert}, got {self.top_k}"
+            )
         if self.n_expert and (self.ff_dim % 8 or self.n_embd % 8):
             raise ValueError(
                 "a mixture of experts needs n_embd and ff_dim in multiples of 8 (16 bytes, for grouped_mm)"
@@ -186,7 +194,9 @@ class MoE(nn.Module):
         self.router = Router(C, E, bias=False)
         self.gate_up = nn.Parameter(torch.empty(E, C, 2 * config.ff_dim))
         self.down = nn.Parameter(torch.empty(E, config.ff_dim, C))
-        if self.balance_bias:  # added to the probabilities for the choice alone, see GPT.balance_experts
+        if (
+            self.balance_bias
+        ):  # added to the probabilities for the choice alone, see GPT.balance_experts
             self.register_buffer("bias", torch.zeros(E))
 
     def forward(self, x, load_share=None):
@@ -300,7 +310,9 @@ class GPT(nn.Module):
             if self.config.balance_bias:
                 block.mlp.bias.zero_()
 
-    def forward(self, bags, labels=None, weights=None, loss="mce", load_shares=None, bag_share=None):
+    def forward(
+        self, bags, labels=None, weights=None, loss="mce", load_shares=None, bag_share=None
+    ):
         """Token ids to logits, or to the loss.
 
         bags (B, L, s), ordinary tokens being bags of one, or (B, L) for short. Without labels: logits (B, L,
@@ -355,7 +367,9 @@ class GPT(nn.Module):
         norms = sum(p.numel() for p in self.parameters() if p.dim() == 1)
         return 6 * (
             self.n_params(active=True, embedding=False) - norms
-        ) + 12 * c.n_layer * c.n_head * c.head_dim * min(c.block_size, c.attention_window or c.block_size)
+        ) + 12 * c.n_layer * c.n_head * c.head_dim * min(
+            c.block_size, c.attention_window or c.block_size
+        )
 
     @torch.no_grad()
     def generate(self, tokens, n, temperature=1.0, top_k=None, generator=None):
@@ -369,6 +383,8 @@ class GPT(nn.Module):
                 if top_k:
                     kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits[logits < kth] = -torch.inf
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[
+                    :, 0
+                ]
             tokens = torch.cat((tokens, new[:, None]), dim=1)
             yield new

@@ -27,7 +27,9 @@ class Config:
     temperature: float = 0.8  # below 1 likely tokens become likelier; 0: always the likeliest
     top_k: int = 50  # choose among the likeliest k tokens; 0: among all
     seed: int = 1337  # the same seed gives the same text
-    data: str = ""  # folder of the corpus if it has moved since; only a vocabulary in a rank file needs it
+    data: str = (
+        ""  # folder of the corpus if it has moved since; only a vocabulary in a rank file needs it
+    )
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
@@ -74,7 +76,9 @@ def main(config):
     generator = torch.Generator(device).manual_seed(c.seed)
     for _ in range(c.n_samples):
         print(prompt, end="", flush=True)
-        text = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
+        text = codecs.getincrementaldecoder("utf-8")(
+            "replace"
+        )  # a token may end inside a character
         for token in model.generate(tokens, c.n_tokens, c.temperature, c.top_k, generator):
             if token.item() == tokenizer.separator:  # the end of the document
                 break

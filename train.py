@@ -57,7 +57,9 @@ class Config:
     # Run
     out_dir: str = "out/run"  # metrics.jsonl, config.json and checkpoints go here
     dataset: str = "python_source"  # a corpus, in data/ or elsewhere, or several, A:0.5,B:0.5
-    resume: bool = False  # go on from out_dir's last checkpoint, exactly; knobs not given are the run's
+    resume: bool = (
+        False  # go on from out_dir's last checkpoint, exactly; knobs not given are the run's
+    )
     allow_changes: bool = False  # with --resume: let knobs differ that change the training
     overwrite: bool = False  # start anew in an out_dir that holds a run
     init_from: str = ""  # initial weights: a checkpoint of ours, or hf:FOLDER of Hugging Face's
@@ -66,7 +68,9 @@ class Config:
     # Token superposition: the first superposition_ratio of the steps train on bags of bag_size tokens
     bag_size: int | str = 1  # s; 1 is ordinary training, 8-4-2 steps down
     superposition_ratio: float = 0.3  # r
-    superposition: Literal[MODES] = "full"  # bags in the input and the target, or in one of them alone
+    superposition: Literal[MODES] = (
+        "full"  # bags in the input and the target, or in one of them alone
+    )
     loss: Literal[tuple(LOSSES)] = "mce"  # of bags; ordinary steps always use cross-entropy
     bag_weights: Literal[BAG_WEIGHTS] = "uniform"  # of the tokens of a bag in the loss mce
     document_bags: bool = False  # bags mix no documents: only that of a bag's last token counts
@@ -92,15 +96,21 @@ class Config:
     top_k: int = 0  # experts per position
     balance_coef: float = 0.001  # of the load-balancing loss, which is top_k when balanced
     z_coef: float = 0.0  # of the router's z-loss
-    balance_bias: bool = False  # choose experts by probability plus a bias that evens out their load
+    balance_bias: bool = (
+        False  # choose experts by probability plus a bias that evens out their load
+    )
     balance_rate: float = 0.001  # by how much an optimizer step moves an expert's bias
 
     # Batch and schedule
     block_size: int = 128  # L, positions in a row
     total_batch: int = 8192  # positions per optimizer step over all ranks; a bag is one position
-    batch_size: int = 0  # rows per micro-batch of a rank, accumulation follows from it; 0: all rows at once
+    batch_size: int = (
+        0  # rows per micro-batch of a rank, accumulation follows from it; 0: all rows at once
+    )
     max_steps: int = 2000  # of the whole run; schedule and phases follow from it
-    optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # muon: for matrices of blocks, AdamW for the rest
+    optimizer: Literal[tuple(OPTIMIZERS)] = (
+        "adamw"  # muon: for matrices of blocks, AdamW for the rest
+    )
     learning_rate: float = 8e-3  # the peak
     matrix_learning_rate: float = 0.0  # of the matrices that Muon trains; 0: learning_rate
     schedule: Literal[SCHEDULES] = "wsd"  # warmup, constant, linear decay; or cosine
@@ -121,11 +131,17 @@ class Config:
 
     # Machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products; weights are float32
+    dtype: Literal["auto", "bfloat16", "float32"] = (
+        "auto"  # of matrix products; weights are float32
+    )
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto is on for cuda
     threads: int = 0  # CPU threads of a rank; 0: PyTorch's choice, or a rank's share of the cores
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # fsdp spreads the model over the ranks; auto: ddp
-    shard_size: int = 0  # fsdp: ranks that share one set of weights, such as those of a node; 0: all
+    parallel: Literal["auto", "ddp", "fsdp"] = (
+        "auto"  # fsdp spreads the model over the ranks; auto: ddp
+    )
+    shard_size: int = (
+        0  # fsdp: ranks that share one set of weights, such as those of a node; 0: all
+    )
 
 
 # knobs that may differ when a run is resumed: they do not change what is learned (what counts of the dataset
@@ -147,7 +163,9 @@ def read_fit(path):
             raise ValueError("c0 + a i^k is negative or infinite for an i up to 64")
         return fit
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"fitted={path} is not a file of tools.fit_mi ({type(e).__name__}: {e})") from None
+        raise UserError(
+            f"fitted={path} is not a file of tools.fit_mi ({type(e).__name__}: {e})"
+        ) from None
 
 
 REINIT = {"embedding": "embed.", "head": "head.", "optimizer": None}  # names of weights
@@ -186,15 +204,21 @@ def check(c, world_size):
     if not c.out_dir:
         raise UserError("out_dir must name a folder")
     if c.reinit_at_switch and (unknown := set(c.reinit_at_switch.split(",")) - REINIT.keys()):
-        raise UserError(f"reinit_at_switch takes {', '.join(REINIT)}, between commas, got {min(unknown)!r}")
+        raise UserError(
+            f"reinit_at_switch takes {', '.join(REINIT)}, between commas, got {min(unknown)!r}"
+        )
     if c.tie_embeddings and "head" in c.reinit_at_switch.split(","):
-        raise UserError("reinit_at_switch=head: with tie_embeddings the head is the embedding, name that")
+        raise UserError(
+            "reinit_at_switch=head: with tie_embeddings the head is the embedding, name that"
+        )
     if c.fitted and c.bag_weights != "fitted":
         raise UserError(f"fitted={c.fitted} belongs to bag_weights=fitted, not to {c.bag_weights}")
     if c.loss != "mce" and c.bag_weights != "uniform":
         raise UserError(f"bag_weights={c.bag_weights} belongs to loss=mce, not to loss={c.loss}")
     if c.n_embd % c.n_head and not c.head_dim:
-        raise UserError(f"n_embd {c.n_embd} must be a multiple of n_head {c.n_head} unless head_dim is given")
+        raise UserError(
+            f"n_embd {c.n_embd} must be a multiple of n_head {c.n_head} unless head_dim is given"
+        )
     batch_size = c.batch_size or 1
     if c.total_batch % (batch_size * c.block_size * world_size):
         raise UserError(
@@ -202,9 +226,13 @@ def check(c, world_size):
             f"block_size {c.block_size} x {world_size} ranks = {batch_size * c.block_size * world_size}"
         )
     try:
-        return phase_list(c.max_steps, bag_sizes(c.bag_size), c.superposition_ratio, c.superposition)
+        return phase_list(
+            c.max_steps, bag_sizes(c.bag_size), c.superposition_ratio, c.superposition
+        )
     except ValueError as e:
-        raise UserError(f"bag_size={c.bag_size}, superposition_ratio={c.superposition_ratio}: {e}") from None
+        raise UserError(
+            f"bag_size={c.bag_size}, superposition_ratio={c.superposition_ratio}: {e}"
+        ) from None
 
 
 def bag_sizes(bag_size):
@@ -214,7 +242,9 @@ def bag_sizes(bag_size):
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
-        raise UserError(f"bag_size must be at least 1, or several numbers such as 8-4-2, got {bag_size!r}")
+        raise UserError(
+            f"bag_size must be at least 1, or several numbers such as 8-4-2, got {bag_size!r}"
+        )
     return sizes
 
 
@@ -225,7 +255,9 @@ def evaluate(net, rows, batch_size, machine):
     net.eval()
     total = torch.zeros(2, device=machine.device)  # sum of the rows' losses, number of rows
     for part in rows.split(batch_size):
-        tokens = F.pad(part, (0, 0, 0, batch_size - len(part)), value=-1).to(machine.device)  # (B, L+1)
+        tokens = F.pad(part, (0, 0, 0, batch_size - len(part)), value=-1).to(
+            machine.device
+        )  # (B, L+1)
         n = (tokens[:, 0] >= 0).sum()
         labels = tokens[:, 1:, None].long()  # (B, L, 1)
         with machine.autocast():
@@ -238,7 +270,9 @@ def evaluate(net, rows, batch_size, machine):
 
 def main(c):
     # -------------------------------------------------------------------------------- machine, corpus, phases
-    phases = check(c, int(os.environ.get("WORLD_SIZE", 1)))  # TST: the steps on bags, then ordinary ones
+    phases = check(
+        c, int(os.environ.get("WORLD_SIZE", 1))
+    )  # TST: the steps on bags, then ordinary ones
     fit = read_fit(c.fitted) if c.fitted else {}
     machine = Machine.start(c)
     device, world_size, say = machine.device, machine.world_size, machine.say
@@ -283,12 +317,20 @@ def main(c):
         saved = resume(folder.newest(), model, optimizer, c, corpus, FREE_ON_RESUME)
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
         load_shares = saved["shares"].to(device) if c.n_expert else None
-        stream = TokenStream(sources, c.block_size, phases, **read, state=saved["stream"], step=step)
-        if saved["stream"] != stream.state() and not c.allow_changes:  # no knob has changed, so it is damaged
-            raise UserError(f"{folder.newest()} cannot be resumed: its place in the text is another run's")
+        stream = TokenStream(
+            sources, c.block_size, phases, **read, state=saved["stream"], step=step
+        )
+        if (
+            saved["stream"] != stream.state() and not c.allow_changes
+        ):  # no knob has changed, so it is damaged
+            raise UserError(
+                f"{folder.newest()} cannot be resumed: its place in the text is another run's"
+            )
         if saved.get("fit", fit) != fit and not c.allow_changes:
             was = f"this run has begun with {saved['fit']}"
-            raise UserError(f"fitted={c.fitted} holds {fit}, and {was}: put it back, or --allow_changes")
+            raise UserError(
+                f"fitted={c.fitted} holds {fit}, and {was}: put it back, or --allow_changes"
+            )
         folder.keep_rows(step)
     phases = stream.phases
     described = {
@@ -298,9 +340,13 @@ def main(c):
     folder.describe(described, c.wandb_project)
 
     # ---------------------------------------------------------------------- compilation, warmed up, and ranks
-    kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases if p.stop > step)  # each is a graph of its own
+    kinds = dict.fromkeys(
+        (p.n_in, p.n_out) for p in phases if p.stop > step
+    )  # each is a graph of its own
     # TST: of the tokens of a bag in the loss
-    weights = {n: bag_weights(c.bag_weights, n, **fit).to(device) for _, n in kinds if n > 1}  # (n_out,)
+    weights = {
+        n: bag_weights(c.bag_weights, n, **fit).to(device) for _, n in kinds if n > 1
+    }  # (n_out,)
 
     def forward(net, tokens, n_in, n_out):
         """Rows (B, L*n_in + n_out) -> what is minimised, the loss of tokens in it, experts' statistics."""
@@ -314,7 +360,9 @@ def main(c):
             loss, routing = net(bags, labels, weights.get(n_out), kind, load_shares, bag_share)
         if routing is None:
             return loss, loss, None
-        balance = c.balance_coef * routing["balance_loss"].mean() + c.z_coef * routing["z_loss"].mean()
+        balance = (
+            c.balance_coef * routing["balance_loss"].mean() + c.z_coef * routing["z_loss"].mean()
+        )
         return loss + balance, loss, routing
 
     def warm_up(net):
@@ -333,7 +381,9 @@ def main(c):
 
     # --------------------------------------------------------------------------------------------------- loop
     flops_per_step = raw_model.flops_per_position() * c.total_batch
-    switches = {p.stop for p in phases} | {p.start + 1 for p in phases}  # the last and the first step of each
+    switches = {p.stop for p in phases} | {
+        p.start + 1 for p in phases
+    }  # the last and the first step of each
     signals, stopping, clock, logged_at = StopSignals(machine), False, time.perf_counter(), step
     while step < c.max_steps:
         phase = phase_at(phases, step)  # TST
@@ -361,16 +411,22 @@ def main(c):
         step += 1
 
         # ------------------------------------------------------------------------------------------ log, save
-        stopping = step < c.max_steps and signals.stop(step)  # a finished run has nothing to go on with
+        stopping = step < c.max_steps and signals.stop(
+            step
+        )  # a finished run has nothing to go on with
         evaluate_now = step == c.max_steps or step % c.eval_interval == 0
-        save_now = stopping or step == c.max_steps or c.save_interval > 0 and step % c.save_interval == 0
+        save_now = (
+            stopping or step == c.max_steps or c.save_interval > 0 and step % c.save_interval == 0
+        )
         if not (evaluate_now or save_now or step % c.log_interval == 0 or step in switches):
             continue
 
         loss = machine.mean(loss_sum / micro_steps).item()  # waits for the device
         elapsed = time.perf_counter() - clock
         seconds += elapsed
-        rate = (step - logged_at) * c.total_batch / elapsed  # positions per second since the last row
+        rate = (
+            (step - logged_at) * c.total_batch / elapsed
+        )  # positions per second since the last row
         row = {
             "step": step, "phase": "superposition" if phase.bag_size > 1 else "recovery",
             "bag_size": phase.bag_size, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
@@ -384,15 +440,21 @@ def main(c):
             row |= router_metrics(load, machine.mean(entropy / micro_steps))
         if evaluate_now:
             losses = [evaluate(model, rows, batch_size, machine) for rows in val_mine]
-            row["val_loss"] = sum(loss * float(share) for loss, (*_, share) in zip(losses, corpus.parts))
-            row |= {f"val_loss_{name}": loss for loss, (name, *_) in zip(losses, corpus.parts) if name}
+            row["val_loss"] = sum(
+                loss * float(share) for loss, (*_, share) in zip(losses, corpus.parts)
+            )
+            row |= {
+                f"val_loss_{name}": loss for loss, (name, *_) in zip(losses, corpus.parts) if name
+            }
             if corpus.bytes_per_token:
                 row["val_bpb"] = row["val_loss"] / math.log(2) / corpus.bytes_per_token
         # the loss is that of the weights before this step; those after it are tried before they are saved
         after = row.get("val_loss", 0.0)
         if save_now and not evaluate_now:
             after = evaluate(model, val_mine[0][:batch_size], batch_size, machine)
-        if not all(map(math.isfinite, (loss, row["grad_norm"], after))):  # the same on all ranks; never saved
+        if not all(
+            map(math.isfinite, (loss, row["grad_norm"], after))
+        ):  # the same on all ranks; never saved
             raise UserError(
                 f"the loss is not finite at step {step} (before it {loss}, its gradient {row['grad_norm']}, "
                 f"after it {after}); lower learning_rate and start anew, or --resume with --allow_changes"
@@ -426,8 +488,13 @@ def main(c):
 if __name__ == "__main__":
     try:
         run(as_one(main), Config, known=knobs_of_run)
-    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
-        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
+    except (
+        MemoryError,
+        RuntimeError,
+    ) as e:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(
+            e
+        ):
             raise
         sys.exit("error: out of memory; give a smaller --batch_size (the total batch stays the same), or "
                  "--checkpoint_activations")  # fmt: skip

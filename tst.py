@@ -55,7 +55,12 @@ def phase_list(max_steps, bag_sizes, superposition_ratio, mode="full"):
     if not superposition_ratio or list(bag_sizes) == [1]:
         return [Phase(0, max_steps, 1, 1)]
     phases = [
-        Phase(steps * i // n, steps * (i + 1) // n, 1 if mode == "output" else s, 1 if mode == "input" else s)
+        Phase(
+            steps * i // n,
+            steps * (i + 1) // n,
+            1 if mode == "output" else s,
+            1 if mode == "input" else s,
+        )
         for i, s in enumerate(bag_sizes)
     ]
     if steps < max_steps:
@@ -76,9 +81,13 @@ def check_phases(phases):
             raise ValueError(f"bag sizes must be at least 1, got {min(phase.n_in, phase.n_out)}")
     for before, after in zip(phases, phases[1:]):
         if before.stop != after.start:
-            raise ValueError(f"a phase ends before step {before.stop}, the next begins at step {after.start}")
+            raise ValueError(
+                f"a phase ends before step {before.stop}, the next begins at step {after.start}"
+            )
         if before.n_in % after.n_in:
-            raise ValueError(f"bags of {before.n_in} tokens do not divide into bags of {after.n_in}")
+            raise ValueError(
+                f"bags of {before.n_in} tokens do not divide into bags of {after.n_in}"
+            )
 
 
 def phase_at(phases, step):
@@ -250,7 +259,9 @@ def multi_hot(logits, labels, ignore_index=-100):
     """1 where a word is in the bag, 0 elsewhere, (..., V), and whether a position has any label, (..., 1)."""
     valid = labels != ignore_index  # (..., s)
     target = torch.zeros_like(wide(logits))  # (..., V)
-    target = target.scatter_reduce(-1, labels.long().where(valid, 0), valid.to(target.dtype), "amax")
+    target = target.scatter_reduce(
+        -1, labels.long().where(valid, 0), valid.to(target.dtype), "amax"
+    )
     return target, valid.any(-1, keepdim=True)
 
 

@@ -148,7 +148,11 @@ def text_documents(file, path, options):
     anchor = rb"(?m)^" if cut_here or not separator else b""
     ends = re.compile(anchor + rb"(?:(?P<separator>" + end + b")" + cut_here + b")")
     at_words = options.cut if options.cut_at == "words" else 0
-    buffer, offset, started = bytearray(), 0, False  # offset: in the file, of the buffer; started: a document
+    buffer, offset, started = (
+        bytearray(),
+        0,
+        False,
+    )  # offset: in the file, of the buffer; started: a document
 
     def decode(data):
         try:
@@ -228,7 +232,9 @@ def parquet_documents(path, options):
                 for text in (text for batch in batches for text in batch.column(0).to_pylist()):
                     rows += 1
                     if not isinstance(text, str | None):
-                        raise UserError(f"{path} has no text in column '{options.field}' (row group {group})")
+                        raise UserError(
+                            f"{path} has no text in column '{options.field}' (row group {group})"
+                        )
                     for piece, last in in_pieces(text or ""):
                         yield piece, last, size * rows // n_rows
     except (OSError, arrow.ArrowException) as e:
@@ -237,7 +243,9 @@ def parquet_documents(path, options):
 
 def in_pieces(text):
     """Yield (piece, last) of a document that is in memory."""
-    data = text.encode("utf-8", errors="replace")  # JSON can hold half a surrogate pair: becomes "?"
+    data = text.encode(
+        "utf-8", errors="replace"
+    )  # JSON can hold half a surrogate pair: becomes "?"
     start = 0
     while len(data) - start > PIECE + 2:
         cut = start + cut_point(data[start : start + PIECE + 2], PIECE)

@@ -39,7 +39,9 @@ class HubFile(File):
         if self.folder:
             return os.path.exists(os.path.join(self.folder, self.name))
         find = needs("huggingface_hub", self.repo).try_to_load_from_cache
-        return isinstance(find(self.repo, self.name, revision=self.revision, repo_type="dataset"), str)
+        return isinstance(
+            find(self.repo, self.name, revision=self.revision, repo_type="dataset"), str
+        )
 
     def fetch(self):
         hub = needs("huggingface_hub", self.repo)
@@ -64,14 +66,20 @@ def prepare_from_hub(repo, suffix, config):
     """The corpus of a prepare script over a repository of the hub. `config` is its Config."""
     if config.seed < 0:
         raise UserError("--seed is at least 0")
-    sizes = {n: token_count(getattr(config, n), n) for n in ("tokens", "val_tokens", "shard_tokens")}
+    sizes = {
+        n: token_count(getattr(config, n), n) for n in ("tokens", "val_tokens", "shard_tokens")
+    }
     tokenizer = get_tokenizer(config.encoding)
-    knobs = dict(repo=repo, revision=config.revision, folder=config.folder, seed=config.seed, **sizes)
+    knobs = dict(
+        repo=repo, revision=config.revision, folder=config.folder, seed=config.seed, **sizes
+    )
     knobs["encoding"] = vocabulary(tokenizer)
     if prepared_already(config.out_dir, knobs):
         print(f"{config.out_dir} is prepared already; remove its meta.json to do it again")
         return
-    needs("zstandard" if suffix.endswith(".zst") else "pyarrow.parquet", repo)  # before anything is fetched
+    needs(
+        "zstandard" if suffix.endswith(".zst") else "pyarrow.parquet", repo
+    )  # before anything is fetched
     files = list_files(repo, suffix, config)
     revision = files[0].revision
     size = sum(f.size for f in files)
@@ -80,8 +88,13 @@ def prepare_from_hub(repo, suffix, config):
         f"{files[0].name} is validated on"
     )
     if not config.keep:
-        print("each file is removed when its tokens are written (--keep leaves it in the hub's cache)")
-    groups = [Group("val", files[:1], sizes["val_tokens"]), Group("train", files[1:], sizes["tokens"])]
+        print(
+            "each file is removed when its tokens are written (--keep leaves it in the hub's cache)"
+        )
+    groups = [
+        Group("val", files[:1], sizes["val_tokens"]),
+        Group("train", files[1:], sizes["tokens"]),
+    ]
     prepare(
         groups,
         tokenizer,
@@ -130,10 +143,14 @@ def list_files(repo, suffix, config):
     )
     folder = "" if config.keep else os.path.join(config.out_dir, UNFINISHED, FETCHED)
     files = [
-        HubFile(f.path, f.size, f.blob_id, repo, revision, folder) for f in tree if f.path.endswith(suffix)
+        HubFile(f.path, f.size, f.blob_id, repo, revision, folder)
+        for f in tree
+        if f.path.endswith(suffix)
     ]
     if len(files) < 2:
-        raise UserError(f"{repo}/{config.folder} has {len(files)} files *{suffix}; two or more are needed")
+        raise UserError(
+            f"{repo}/{config.folder} has {len(files)} files *{suffix}; two or more are needed"
+        )
     return sorted(files, key=lambda f: hashlib.sha256(f"{config.seed} {f.name}".encode()).digest())
 
 
@@ -144,6 +161,9 @@ def ask(doing, function, *args, **kwargs):
     except Exception as e:
         reason = " ".join(str(e).split())[:200]
         status = getattr(getattr(e, "response", None), "status_code", None)
-        refused = status in range(400, 500) and status not in (408, 429)  # time-out, too many requests
+        refused = status in range(400, 500) and status not in (
+            408,
+            429,
+        )  # time-out, too many requests
         again = "" if refused else "; start again to go on"
         raise UserError(f"{doing} failed ({type(e).__name__}: {reason}){again}") from e

@@ -67,7 +67,9 @@ class Group:
 class Piece(NamedTuple):
     file: int  # index in the group
     position: int  # stored bytes of the file read so far
-    split: str  # "train" or "val"; or why it is left out: "copies" (of a held-out document) or "empty"
+    split: (
+        str  # "train" or "val"; or why it is left out: "copies" (of a held-out document) or "empty"
+    )
     key: bytes  # hash of the first piece of its document
     text: str
     last: bool  # of its document
@@ -128,7 +130,9 @@ def write_group(out, groups, index, held_out, tokenizer, options, val_fraction, 
     )
     if group.limit and out.n_tokens[group.split] >= group.limit:
         return
-    pieces = read_pieces(group, file, done, held_out if group.split == "train" else (), options, val_fraction)
+    pieces = read_pieces(
+        group, file, done, held_out if group.split == "train" else (), options, val_fraction
+    )
     batches = map_in_order(
         lambda batch: encode_batch(tokenizer, batch, options.separator), in_batches(pieces), workers
     )
@@ -154,7 +158,9 @@ def write_group(out, groups, index, held_out, tokenizer, options, val_fraction, 
             progress.show(piece.file, piece.position)
     if group.limit:
         n = out.n_tokens[group.split]
-        print(f"warning: {n:,} tokens for {group.split} instead of {group.limit:,}: there are no more")
+        print(
+            f"warning: {n:,} tokens for {group.split} instead of {group.limit:,}: there are no more"
+        )
 
 
 def note(state, group, piece, inline):
@@ -242,7 +248,12 @@ def encode_batch(tokenizer, batch, separator):
         n_bytes = len(piece.text.encode()) + piece.last
         inline = piece.text.count(separator) if separator else 0
         out.append(
-            (piece._replace(text=""), np.concatenate([ids, end]) if piece.last else ids, n_bytes, inline)
+            (
+                piece._replace(text=""),
+                np.concatenate([ids, end]) if piece.last else ids,
+                n_bytes,
+                inline,
+            )
         )
     return out
 
@@ -281,7 +292,11 @@ class Progress:
         )
 
     def show(self, file, position):
-        done = self.out.n_tokens[self.group.split] if self.group.limit else self.before[file] + position
+        done = (
+            self.out.n_tokens[self.group.split]
+            if self.group.limit
+            else self.before[file] + position
+        )
         if self.bar:
             self.bar.update(done - self.bar.n)
 
@@ -296,14 +311,20 @@ class Progress:
 def describe(groups, tokenizer, options, val_fraction, shard_tokens, seed):
     """What shards depend on, as a hash. An unfinished preparation of the same is gone on with."""
     files = [(g.split, [(f.name, f.size, f.version) for f in g.files]) for g in groups]
-    limits = [g.limit for g in groups[:-1]]  # that of the last group ends the corpus but changes no shard
+    limits = [
+        g.limit for g in groups[:-1]
+    ]  # that of the last group ends the corpus but changes no shard
     rules = (vocabulary(tokenizer), asdict(options), val_fraction, shard_tokens, seed)
     return hashlib.sha256(repr((files, limits, rules)).encode()).hexdigest()
 
 
 def vocabulary(tokenizer):
     """Its name; of a rank file, wherever it lies, its content."""
-    return f"rank file {sha256_of(tokenizer.rank_file)[:16]}" if tokenizer.rank_file else tokenizer.name
+    return (
+        f"rank file {sha256_of(tokenizer.rank_file)[:16]}"
+        if tokenizer.rank_file
+        else tokenizer.name
+    )
 
 
 def check_disk(groups, tokenizer, out):
@@ -314,7 +335,12 @@ def check_disk(groups, tokenizer, out):
     twice = 0 if out.shard_tokens or out.seed is None else max(n_tokens)  # the shard being shuffled
     n_tokens = max(sum(n_tokens) + twice - out.n_tokens.total(), 0)
     needs = {disk_of(out.out_dir): [out.out_dir, n_tokens * out.dtype.itemsize]}
-    coming = [f for g in groups for f in least_files(g, tokenizer) if f.must_be_fetched and not f.is_here()]
+    coming = [
+        f
+        for g in groups
+        for f in least_files(g, tokenizer)
+        if f.must_be_fetched and not f.is_here()
+    ]
     if out.shard_tokens and not any(f.stays for f in coming):  # while one is read, another comes
         coming = sorted(coming, key=lambda f: f.size)[-2:]
     for file in coming:
@@ -331,7 +357,9 @@ def least_files(group, tokenizer):
     """Those that a group will read, or fewer: its limit of tokens may need more."""
     least = group.limit * LEAST_STORED * (1 if tokenizer.name == "bytes" else LEAST_BYTES_PER_TOKEN)
     sizes = np.cumsum([0, *(f.size for f in group.files[:-1])])  # before each file
-    return [f for f, before in zip(group.files, sizes.tolist()) if not group.limit or before < least]
+    return [
+        f for f, before in zip(group.files, sizes.tolist()) if not group.limit or before < least
+    ]
 
 
 def existing(folder):
@@ -375,7 +403,9 @@ def report(out, counts, options):
         print(f"{counts['empty']:,} empty documents were left out")
     if counts["nul"]:
         print(f"{counts['nul']:,} NUL bytes were left out of the text")
-    inline = {name.removeprefix("inline "): n for name, n in counts.items() if name.startswith("inline ")}
+    inline = {
+        name.removeprefix("inline "): n for name, n in counts.items() if name.startswith("inline ")
+    }
     for name, n in list(inline.items())[:5]:
         print(
             f"warning: {name}: the separator {options.separator} stands inside lines, {n:,} times, and was "
@@ -388,7 +418,9 @@ def report(out, counts, options):
 
 def token_count(text, knob):
     """The number that is written as 10B, 500M, 1e9 or 100_000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbBtT]?)", text.strip().replace("_", ""))
+    match = re.fullmatch(
+        r"(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbBtT]?)", text.strip().replace("_", "")
+    )
     if not match:
         raise UserError(f"--{knob} takes a number of tokens such as 10B or 500M, got {text!r}")
     n = float(match[1]) * 1000 ** " kmbt".index(match[2].lower() or " ")

@@ -93,7 +93,9 @@ class TokenFiles:
         """Every document ends with this call. -> whether it also closed a shard."""
         if split in self.open:
             self.open[split].ends.append(self.open[split].n_tokens)
-        full = self.shard_tokens and any(s.n_tokens >= self.shard_tokens for s in self.open.values())
+        full = self.shard_tokens and any(
+            s.n_tokens >= self.shard_tokens for s in self.open.values()
+        )
         if full:
             self.close_shard()
         return bool(full)
@@ -108,7 +110,13 @@ class TokenFiles:
                 sha256 = shard.close(path, self.dtype, seed)
                 sums = sha256_of(write_sums(path))
                 self.state["shards"].append(
-                    dict(split=split, tokens=shard.n_tokens, bytes=shard.n_bytes, sha256=sha256, sums=sums)
+                    dict(
+                        split=split,
+                        tokens=shard.n_tokens,
+                        bytes=shard.n_bytes,
+                        sha256=sha256,
+                        sums=sums,
+                    )
                 )
             self.open = {}
             self._write_whole("progress.json", json.dumps(self.state))
@@ -134,13 +142,19 @@ class TokenFiles:
         finally:
             for shard in self.open.values():
                 shard.abandon()
-            done = self.state["meta"] is not None or bool(self.state["shards"]) or os.path.isdir(self.fetched)
+            done = (
+                self.state["meta"] is not None
+                or bool(self.state["shards"])
+                or os.path.isdir(self.fetched)
+            )
             if self.state["job"] is None or not done:
                 self._clear(and_folder=True)  # nobody could go on from it
             elif os.path.isdir(self.folder):
                 n = len(self.state["shards"])
                 kept = (
-                    f"{n} finished shards are kept" if n else "no shard is finished, what was fetched is kept"
+                    f"{n} finished shards are kept"
+                    if n
+                    else "no shard is finished, what was fetched is kept"
                 )
                 print(f"{kept}: the same command goes on from there", file=sys.stderr)
             self._unlock()
@@ -190,12 +204,16 @@ class TokenFiles:
                 with suppress(FileNotFoundError):
                     os.remove(os.path.join(self.out_dir, name))
             for name in names:
-                source = re.sub(r"^(train|val)\.", r"\1_00000.", name)  # a single shard needs no number
+                source = re.sub(
+                    r"^(train|val)\.", r"\1_00000.", name
+                )  # a single shard needs no number
                 with suppress(FileNotFoundError):  # moved before the process was killed
                     os.replace(os.path.join(self.folder, source), os.path.join(self.out_dir, name))
             sync_folder(self.out_dir)
             self._write_whole("meta.json", json.dumps(meta, indent=2) + "\n")
-            os.replace(os.path.join(self.folder, "meta.json"), os.path.join(self.out_dir, "meta.json"))
+            os.replace(
+                os.path.join(self.folder, "meta.json"), os.path.join(self.out_dir, "meta.json")
+            )
             sync_folder(self.out_dir)
             self._clear(and_folder=True)
 
@@ -229,7 +247,10 @@ class TokenFiles:
         for shard in state["shards"] if state["meta"] is None else []:
             path = os.path.join(self.folder, f"{shard['split']}_{counts[shard['split']]:05d}.bin")
             counts[shard["split"]] += 1
-            if not os.path.exists(path) or os.path.getsize(path) != shard["tokens"] * self.dtype.itemsize:
+            if (
+                not os.path.exists(path)
+                or os.path.getsize(path) != shard["tokens"] * self.dtype.itemsize
+            ):
                 print(f"{path} is damaged: all shards are made again", file=sys.stderr)
                 return None
         return state
@@ -256,7 +277,9 @@ class TokenFiles:
         self.lock = open(os.path.join(self.folder, "lock"), "w")  # noqa: SIM115 (held open on purpose)
         try:
             if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it with the process
+                fcntl.flock(
+                    self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # the system frees it with the process
         except BlockingIOError:
             raise UserError(f"another preparation is writing in {self.out_dir}") from None
         except OSError:

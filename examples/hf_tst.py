@@ -69,14 +69,18 @@ def read_tokens(path, tokenizer, n_rows):
         raise UserError(f"{path} is not UTF-8 text") from None
     tokens = np.array(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, np.int64)
     if tokens.max(initial=0) >= n_rows:
-        raise UserError(f"the tokenizer gives id {tokens.max()}, the model's embedding has {n_rows} rows")
+        raise UserError(
+            f"the tokenizer gives id {tokens.max()}, the model's embedding has {n_rows} rows"
+        )
     return tokens
 
 
 @torch.no_grad()
 def check_plain(model, trunk, embedding, head, tokens):
     """Raise UserError unless embedding, trunk and head are all that the model does to tokens (1, L)."""
-    hidden = trunk(inputs_embeds=embedding.weight[tokens], use_cache=False).last_hidden_state  # (1, L, C)
+    hidden = trunk(
+        inputs_embeds=embedding.weight[tokens], use_cache=False
+    ).last_hidden_state  # (1, L, C)
     ours, theirs = F.linear(hidden, head.weight), model(tokens, use_cache=False).logits  # (1, L, V)
     if not torch.allclose(ours, theirs, atol=1e-3 * theirs.abs().max().item()):
         raise UserError(f"{type(model).__name__} does more than embedding, trunk and linear head")
@@ -89,7 +93,9 @@ def main(config):
         if not getattr(c, key):
             raise UserError(f"--{key}= is missing, see --help")
     if min(c.max_steps, c.batch_size, c.block_size) < 1 or c.warmup_steps < 0:
-        raise UserError("max_steps, batch_size and block_size must be at least 1, warmup_steps at least 0")
+        raise UserError(
+            "max_steps, batch_size and block_size must be at least 1, warmup_steps at least 0"
+        )
     try:
         phases = phase_list(c.max_steps, [c.bag_size], c.superposition_ratio)
     except ValueError as e:
@@ -99,13 +105,23 @@ def main(config):
     device = pick_device(c.device)
     model, tokenizer = load(c)
     model.to(device).eval()
-    trunk, head, embedding = model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()
-    n_expert = getattr(model.config, "num_experts", 0) or getattr(model.config, "num_local_experts", 0)
+    trunk, head, embedding = (
+        model.get_decoder(),
+        model.get_output_embeddings(),
+        model.get_input_embeddings(),
+    )
+    n_expert = getattr(model.config, "num_experts", 0) or getattr(
+        model.config, "num_local_experts", 0
+    )
     options = {"output_router_logits": True} if n_expert else {}
     tokens = read_tokens(c.text, tokenizer, len(embedding.weight))  # (N,)
     sources = [(tokens, Fraction(1))]  # one corpus, which gives every row
-    stream = TokenStream(sources, c.block_size, phases, c.batch_size, range(c.batch_size), c.seed, device)
-    check_plain(model, trunk, embedding, head, torch.from_numpy(tokens[: c.block_size]).to(device)[None])
+    stream = TokenStream(
+        sources, c.block_size, phases, c.batch_size, range(c.batch_size), c.seed, device
+    )
+    check_plain(
+        model, trunk, embedding, head, torch.from_numpy(tokens[: c.block_size]).to(device)[None]
+    )
     model.train()
 
     decayed = [p for p in model.parameters() if p.dim() >= 2]
@@ -118,11 +134,17 @@ def main(config):
     losses = []
     for step in range(c.max_steps):
         phase = phase_at(phases, step)
-        bags, labels = bags_and_labels(stream.batch(step), phase.n_in, phase.n_out)  # (B, L, s) each
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
+        bags, labels = bags_and_labels(
+            stream.batch(step), phase.n_in, phase.n_out
+        )  # (B, L, s) each
+        with torch.autocast(
+            device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")
+        ):
             x = embed_bags(bags, embedding.weight)  # (B, L, C)
             out = trunk(inputs_embeds=x, use_cache=False, **options)
-            loss = objective = linear_multi_hot_cross_entropy(out.last_hidden_state, head.weight, labels)
+            loss = objective = linear_multi_hot_cross_entropy(
+                out.last_hidden_state, head.weight, labels
+            )
             if n_expert:
                 balance = load_balancing_loss_func(
                     out.router_logits, n_expert, model.config.num_experts_per_tok
@@ -138,7 +160,10 @@ def main(config):
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % 20 == 0 or step == c.max_steps - 1:
-            print(f"step {step + 1}/{c.max_steps} | s {phase.n_out} | loss {losses[-1]:.4f}", flush=True)
+            print(
+                f"step {step + 1}/{c.max_steps} | s {phase.n_out} | loss {losses[-1]:.4f}",
+                flush=True,
+            )
     if c.out:
         model.save_pretrained(c.out)
         tokenizer.save_pretrained(c.out)

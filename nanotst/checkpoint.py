@@ -60,7 +60,9 @@ class Saver:
             lost = f"the weights after step {state['step']} are not finite"
             raise UserError(f"{lost}; {path} was not written, lower learning_rate")
         if self.machine.parallel == "fsdp":
-            if self.step != state["step"]:  # best and last of one step may wait for the thread together
+            if (
+                self.step != state["step"]
+            ):  # best and last of one step may wait for the thread together
                 self.wait()
             self.step = state["step"]
             self.pending.append(self.worker.submit(self._write, path, *copy_to_host(state)))
@@ -155,7 +157,9 @@ def read(path, mmap=True, verify=True):
         raise
     except Exception as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
-        raise UserError(f"{path} is not a checkpoint of this repository, or is damaged ({reason})") from None
+        raise UserError(
+            f"{path} is not a checkpoint of this repository, or is damaged ({reason})"
+        ) from None
     if not isinstance(checkpoint, dict) or not all(
         isinstance(checkpoint.get(k), dict) for k in ("model", "config", "meta")
     ):
@@ -179,7 +183,9 @@ def load_weights(model, state, path):
     if wrong := [name for name in kinds[0] | kinds[1] if kinds[0].get(name) != kinds[1].get(name)]:
         name = min(wrong, key=str)
         there, here = (x.get(name, "missing") for x in kinds)
-        raise UserError(f"{path} does not fit this model: its {name!s:.60} is {there}, the model's {here}")
+        raise UserError(
+            f"{path} does not fit this model: its {name!s:.60} is {there}, the model's {here}"
+        )
     for name, t in own.items():
         take(t, state[name], f".model.{name}", later)
     read_parts(path, later)
@@ -189,7 +195,11 @@ def load_weights(model, state, path):
 
 def kind_of(t):
     """Dtype and shape in words."""
-    return f"{t.dtype} {list(t.shape)}".removeprefix("torch.") if torch.is_tensor(t) else type(t).__name__
+    return (
+        f"{t.dtype} {list(t.shape)}".removeprefix("torch.")
+        if torch.is_tensor(t)
+        else type(t).__name__
+    )
 
 
 def take(mine, saved, key, later):
@@ -205,7 +215,9 @@ def all_finite(tensors):
     sharded ones, in the parts of this rank."""
     parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     norms = [
-        torch.linalg.vector_norm(t, dtype=torch.float32) for t in parts if t.is_floating_point() and t.numel()
+        torch.linalg.vector_norm(t, dtype=torch.float32)
+        for t in parts
+        if t.is_floating_point() and t.numel()
     ]
     return all(map(math.isfinite, torch.stack(norms).tolist())) if norms else True
 
@@ -213,7 +225,9 @@ def all_finite(tensors):
 def model_config(config, meta):
     """GPTConfig from the knobs of a run (a dict) and the meta of its corpus."""
     fields = {f.name: f.type for f in dataclasses.fields(GPTConfig)}
-    knobs = {k: v for k, v in config.items() if k in fields} | {"vocab_size": meta.get("vocab_size")}
+    knobs = {k: v for k, v in config.items() if k in fields} | {
+        "vocab_size": meta.get("vocab_size")
+    }
     try:
         for key, value in knobs.items():
             if type(value) is not fields[key]:
@@ -231,7 +245,11 @@ def load_initial(path, model, corpus):
     theirs = dataclasses.asdict(model_config(saved["config"], saved["meta"]))
     ours = dataclasses.asdict(model.config)
     compared = ours.keys() - {"block_size", "checkpoint_activations"}
-    changed = [f"{key} {theirs[key]} -> {ours[key]}" for key in sorted(compared) if theirs[key] != ours[key]]
+    changed = [
+        f"{key} {theirs[key]} -> {ours[key]}"
+        for key in sorted(compared)
+        if theirs[key] != ours[key]
+    ]
     if changed:
         raise UserError(
             f"{path} does not fit this model: it was trained with other settings, {', '.join(changed)}"
@@ -268,8 +286,12 @@ def resume(path, model, optimizer, c, corpus, free):
     if not is_state(saved["stream"]):
         raise UserError(f"{path} cannot be resumed: its stream is no place in a corpus")
     shares = saved.get("shares")
-    if c.n_expert and (getattr(shares, "shape", None) != (c.n_layer, c.n_expert) or not all_finite([shares])):
-        raise UserError(f"{path} cannot be resumed: its shares of experts are missing, not finite, or others")
+    if c.n_expert and (
+        getattr(shares, "shape", None) != (c.n_layer, c.n_expert) or not all_finite([shares])
+    ):
+        raise UserError(
+            f"{path} cannot be resumed: its shares of experts are missing, not finite, or others"
+        )
     changed = [
         f"{key} {saved['config'][key]} -> {value}"
         for key, value in dataclasses.asdict(c).items()
@@ -319,4 +341,6 @@ def load_moments(optimizer, state, path):
         if not all(of_all_ranks(all(bool(t.isfinite().all()) for t in kept))):
             raise ValueError("a moment is not finite")
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
-        raise UserError(f"{path} does not fit this optimizer: {' '.join(str(e).split())[:200]}") from None
+        raise UserError(
+            f"{path} does not fit this optimizer: {' '.join(str(e).split())[:200]}"
+        ) from None

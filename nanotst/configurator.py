@@ -43,9 +43,14 @@ LARGEST = 1e30  # number of a knob: float32 ends at 3.4e38
 def run(main, cls, argv=None, known=None):
     """An entry point: main(the knobs of the command line), with what a user can act on printed as one line,
     exit 1. known(knobs): values of the knobs that the command line does not give, a dict."""
-    for stream in (sys.stdout, sys.stderr):  # whatever the terminal's encoding, a text never ends the program
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # whatever the terminal's encoding, a text never ends the program
         stream.reconfigure(errors="replace")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # a script may have set it, for its imports
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    ):  # a script may have set it, for its imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -53,7 +58,9 @@ def run(main, cls, argv=None, known=None):
             config = parse(cls, argv)
             config = parse(cls, argv, known(config)) if known else config
         except UserError:
-            if int(os.environ.get("RANK", 0)):  # all ranks have the same command line, and rank 0 says it
+            if int(
+                os.environ.get("RANK", 0)
+            ):  # all ranks have the same command line, and rank 0 says it
                 sys.exit(1)
             raise
         main(config)
@@ -135,17 +142,28 @@ def typed(field, key, value, where, fields):
     kind = field.type
     if get_origin(kind) is Literal:
         if value not in get_args(kind) or type(value) is not str:
-            raise UserError(f"{where}: {key} must be one of {', '.join(get_args(kind))}, got {shown(value)}")
+            raise UserError(
+                f"{where}: {key} must be one of {', '.join(get_args(kind))}, got {shown(value)}"
+            )
         return value
     if kind == int | str:  # such as bag_size, 4 or "8-4-2"
-        number = type(value) is int or type(value) is str and re.fullmatch(r"[+-]?\d+", value.strip())
+        number = (
+            type(value) is int or type(value) is str and re.fullmatch(r"[+-]?\d+", value.strip())
+        )
         kind = int if number else str
     wrong = UserError(f"{where}: {key} takes {kind.__name__}, got {shown(value)}")
     if isinstance(value, str) and kind is not str:
         text = value.strip().replace("_", "")
         try:
             if kind is bool:
-                words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+                words = {
+                    "true": True,
+                    "1": True,
+                    "yes": True,
+                    "false": False,
+                    "0": False,
+                    "no": False,
+                }
                 value = words[text.lower()]
             elif kind is int and re.fullmatch(r"[+-]?\d+(\.\d*)?e\+?\d+", text, re.I):
                 value = float(text)  # 2e6 is a fine way to write a count
@@ -181,7 +199,9 @@ def read_file(path):
             source = f.read(LARGEST_FILE + 1)
         if len(source) > LARGEST_FILE:
             raise UserError(f"{path} is too large for a config file")
-        tree = ast.parse(source, path)  # from bytes: UTF-8 whatever the locale, a byte-order mark or none
+        tree = ast.parse(
+            source, path
+        )  # from bytes: UTF-8 whatever the locale, a byte-order mark or none
     except OSError as e:
         raise UserError(f"cannot read the config file {path}: {e.strerror}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
@@ -193,7 +213,14 @@ def read_file(path):
         try:
             (target,) = node.targets
             values[target.id] = evaluate(node.value)
-        except (AttributeError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        except (
+            AttributeError,
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+        ):
             raise UserError(
                 f"{path}:{node.lineno}: a config file holds assignments such as `bag_size = 4` "
                 "and nothing else"
@@ -220,10 +247,19 @@ def help_text(cls):
     source = textwrap.dedent(inspect.getsource(cls))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {
-        token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokens
+        if token.type == tokenize.COMMENT
     }
-    fields = {node.lineno: node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)}
-    lines, kinds = [inspect.getdoc(cls)], {field.name: field.type for field in dataclasses.fields(cls)}
+    fields = {
+        node.lineno: node
+        for node in ast.parse(source).body[0].body
+        if isinstance(node, ast.AnnAssign)
+    }
+    lines, kinds = (
+        [inspect.getdoc(cls)],
+        {field.name: field.type for field in dataclasses.fields(cls)},
+    )
     for n in sorted(comments | fields):
         if node := fields.get(n):
             name = node.target.id

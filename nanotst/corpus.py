@@ -32,7 +32,9 @@ from nanotst.formats import AGAIN, damaged, find, readable, sha256_of
 LARGE = 2**30  # bytes of tokens; a larger corpus is not read whole to open it
 PART = 2**16  # bytes to a checksum
 BLOCK, N_BLOCKS = 4096, 1024  # tokens to a block, and blocks, in the fingerprint of a large corpus
-OPEN_FILES = 100  # that a split keeps mapped: each holds a file descriptor, of which a process has few
+OPEN_FILES = (
+    100  # that a split keeps mapped: each holds a file descriptor, of which a process has few
+)
 HEADER = 256 * 4  # bytes
 
 
@@ -76,7 +78,9 @@ def open_corpus(name):
         ]
         n_tokens = sum(file.n_tokens for file in files[split])
         if n_tokens != meta.setdefault(f"{split}_tokens", n_tokens):
-            whose = files[split][0].path + (f" to {names[-1]}: they hold" if names[1:] else " holds")
+            whose = files[split][0].path + (
+                f" to {names[-1]}: they hold" if names[1:] else " holds"
+            )
             said = meta[f"{split}_tokens"]
             raise UserError(f"{whose} {n_tokens:,} tokens, meta.json says {said:,}; {AGAIN}")
     n_tokens = meta["train_tokens"] + meta["val_tokens"]
@@ -101,7 +105,9 @@ def check_vocabulary(corpus, saved, where):
     if what := differences(corpus.meta, saved, ("vocabulary", "vocab_size")):
         raise UserError(f"{corpus.folder} has another vocabulary than {where}: {what}")
     if corpus.meta["vocabulary"] is None:
-        raise UserError(f"{corpus.folder} and {where} name no encoding to compare; name it in both meta.json")
+        raise UserError(
+            f"{corpus.folder} and {where} name no encoding to compare; name it in both meta.json"
+        )
 
 
 def differences(meta, saved, keys):
@@ -187,7 +193,9 @@ class Tokens:
         with self.lock:
             if i not in self.maps:
                 if len(self.maps) >= OPEN_FILES:
-                    del self.maps[next(iter(self.maps))]  # the oldest; slices still in use keep it alive
+                    del self.maps[
+                        next(iter(self.maps))
+                    ]  # the oldest; slices still in use keep it alive
                 self.maps[i] = self.files[i].open(self.large)
             return self.maps[i]
 
@@ -202,7 +210,9 @@ class TokenFile:
         self.offset = HEADER if header else 0
         self.n_tokens, rest = divmod(self.state[0] - self.offset, dtype.itemsize)
         if rest or self.n_tokens <= 0:
-            raise UserError(f"{path} is cut short: {self.state[0]:,} bytes for tokens of {dtype.name}")
+            raise UserError(
+                f"{path} is cut short: {self.state[0]:,} bytes for tokens of {dtype.name}"
+            )
         self.verified = False
         self.sums = self.seen = None  # checksums of the parts (n,), and which parts were compared
 
@@ -234,7 +244,9 @@ class TokenFile:
             path = sums_name(self.path)
             with readable(path), open(path, "rb") as f:
                 sums = f.read()
-            if hashlib.sha256(sums).hexdigest() != self.sums_sha256 or len(sums) * PART < 4 * len(mapped):
+            if hashlib.sha256(sums).hexdigest() != self.sums_sha256 or len(sums) * PART < 4 * len(
+                mapped
+            ):
                 raise damaged(path)
             self.seen = bytearray(len(sums) // 4)
             self.sums = np.frombuffer(sums, "<u4")
@@ -246,7 +258,10 @@ class TokenFile:
         size = self.dtype.itemsize
         for part in range(start * size // PART, -(-stop * size // PART)):
             if not self.seen[part]:
-                if zlib.crc32(ids.view(np.uint8)[part * PART : (part + 1) * PART]) != self.sums[part]:
+                if (
+                    zlib.crc32(ids.view(np.uint8)[part * PART : (part + 1) * PART])
+                    != self.sums[part]
+                ):
                     raise damaged(self.path, f"in the 64 KB from byte {part * PART:,} on")
                 self.seen[part] = 1
 

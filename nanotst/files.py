@@ -30,9 +30,12 @@ def write_safely(path, write):
 def why_not_written(path, error, kept):
     """A line about an error in writing. kept: whether what was there before is still there."""
     free = shutil.disk_usage(os.path.dirname(path) or ".").free
-    full = getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL_IN_TORCH)
+    full = getattr(error, "errno", None) in FULL or any(
+        words in str(error) for words in FULL_IN_TORCH
+    )
     reason = (
-        getattr(error, "strerror", None) or f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        getattr(error, "strerror", None)
+        or f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
     )
     reason = f"the disk is full, or nearly ({free / 1e9:.1f} GB are free)" if full else reason
     old = "; the one before it is untouched" if kept else ""

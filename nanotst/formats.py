@@ -23,7 +23,9 @@ import numpy as np
 from nanotst import UserError
 
 DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data")
-TOKEN_FILE = re.compile(r"(.+_)?(train|val)(?:_(\d{1,9}))?\.bin")  # whose, split, number of the shard
+TOKEN_FILE = re.compile(
+    r"(.+_)?(train|val)(?:_(\d{1,9}))?\.bin"
+)  # whose, split, number of the shard
 LLM_C = {  # magic: version, dtype, and what is in it. The separator stands before each document
     20240520: (1, "<u2", dict(vocab_size=50257, encoding="gpt2", separator=50256)),
     20240801: (7, "<u4", dict(vocab_size=128256, encoding=None, separator=128000)),
@@ -47,33 +49,48 @@ class Found:
 
 def find(name):
     """The corpus in the folder `name` or else in data/`name` -> Found. UserError where there is none."""
-    places = [name, os.path.join(DATA, name)]  # raw text in the working directory does not hide data/NAME
+    places = [
+        name,
+        os.path.join(DATA, name),
+    ]  # raw text in the working directory does not hide data/NAME
     for folder in places:
         with contextlib.suppress(OSError, ValueError):  # ValueError: a zero byte in the name
             names = os.listdir(folder)
             if "meta.json" in names:
                 return read_ours(os.path.abspath(folder), names)
-            if any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names:  # killed at its end
+            if (
+                any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names
+            ):  # killed at its end
                 return read_foreign(os.path.abspath(folder), names)
     scripts = filter(os.path.isfile, (os.path.join(folder, "prepare.py") for folder in places))
     script = next(scripts, os.path.join(DATA, "text", "prepare.py"))
     script = script.removeprefix(os.getcwd() + os.sep)
-    raise UserError(f"no prepared corpus in {name!r} or in data/; prepare it: run python {script} first")
+    raise UserError(
+        f"no prepared corpus in {name!r} or in data/; prepare it: run python {script} first"
+    )
 
 
 def shards(folder, names, ours):
     """The token files among `names` -> {"train": names in order, "val": ...}."""
     found = {}
     for split in ("train", "val"):
-        files = [m for m in map(TOKEN_FILE.fullmatch, names) if m and m[2] == split and not (ours and m[1])]
+        files = [
+            m
+            for m in map(TOKEN_FILE.fullmatch, names)
+            if m and m[2] == split and not (ours and m[1])
+        ]
         files.sort(key=lambda m: (m[1] or "", int(m[3] or -1)))
         if not files:
             raise UserError(f"{folder} has no {split}.bin and no shards of it; {AGAIN}")
         first, last = files[0], files[-1]
         if (first[1], first[3] is None) != (last[1], last[3] is None):
-            raise UserError(f"{folder} holds more than one corpus: {first[0]} and {last[0]}; keep one there")
+            raise UserError(
+                f"{folder} holds more than one corpus: {first[0]} and {last[0]}; keep one there"
+            )
         if ours and last[3] and int(last[3]) != len(files) - 1:
-            raise UserError(f"{folder} has {len(files)} files, not all from {split}_0 to {last[0]}; {AGAIN}")
+            raise UserError(
+                f"{folder} has {len(files)} files, not all from {split}_0 to {last[0]}; {AGAIN}"
+            )
         found[split] = [m[0] for m in files]
     return found
 
@@ -88,7 +105,8 @@ def is_count(value):
 def is_sha256(value):
     """{name of a file in the folder: its hash}; a name is no path."""
     return type(value) is dict and all(
-        re.fullmatch(r"[\w.-]+\.(bin|crc|model)", name) and re.fullmatch("[0-9a-f]{64}", str(digest))
+        re.fullmatch(r"[\w.-]+\.(bin|crc|model)", name)
+        and re.fullmatch("[0-9a-f]{64}", str(digest))
         for name, digest in value.items()
     )
 
@@ -105,7 +123,10 @@ OPTIONAL = {  # these may be null, or missing
     "bytes_per_token": ("a number above 0", lambda v: type(v) in (int, float) and 0 < v < 2**20),
     "encoding": ("a name", lambda v: type(v) is str and 0 < len(v) < 4096),
     "separator": ("a token id", lambda v: type(v) is int and 0 <= v < 2**24),
-    "source": ("a list of lines", lambda v: type(v) is list and all(type(line) is str for line in v)),
+    "source": (
+        "a list of lines",
+        lambda v: type(v) is list and all(type(line) is str for line in v),
+    ),
     "sha256": ("hashes, by names of files in this folder", is_sha256),
 }
 
@@ -123,7 +144,9 @@ def read_ours(folder, names):
         if type(read) is not dict:
             raise UserError(f"{path} holds no object; {AGAIN}")
         if "seal" in read and read != sealed(read):
-            raise UserError(f"{path} was damaged or edited; {AGAIN}, or remove its seal to take it as it is")
+            raise UserError(
+                f"{path} was damaged or edited; {AGAIN}, or remove its seal to take it as it is"
+            )
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON ({e}); {AGAIN}") from None
     meta = {key: read.get(key) for key in (SCHEMA | OPTIONAL)}
@@ -136,7 +159,9 @@ def read_ours(folder, names):
     # with hashes, only files that have one are of this corpus: shards of a former one may still lie there
     files = shards(folder, sha256 or names, ours=True)
     meta["vocabulary"] = vocabulary = meta["encoding"]
-    if vocabulary in sha256 or vocabulary in names:  # a rank file: others of the same name hold other tokens
+    if (
+        vocabulary in sha256 or vocabulary in names
+    ):  # a rank file: others of the same name hold other tokens
         digest = sha256_of(os.path.join(folder, vocabulary))
         if digest != sha256.get(vocabulary, digest):
             raise damaged(os.path.join(folder, vocabulary))
@@ -165,11 +190,15 @@ def read_foreign(folder, names):
             f"{path} has no header of llm.c's (it begins with {magic}), and no meta.json is there"
         )
     if "meta.pkl" in names:
-        return Found(folder, files, meta | read_pickle(os.path.join(folder, "meta.pkl")), np.dtype("<u2"))
+        return Found(
+            folder, files, meta | read_pickle(os.path.join(folder, "meta.pkl")), np.dtype("<u2")
+        )
     # files of ours that lost their meta.json must not pass for GPT-2 tokens: text in bytes, or ids in 32 bits
     halves = np.frombuffer(start[: len(start) // 4 * 4], "<u2")
     if len(start) >= 512 and (not set(start) & set(range(1, 9)) or halves[1::2].max() < 4):
-        raise UserError(f"{folder} has lost its meta.json (train.bin holds no GPT-2 tokens); {AGAIN}")
+        raise UserError(
+            f"{folder} has lost its meta.json (train.bin holds no GPT-2 tokens); {AGAIN}"
+        )
     note = f"{folder} has neither meta.json nor meta.pkl: its tokens are taken as GPT-2's, as nanoGPT does"
     meta |= LLM_C[20240520][2] | {"vocabulary": "gpt2"}
     return Found(folder, files, meta, np.dtype("<u2"), note=note)
@@ -195,10 +224,15 @@ def read_pickle(path):
     except Exception as e:  # there is hardly one that a damaged pickle cannot raise
         raise UserError(f"{path} is not nanoGPT's meta.pkl ({type(e).__name__}: {e})") from None
     if not (is_count(n) and n <= 2**16):
-        raise UserError(f"{path}: vocab_size must be a number from 1 to 2^16, got {reprlib.repr(n)}")
+        raise UserError(
+            f"{path}: vocab_size must be a number from 1 to 2^16, got {reprlib.repr(n)}"
+        )
     if characters is None:
         return dict(vocab_size=n)
-    if not all(type(c) is str and c for c in characters) or not len(set(characters)) == len(characters) == n:
+    if (
+        not all(type(c) is str and c for c in characters)
+        or not len(set(characters)) == len(characters) == n
+    ):
         raise UserError(f"{path}: itos does not hold {n} different characters")
     digest = hashlib.sha256(json.dumps(characters).encode()).hexdigest()
     one_byte = all(c.isascii() and len(c) == 1 for c in characters)

@@ -99,7 +99,9 @@ def load_hf(model, folder, say=print):
     rows = wrong.pop("vocab_size", c.vocab_size)
     if rows != c.vocab_size:
         check_padding(folder, rows, c.vocab_size)
-        say(f"{folder}: rows {c.vocab_size} to {rows - 1} of the embedding and head, padding, are left out")
+        say(
+            f"{folder}: rows {c.vocab_size} to {rows - 1} of the embedding and head, padding, are left out"
+        )
     if wrong:
         raise UserError(
             f"{folder} has another shape, set "
@@ -109,7 +111,10 @@ def load_hf(model, folder, say=print):
             + ")"
         )
     where = open_weights(folder)
-    table, ours = {hf: (us, view) for hf, us, view in tensor_table(c)}, dict(model.named_parameters())
+    table, ours = (
+        {hf: (us, view) for hf, us, view in tensor_table(c)},
+        dict(model.named_parameters()),
+    )
     if c.tie_embeddings:
         where.pop("lm_head.weight", None)
     if unknown := where.keys() - table.keys():
@@ -120,7 +125,9 @@ def load_hf(model, folder, say=print):
     for name, (us, _) in table.items():
         names.setdefault(us, []).append(name)
     for us, p in ours.items():
-        whole = torch.zeros(p.shape) if isinstance(p, DTensor) else p.detach()  # a sharded one, one at a time
+        whole = (
+            torch.zeros(p.shape) if isinstance(p, DTensor) else p.detach()
+        )  # a sharded one, one at a time
         for name in names[us]:
             copy_tensor(table[name][1](whole), name, where[name], folder, rows)
         if isinstance(p, DTensor):
@@ -134,7 +141,9 @@ def copy_tensor(target, name, file, folder, rows):
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
         shape = rows, shape[1]
     if tuple(source.shape) != shape:
-        raise UserError(f"{folder}: {name} is {tuple(source.shape)}, by its config.json it would be {shape}")
+        raise UserError(
+            f"{folder}: {name} is {tuple(source.shape)}, by its config.json it would be {shape}"
+        )
     if source.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UserError(f"{folder}: {name} is {source.dtype}; quantized weights are not read")
     if not all_finite([source]):
@@ -153,7 +162,9 @@ def knobs_of(config):
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"its rope_parameters are {rope!r:.40}")
-    if rope.get("rope_theta", config.get("rope_theta")) != config.get("rope_theta", rope.get("rope_theta")):
+    if rope.get("rope_theta", config.get("rope_theta")) != config.get(
+        "rope_theta", rope.get("rope_theta")
+    ):
         raise ValueError(
             f"its rope_theta is both {config['rope_theta']!r:.40} and {rope['rope_theta']!r:.40}"
         )
@@ -185,7 +196,9 @@ def knobs_of(config):
         "n_embd": n_embd,
         "n_head": n_head,
         "n_kv_head": number(config, "num_key_value_heads", default=n_head if first else None),
-        "ff_dim": number(config, "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"),
+        "ff_dim": number(
+            config, "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
+        ),
         "head_dim": number(config, "head_dim", default=None if qk_norm else n_embd // n_head),
         "attention_window": window_of(config, kind),
         "qk_norm": qk_norm,
@@ -200,7 +213,9 @@ def knobs_of(config):
 
 def window_of(config, kind):
     """The attention window of a config.json, 0 for none. Raises ValueError unless all layers have it."""
-    switch = config.get("use_sliding_window", False) if kind.startswith("qwen3") else kind != "llama"
+    switch = (
+        config.get("use_sliding_window", False) if kind.startswith("qwen3") else kind != "llama"
+    )
     if type(switch) is not bool:
         raise ValueError(f"its use_sliding_window is {str(switch):.40}")
     if switch and kind != "mixtral" and "sliding_window" not in config:
@@ -235,11 +250,22 @@ def open_weights(folder):
     safetensors, _ = import_packages()
     names, index = ["model.safetensors"], "model.safetensors.index.json"
     try:
-        if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(os.path.join(folder, index)):
+        if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(
+            os.path.join(folder, index)
+        ):
             names = sorted(set(read_json(folder, index)["weight_map"].values()))
-        files = [safetensors.safe_open(os.path.join(folder, name), framework="pt") for name in names]
+        files = [
+            safetensors.safe_open(os.path.join(folder, name), framework="pt") for name in names
+        ]
         where = {name: f for f in files for name in f.keys()}  # noqa: SIM118, it is no dict
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as e:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        safetensors.SafetensorError,
+    ) as e:
         raise UserError(f"cannot read the weights in {folder}: {one_line(e)}") from None
     return {name: f for name, f in where.items() if not name.endswith("rotary_emb.inv_freq")}
 

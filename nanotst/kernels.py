@@ -86,9 +86,13 @@ def _embed_bags(bags, weight, share, dtype):
         # Never holds (N, s, C), in eager mode either, where nothing would fuse the lines below.
         mode = "mean" if share is None else "sum"
         return F.embedding_bag(bags, weight, mode=mode, per_sample_weights=share).to(dtype)
-    x = F.embedding(bags, weight)  # (N, s, C); torch.compile fuses look-up, mean and cast into one kernel
+    x = F.embedding(
+        bags, weight
+    )  # (N, s, C); torch.compile fuses look-up, mean and cast into one kernel
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (x.mean(-2, dtype=wide) if share is None else (x.to(wide) * share[..., None]).sum(-2)).to(dtype)
+    return (
+        x.mean(-2, dtype=wide) if share is None else (x.to(wide) * share[..., None]).sum(-2)
+    ).to(dtype)
 
 
 class EmbedBagsOfSmallVocabulary(torch.autograd.Function):
@@ -126,7 +130,9 @@ def causal_attention(q, k, v, window=0):
     if q.device.type != "cpu" or L > 512:
         mask = visible(L, window, q.device) if 0 < window < L else None  # (L, L)
         causal, gqa = mask is None, q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa
+        )
     if q.size(1) != k.size(1):
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     return ShortAttention.apply(q, k, v, window)
@@ -212,7 +218,9 @@ def sum_of_experts(rows, weights, place):
     (N, C)."""
     weight = Take.apply(weights.view(-1, 1), place.pair_of, place.row_of, 1)  # (M, 1)
     rows = rows * (weight * place.filled)  # an empty row gets no gradient
-    return Take.apply(rows, place.row_of, place.pair_of, 1).unflatten(0, weights.shape).sum(1)  # (N, C)
+    return (
+        Take.apply(rows, place.row_of, place.pair_of, 1).unflatten(0, weights.shape).sum(1)
+    )  # (N, C)
 
 
 class Take(torch.autograd.Function):
@@ -229,7 +237,12 @@ class Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
-        return grad[inverse].unflatten(0, (-1, ctx.k)).sum(1), None, None, None  # (n*k, C) -> (n, C)
+        return (
+            grad[inverse].unflatten(0, (-1, ctx.k)).sum(1),
+            None,
+            None,
+            None,
+        )  # (n*k, C) -> (n, C)
 
 
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since torch 2.10
@@ -296,7 +309,9 @@ def linear_multi_hot_cross_entropy(
     labels = labels.flatten(0, -2).T.long().contiguous()  # (s, N)
     wide = torch.promote_types(dtype, torch.float32)
     if weights is None:  # made on the device: a copy from the host would be waited for in each step
-        weights = torch.full((labels.size(0),), 1 / labels.size(0), dtype=wide, device=labels.device)
+        weights = torch.full(
+            (labels.size(0),), 1 / labels.size(0), dtype=wide, device=labels.device
+        )
     weights = weights.to(wide)
     valid = labels != ignore_index  # (s, N)
     # how much each label counts in the loss
@@ -314,7 +329,9 @@ class LinearMCE(torch.autograd.Function):
         w = weight.to(dtype)  # (V, C)
         wide = coef.dtype  # float32, or float64
         total = coef.sum(0)  # (N,), 1/N where every label is valid
-        share = coef / total.clamp(min=torch.finfo(wide).tiny)  # (s, N), a position's own label distribution
+        share = coef / total.clamp(
+            min=torch.finfo(wide).tiny
+        )  # (s, N), a position's own label distribution
         # (s, N), equal labels taken together
         share = sum(own * (labels == label) for own, label in zip(share, labels))
         total = total[:, None]  # (N, 1)

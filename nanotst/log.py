@@ -98,7 +98,9 @@ class RunFolder:
         except (BlockingIOError, PermissionError):
             self.lock.seek(0)
             who = self.lock.read().strip() or "another process"
-            raise UserError(f"{self.out_dir} is in use by {who}; wait for it or choose another") from None
+            raise UserError(
+                f"{self.out_dir} is in use by {who}; wait for it or choose another"
+            ) from None
         except OSError:  # a file system without locks
             return
 
@@ -120,7 +122,9 @@ class RunFolder:
         except (ValueError, KeyError, TypeError, RecursionError):
             todo = f"move it away, and --resume goes on without the rows up to step {step}"
             raise UserError(f"{self.metrics} is damaged; {todo}") from None
-        write_safely(self.metrics, lambda path: Path(path).write_text("".join(kept), encoding="utf-8"))
+        write_safely(
+            self.metrics, lambda path: Path(path).write_text("".join(kept), encoding="utf-8")
+        )
 
     def describe(self, described, wandb_project=""):
         """Write config.json, plain values that say what this run is, and tell Weights & Biases if it is asked
@@ -182,7 +186,13 @@ def knobs_of_run(c):
     if not c.resume or not os.path.exists(path):
         return {}
     fields = {field.name: field for field in dataclasses.fields(c)}
-    for key in ("out_dir", "resume", "allow_changes", "overwrite", "init_from"):  # not of the run as such
+    for key in (
+        "out_dir",
+        "resume",
+        "allow_changes",
+        "overwrite",
+        "init_from",
+    ):  # not of the run as such
         del fields[key]
     try:
         with open(path, encoding="utf-8") as f:

@@ -121,12 +121,16 @@ class Machine:
         if c.threads > 1024:
             raise UserError(f"threads must be at most 1024, got {c.threads}")
         if c.threads or distributed and device == "cpu":  # torchrun's own choice is a single thread
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            cores = (
+                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            )
             torch.set_num_threads(c.threads or max(1, cores // env["LOCAL_WORLD_SIZE"]))
         if device == "cpu":
             keep_freed_memory()
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left on CUDA
-        dtype = c.dtype if c.dtype != "auto" else "bfloat16" if has_fast_bfloat16(device) else "float32"
+        dtype = (
+            c.dtype if c.dtype != "auto" else "bfloat16" if has_fast_bfloat16(device) else "float32"
+        )
         ranks = env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]
         return cls(device, dtype, *ranks, distributed, parallel, shard_size or env["WORLD_SIZE"])
 
@@ -192,7 +196,9 @@ class Machine:
         goes on without it, unless it is sharded: ranks cannot take back a half of what they did together."""
         wanted = wanted == "on" or wanted == "auto" and self.device_type == "cuda"
         if wanted and model.config.n_expert and self.dtype == "float32":
-            self.say("experts compile in bfloat16 only (torch's grouped_mm); going on without torch.compile")
+            self.say(
+                "experts compile in bfloat16 only (torch's grouped_mm); going on without torch.compile"
+            )
             wanted = False
         if not wanted:
             warm_up(model)
@@ -242,7 +248,11 @@ def meet(rank, ranks):
     restart counts may differ between nodes (pytorch issue 135712). So rank 0 answers each of the others by a
     name that nobody has had before."""
     store = agent_store(TIMEOUT)
-    me, deadline, missing = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds(), set(range(1, ranks))
+    me, deadline, missing = (
+        uuid.uuid4().hex,
+        time.monotonic() + TIMEOUT.total_seconds(),
+        set(range(1, ranks)),
+    )
     if rank:
         store.set(f"hello {rank}", me)
         me = store.get(f"welcome {me}").decode()  # waits for it
@@ -250,7 +260,9 @@ def meet(rank, ranks):
     while missing and not rank:
         missing = {r for r in missing if not store.check([f"{me} {r}"])}
         for r in missing:
-            if store.check([f"hello {r}"]):  # maybe from the dead: then the living one is yet to come
+            if store.check(
+                [f"hello {r}"]
+            ):  # maybe from the dead: then the living one is yet to come
                 store.set(f"welcome {store.get(f'hello {r}').decode()}", me)
         if time.monotonic() > deadline:
             raise RuntimeError(f"timed out: ranks {sorted(missing)} have not come")
@@ -281,9 +293,13 @@ class StopSignals:
             return bool(self.received)
         if step < self.next_step:
             return False
-        pace = (time.perf_counter() - self.asked_at) / max(1, step - self.last_step)  # seconds a step
+        pace = (time.perf_counter() - self.asked_at) / max(
+            1, step - self.last_step
+        )  # seconds a step
         until = max(1, int(self.seconds / max(pace, 1e-6))) if self.machine.master else 0
-        answer = torch.tensor([float(bool(self.received)), float(until)], device=self.machine.device)
+        answer = torch.tensor(
+            [float(bool(self.received)), float(until)], device=self.machine.device
+        )
         dist.all_reduce(answer)
         stopping, until = answer.tolist()
         self.next_step, self.last_step, self.asked_at = step + int(until), step, time.perf_counter()
@@ -296,7 +312,9 @@ class StopSignals:
 
 # ------------------------------------------------------------------------------------------ ranks that fail
 
-PARTNER_LOST = r"(?i)closed by peer|reset by peer|broken pipe|timed out|timeout|remote process|remote error"
+PARTNER_LOST = (
+    r"(?i)closed by peer|reset by peer|broken pipe|timed out|timeout|remote process|remote error"
+)
 
 
 def as_one(main):
@@ -326,7 +344,10 @@ def leave_at_once(e):
     elif first_to_say("a rank is lost"):
         why = " ".join(str(e).split())
         said = "error: another rank has ended or hangs, and this one cannot go on without it"
-        print(f"{said} ({why[:100]}{' ... ' + why[-100:] if len(why) > 200 else why[100:]})", file=sys.stderr)
+        print(
+            f"{said} ({why[:100]}{' ... ' + why[-100:] if len(why) > 200 else why[100:]})",
+            file=sys.stderr,
+        )
     sys.stderr.flush()
     os._exit(1)
 

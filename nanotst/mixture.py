@@ -92,12 +92,18 @@ def check_alike(spec, paths, corpora):
         for key in ("vocabulary", "vocab_size", "separator"):
             if corpus.meta[key] != first[key]:
                 different = f"{path} has {key} {corpus.meta[key]}, {paths[0]} {first[key]}"
-                raise UserError(f"dataset={spec}: {different}; prepare both with the same --encoding")
+                raise UserError(
+                    f"dataset={spec}: {different}; prepare both with the same --encoding"
+                )
         if corpus.meta["vocabulary"] is None:
-            raise UserError(f"dataset={spec}: {path} names no encoding to compare; name it in its meta.json")
+            raise UserError(
+                f"dataset={spec}: {path} names no encoding to compare; name it in its meta.json"
+            )
     for (path, corpus), (other, its) in itertools.combinations(zip(paths, corpora), 2):
         if corpus.fingerprint == its.fingerprint:
-            raise UserError(f"dataset={spec}: {path} and {other} hold the same text; give it one share")
+            raise UserError(
+                f"dataset={spec}: {path} and {other} hold the same text; give it one share"
+            )
 
 
 def meta_of(parts):
@@ -106,13 +112,17 @@ def meta_of(parts):
     total = lambda key: sum(m[key] for m in metas) if all(m.get(key) for m in metas) else None
     whole = "".join(f"{corpus.fingerprint} {share} " for _, corpus, share in parts)
     known = all(corpus.bytes_per_token for _, corpus, _ in parts)
-    per_token = sum(float(share) * corpus.bytes_per_token for _, corpus, share in parts) if known else None
+    per_token = (
+        sum(float(share) * corpus.bytes_per_token for _, corpus, share in parts) if known else None
+    )
     return metas[0] | {
         "fingerprint": hashlib.sha256(whole.encode()).hexdigest()[:32],
         "bytes_per_token": per_token,
         **{key: total(key) for key in ("train_tokens", "val_tokens", "train_bytes", "val_bytes")},
         "source": [line for m in metas for line in m.get("source") or ()],
-        "mixture": [{"name": n, "share": str(share), "meta": corpus.meta} for n, corpus, share in parts],
+        "mixture": [
+            {"name": n, "share": str(share), "meta": corpus.meta} for n, corpus, share in parts
+        ],
     }
 
 
@@ -129,7 +139,10 @@ class Pattern:
         corpus, before = np.empty(self.n, np.int64), np.zeros((len(shares), self.n + 1), np.int64)
         for row in range(self.n):
             read = before[:, row].tolist()
-            due = [(n + 1) / share if share * (row + 1) > n else math.inf for n, share in zip(read, shares)]
+            due = [
+                (n + 1) / share if share * (row + 1) > n else math.inf
+                for n, share in zip(read, shares)
+            ]
             corpus[row] = due.index(min(due))
             before[:, row + 1] = before[:, row]
             before[corpus[row], row + 1] += 1

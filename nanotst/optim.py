@@ -41,7 +41,10 @@ class Optimizers(list):
         if not isinstance(state, list) or len(state) != len(self):
             raise ValueError("the state of another optimizer")
         for optimizer, saved in zip(self, state):
-            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            settings = [
+                {k: v for k, v in group.items() if k != "params"}
+                for group in optimizer.param_groups
+            ]
             optimizer.load_state_dict(saved)
             for group, now in zip(optimizer.param_groups, settings):
                 group.update(now)
@@ -67,7 +70,9 @@ def muon(model, c, device_type):
     2502.16982), so that one learning_rate serves both, unless matrix_learning_rate gives Muon its own."""
     named = dict(model.blocks.named_parameters())
     matrices = [p for name, p in named.items() if p.dim() == 2 and "router" not in name]
-    if any(isinstance(p, DTensor) for p in matrices):  # each of its products would be a gathering of its own
+    if any(
+        isinstance(p, DTensor) for p in matrices
+    ):  # each of its products would be a gathering of its own
         raise UserError(
             "optimizer=muon works on whole matrices, and parallel=fsdp has parts: use adamw, or ddp"
         )
@@ -109,7 +114,9 @@ def rate_multiplier(step, c):
     if step < c.warmup_steps:
         return (step + 1) / c.warmup_steps
     if c.schedule == "cosine":
-        left = 0.5 + 0.5 * math.cos(math.pi * (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps))
+        left = 0.5 + 0.5 * math.cos(
+            math.pi * (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
+        )
     else:
         left = min(1.0, (c.max_steps - step) / max(1, round(c.decay_ratio * c.max_steps)))
     return c.min_lr_ratio + (1 - c.min_lr_ratio) * left

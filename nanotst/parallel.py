@@ -84,12 +84,21 @@ def init_weights(model, parts=("",)):
 def shard(model, machine):
     """Shard a model over the ranks, in place, by units whose own forward does the work."""
     ranks, n = machine.world_size, machine.shard_size
-    shape, names = ((ranks,), ("shard",)) if n == ranks else ((ranks // n, n), ("replicate", "shard"))
+    shape, names = (
+        ((ranks,), ("shard",)) if n == ranks else ((ranks // n, n), ("replicate", "shard"))
+    )
     mesh = init_device_mesh(machine.device_type, shape, mesh_dim_names=names)
     # cast_forward_inputs would round the shares of experts, and autocast casts what has to be
-    policy = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    exact, low = policy(), policy(param_dtype=torch.bfloat16 if machine.dtype == "bfloat16" else None)
-    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # nothing is added to it in place
+    policy = functools.partial(
+        MixedPrecisionPolicy, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    exact, low = (
+        policy(),
+        policy(param_dtype=torch.bfloat16 if machine.dtype == "bfloat16" else None),
+    )
+    warnings.filterwarnings(
+        "ignore", message=".*returned a view tensor"
+    )  # nothing is added to it in place
     # always resharded: units that stay gathered after an evaluation would have other parameters than the
     # optimizer
     unit = functools.partial(fully_shard, mesh=mesh, reshard_after_forward=True)
@@ -109,7 +118,9 @@ def wrap(model, machine):
     """The model as it is trained by all ranks together."""
     if machine.parallel != "ddp":
         return model
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.11 does not know its new name
+    warnings.filterwarnings(
+        "ignore", message=".*broadcast_buffers"
+    )  # torch 2.11 does not know its new name
     device_ids = [machine.local_rank] if machine.device_type == "cuda" else None
     return DDP(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -121,7 +132,9 @@ def sync_gradients(model, wanted):
     if isinstance(model, DDP):
         model.require_backward_grad_sync = wanted
     elif isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(wanted)  # of hybrid sharding: the sum over groups of ranks can wait
+        model.set_requires_all_reduce(
+            wanted
+        )  # of hybrid sharding: the sum over groups of ranks can wait
 
 
 def clip_gradients(model, limit):
@@ -135,14 +148,18 @@ def compile_units(model):
     """Compile a sharded model, in place: each unit's forward by itself, since FSDP's hooks between the units,
     and before and after a router, cannot be part of a graph. Blocks share one graph."""
     for unit in (model.embed, *model.blocks, model.head):
-        unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=not model.config.n_expert)
+        unit.forward = torch.compile(
+            unit.forward, dynamic=False, fullgraph=not model.config.n_expert
+        )
 
 
 @torch.no_grad()
 def copy_part(mine, whole):
     """mine.copy_(whole), where mine may be a sharded tensor, of which this rank has a part."""
     if isinstance(mine, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(mine.shape, mine.device_mesh, mine.placements)
+        shape, offset = compute_local_shape_and_global_offset(
+            mine.shape, mine.device_mesh, mine.placements
+        )
         whole = whole[tuple(slice(a, a + n) for a, n in zip(offset, shape))]
         mine = mine.to_local()
     mine.copy_(whole)

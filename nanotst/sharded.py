@@ -107,7 +107,9 @@ def together(path, group, work, mine=True):
         except UserError as e:
             error = str(e)
         except (Exception, dcp.CheckpointException) as e:  # DCP's is no Exception
-            cause = next((e for e, _ in getattr(e, "failures", {}).values()), e)  # in DCP's errors: by rank
+            cause = next(
+                (e for e, _ in getattr(e, "failures", {}).values()), e
+            )  # in DCP's errors: by rank
             error = why_not_written(path, cause, os.path.exists(f"{path}/{MANIFEST}"))
     results = of_all_ranks((result, error), group)
     if error := next((error for _, error in results if error), None):
@@ -150,7 +152,9 @@ def open_folder(path, verify=True):
         ):
             raise ValueError("it names something else")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} is damaged: its {MANIFEST} is no list of files ({str(e)[:100]})") from None
+        raise UserError(
+            f"{path} is damaged: its {MANIFEST} is no list of files ({str(e)[:100]})"
+        ) from None
     wrong = None
     if verify:
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -176,7 +180,9 @@ def read_parts(path, wanted):
             dcp.load(wanted, storage_reader=Reader(open_folder(path, verify=False)), no_dist=True)
     except (Exception, dcp.CheckpointException) as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
-        raise UserError(f"{path} is not a checkpoint of this repository, or is damaged ({reason})") from None
+        raise UserError(
+            f"{path} is not a checkpoint of this repository, or is damaged ({reason})"
+        ) from None
 
 
 class Reader(dcp.FileSystemReader):
@@ -192,13 +198,19 @@ class Reader(dcp.FileSystemReader):
 
 class DescriptionOfTensors(pickle.Unpickler):
     OF_DCP = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-    OTHERS = ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")
+    OTHERS = (
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+    )
 
     def find_class(self, module, name):
         found = None
         if module in self.OF_DCP or (module, name) in self.OTHERS:
             found = super().find_class(module, name)
-            if module in self.OF_DCP and getattr(found, "__module__", None) != module:  # what it has imported
+            if (
+                module in self.OF_DCP and getattr(found, "__module__", None) != module
+            ):  # what it has imported
                 found = None
         elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             found = getattr(torch, name)

@@ -76,7 +76,9 @@ class Order:
 
     def starts(self, phase, i):
         """Where the rows number i (m,) of a phase (its index) start: (m,) tokens."""
-        read = self.begins[phase] + i * self.row_tokens[phase]  # (m,) tokens read before each of them
+        read = (
+            self.begins[phase] + i * self.row_tokens[phase]
+        )  # (m,) tokens read before each of them
         epochs = read // self.epoch_tokens
         out = np.empty(len(i), np.int64)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
@@ -91,12 +93,16 @@ class Order:
         bounds = np.clip(self.begins, epoch * self.epoch_tokens, (epoch + 1) * self.epoch_tokens)
         # rows, by phase
         used = [int(b - a) // length for a, b, length in zip(bounds, bounds[1:], self.row_tokens)]
-        pieces = [a // b for a, b in zip(self.row_tokens, self.row_tokens[1:])]  # of a row, in the next phase
+        pieces = [
+            a // b for a, b in zip(self.row_tokens, self.row_tokens[1:])
+        ]  # of a row, in the next phase
         there = [self.n_stretches]  # rows that each phase finds
         for n_used, k in zip(used, pieces):
             there.append((there[-1] - n_used) * k)
         offset = 0
-        for p in range(phase, 0, -1):  # back to the row of the phase before, of which this is a piece
+        for p in range(
+            phase, 0, -1
+        ):  # back to the row of the phase before, of which this is a piece
             i, piece = np.divmod(permute(i, there[p], (*self.key, epoch, p)), pieces[p - 1])
             offset = offset + piece * self.row_tokens[p]
             i = i + used[p - 1]
@@ -133,10 +139,17 @@ class TokenStream:
     state() gave when this run was stopped before step `step`. Raises UserError if a corpus is too short.
     """
 
-    def __init__(self, sources, block_size, phases, n_rows, rows, seed=0, device="cpu", state=None, step=0):
+    def __init__(
+        self, sources, block_size, phases, n_rows, rows, seed=0, device="cpu", state=None, step=0
+    ):
         self.tokens, shares = zip(*sources)
         self.block_size, self.n_rows, self.rows, self.device = block_size, n_rows, rows, device
-        self.cut = [block_size, n_rows, seed, *(n for share in shares for n in share.as_integer_ratio())]
+        self.cut = [
+            block_size,
+            n_rows,
+            seed,
+            *(n for share in shares for n in share.as_integer_ratio()),
+        ]
         # the order below is read from step first_step on, after tokens_before tokens read in another one
         self.phases, self.first_step, self.tokens_before = phases, 0, 0
         if state:
@@ -148,7 +161,9 @@ class TokenStream:
         for p in self.phases:
             self.rows_before.append(self.rows_before[-1] + (p.stop - p.start) * n_rows)
         self.orders = [self._order(i, seed) for i in range(len(sources))]
-        self.epoch_tokens = min(int(order.epoch_tokens / share) for order, share in zip(self.orders, shares))
+        self.epoch_tokens = min(
+            int(order.epoch_tokens / share) for order, share in zip(self.orders, shares)
+        )
         self.known = None, None  # a phase and a block of its steps, and the places of their rows
         self.worker = ThreadPoolExecutor(1)
         self.ahead = None, None  # a step, and what the thread reads for it
@@ -162,7 +177,11 @@ class TokenStream:
         # rows of a batch that are of this corpus, its share rounded up
         n_rows = -(-self.n_rows * int(self.pattern.before[corpus, -1]) // self.pattern.n)
         if order.n_stretches < n_rows:
-            which = "the corpus" if len(self.tokens) == 1 else f"corpus {corpus + 1} of {len(self.tokens)}"
+            which = (
+                "the corpus"
+                if len(self.tokens) == 1
+                else f"corpus {corpus + 1} of {len(self.tokens)}"
+            )
             raise UserError(
                 f"{which} has {n_tokens:,} tokens, too few for {n_rows} rows of {self.block_size} x "
                 f"bag_size {self.phases[0].n_in}; give smaller ones (or a smaller total_batch) or more text"
@@ -183,7 +202,11 @@ class TokenStream:
         Where these cannot follow those, or rows are cut anew, the rest of the epoch is given up and another
         one begins."""
         past, wanted = [Phase(*p) for p in state["phases"]], self.phases
-        self.phases, self.first_step, self.tokens_before = past, state["first_step"], state["tokens_before"]
+        self.phases, self.first_step, self.tokens_before = (
+            past,
+            state["first_step"],
+            state["tokens_before"],
+        )
         if state["cut"] == self.cut and past == wanted:
             return
         read = self.tokens_at(step)
@@ -207,7 +230,8 @@ class TokenStream:
         last = self.phases[-1]
         read = sum(max(0, min(step, p.stop) - p.start) * p.n_in for p in self.phases)
         return (
-            self.tokens_before + (read + max(0, step - last.stop) * last.n_in) * self.n_rows * self.block_size
+            self.tokens_before
+            + (read + max(0, step - last.stop) * last.n_in) * self.n_rows * self.block_size
         )
 
     def read(self, step):
@@ -215,7 +239,9 @@ class TokenStream:
         of a row are only a target; some other row has them as input."""
         phase = phase_at(self.phases, step)
         n = self.block_size * phase.n_in + phase.n_out
-        out = torch.empty(len(self.rows), n, dtype=torch.int32, pin_memory=self.device.startswith("cuda"))
+        out = torch.empty(
+            len(self.rows), n, dtype=torch.int32, pin_memory=self.device.startswith("cuda")
+        )
         for row, (corpus, start) in zip(out.numpy(), self._places(phase, step)):
             row[:] = self.tokens[corpus][start : start + n]
         return out
@@ -227,15 +253,21 @@ class TokenStream:
         key, places = self.known
         if key != (phase, block):
             p = self.phases.index(phase)
-            steps = np.arange(block * AT_ONCE, (block + 1) * AT_ONCE)[:, None]  # since the phase began
+            steps = np.arange(block * AT_ONCE, (block + 1) * AT_ONCE)[
+                :, None
+            ]  # since the phase began
             before = self.rows_before[p]
-            rows = (before + steps * self.n_rows + np.asarray(self.rows, np.int64)).ravel()  # (m,) in the run
+            rows = (
+                before + steps * self.n_rows + np.asarray(self.rows, np.int64)
+            ).ravel()  # (m,) in the run
             corpora = self.pattern.corpus_of(rows)  # (m,)
             starts = np.empty_like(rows)
             for i, order in enumerate(self.orders):
                 here = np.flatnonzero(corpora == i)
                 if len(here):  # numbers of the rows among those of that corpus in the phase
-                    numbers = self.pattern.rows_before(rows[here], i) - self.pattern.rows_before(before, i)
+                    numbers = self.pattern.rows_before(rows[here], i) - self.pattern.rows_before(
+                        before, i
+                    )
                     starts[here] = order.starts(p, numbers)
             places = list(zip(corpora.tolist(), starts.tolist()))
             self.known = (phase, block), places
@@ -255,7 +287,11 @@ def validation_rows(tokens, positions, block_size):
     """Fixed rows of L+1 tokens, evenly spaced over the validation split, of at most so many positions in all,
     and never more than it has: (n, L+1) int32. Raises UserError if it is shorter than a row."""
     if len(tokens) <= block_size:
-        raise UserError(f"block_size {block_size} is longer than the {len(tokens)} validation tokens")
+        raise UserError(
+            f"block_size {block_size} is longer than the {len(tokens)} validation tokens"
+        )
     n_rows = max(1, min(positions, len(tokens)) // block_size)
     starts = np.linspace(0, len(tokens) - block_size - 1, n_rows).astype(np.int64)
-    return torch.from_numpy(np.stack([tokens[i : i + block_size + 1] for i in starts]).astype(np.int32))
+    return torch.from_numpy(
+        np.stack([tokens[i : i + block_size + 1] for i in starts]).astype(np.int32)
+    )

@@ -89,7 +89,9 @@ def _bpe_tokenizer(name: str, bpe, separator: int | None = None, rank_file: str 
         try:
             ids = bpe.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # half a surrogate pair becomes "?"
-            ids = bpe.encode_to_numpy(text.encode("utf-8", "replace").decode(), disallowed_special=())
+            ids = bpe.encode_to_numpy(
+                text.encode("utf-8", "replace").decode(), disallowed_special=()
+            )
         return ids.astype(np.int64)
 
     def one(i: int) -> bytes:
@@ -106,7 +108,12 @@ def _bpe_tokenizer(name: str, bpe, separator: int | None = None, rank_file: str 
             return b"".join(one(i) for i in ids)
 
     return Tokenizer(
-        name, bpe.n_vocab, bpe.eot_token if separator is None else separator, encode, decode_bytes, rank_file
+        name,
+        bpe.n_vocab,
+        bpe.eot_token if separator is None else separator,
+        encode,
+        decode_bytes,
+        rank_file,
     )
 
 
@@ -123,7 +130,9 @@ def _rank_file_tokenizer(path: str) -> Tokenizer:
     # tiktoken aborts on text whose bytes it lacks, so such a file is refused here
     n = len(ranks)
     if sorted(ranks.values()) != list(range(n)) or not all(bytes([b]) in ranks for b in range(256)):
-        raise UserError(f"{path} is not a tiktoken rank file (needs ranks 0..N-1 and all 256 bytes)")
+        raise UserError(
+            f"{path} is not a tiktoken rank file (needs ranks 0..N-1 and all 256 bytes)"
+        )
     note = ""
     if n == LLAMA3_RANKS:
         names = [f"<|reserved_special_token_{i}|>" for i in range(251)]

@@ -33,7 +33,11 @@ def tokenizer_of(path, checkpoint, data=""):
     else:
         run, was = Path(path).resolve().parent, str(checkpoint.get("data"))
         name = os.path.basename(os.path.normpath(was))
-        places = [was, *(str(folder / name) for folder in run.parents[:2]), os.path.join(DATA, name)]
+        places = [
+            was,
+            *(str(folder / name) for folder in run.parents[:2]),
+            os.path.join(DATA, name),
+        ]
     file = next(filter(os.path.isfile, (os.path.join(place, encoding) for place in places)), None)
     if not file:
         where = ", ".join(dict.fromkeys(places))
@@ -55,10 +59,14 @@ def character_tokenizer(characters):
 
     def encode(text):
         if unknown := next((character for character in text if character not in ids), None):
-            raise UserError(f"the prompt holds {unknown!r}, none of the corpus's {len(ids)} characters")
+            raise UserError(
+                f"the prompt holds {unknown!r}, none of the corpus's {len(ids)} characters"
+            )
         return np.array([ids[character] for character in text], dtype=np.int64)
 
     def decode_bytes(tokens):
-        return "".join(characters[i] for i in np.asarray(tokens).reshape(-1)).encode("utf-8", "replace")
+        return "".join(characters[i] for i in np.asarray(tokens).reshape(-1)).encode(
+            "utf-8", "replace"
+        )
 
     return Tokenizer("characters", len(characters), None, encode, decode_bytes)

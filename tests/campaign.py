@@ -70,7 +70,17 @@ TRIALS = {  # part: trials
     "commands": 200, "metas": 60, "checkpoints": 40, "logs": 20, "configs": 20, "ranks": 12,
 }  # fmt: skip
 VERDICTS = ("bit-equal", "one line", "traceback", "silent", "lost")
-LEARNED = ("step", "phase", "bag_size", "loss", "val_loss", "lr", "grad_norm", "data_tokens", "flops")
+LEARNED = (
+    "step",
+    "phase",
+    "bag_size",
+    "loss",
+    "val_loss",
+    "lr",
+    "grad_norm",
+    "data_tokens",
+    "flops",
+)
 KNOBS = dict(
     n_layer=2, n_head=2, n_embd=32, ff_dim=64, block_size=16, total_batch=128, batch_size=8, max_steps=30,
     bag_size="3", superposition_ratio=0.4, learning_rate=0.01, warmup_steps=4, eval_interval=5,
@@ -121,7 +131,9 @@ class Process:
         if real:
             names = ["-m", argv[0]] if not argv[0].endswith(".py") else [str(ROOT / argv[0])]
             out, err = self.files
-            self.real = subprocess.Popen([sys.executable, *names, *argv[1:]], cwd=cwd, stdout=out, stderr=err)
+            self.real = subprocess.Popen(
+                [sys.executable, *names, *argv[1:]], cwd=cwd, stdout=out, stderr=err
+            )
             self.pid = self.real.pid
             return
         self.pid = os.fork()
@@ -200,7 +212,9 @@ class Process:
             file.seek(0)
             texts.append(file.read())
             file.close()
-        return Ended(-signal.SIGABRT if hung else self.code, texts[0], texts[1] + "it hung\n" * hung)
+        return Ended(
+            -signal.SIGABRT if hung else self.code, texts[0], texts[1] + "it hung\n" * hung
+        )
 
 
 # ---------------------------------------------------------------------------------------------- lab
@@ -241,7 +255,13 @@ class Lab:
         return Process(argv, cwd, **options).wait()
 
     def train(self, out_dir, kind="dense", *more):
-        argv = ["train.py", str(self.config), f"--dataset={self.text}", f"--out_dir={out_dir}", *KINDS[kind]]
+        argv = [
+            "train.py",
+            str(self.config),
+            f"--dataset={self.text}",
+            f"--out_dir={out_dir}",
+            *KINDS[kind],
+        ]
         return [arg.format(text=self.text, other=self.other) for arg in argv] + list(more)
 
     def outcome(self, out_dir):
@@ -255,7 +275,9 @@ class Lab:
         """Of metrics.jsonl, by step, what was learned."""
         with open(Path(out_dir) / "metrics.jsonl") as f:
             rows = [json.loads(line) for line in f]
-        assert [row["step"] for row in rows] == sorted({row["step"] for row in rows}), "rows are mixed up"
+        assert [row["step"] for row in rows] == sorted({row["step"] for row in rows}), (
+            "rows are mixed up"
+        )
         return {row["step"]: [row.get(key) for key in LEARNED] for row in rows}
 
     def half(self, folder, kind="dense"):
@@ -297,7 +319,9 @@ class Lab:
 
 def contents(folder):
     """{name: bytes} of the files in a folder; whose lock it was last does not count."""
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file() and p.name != "lock"}
+    return {
+        p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file() and p.name != "lock"
+    }
 
 
 def flip(data, rng):
@@ -336,7 +360,11 @@ def kills(lab, folder, rng, i):
         if ended.crashed:
             return "traceback", f"{kind}, killed {where}", ended
     tried = lab.finish(argv, folder)
-    return lab.went_on(tried, folder / "run", kind), f"{kind}, killed: {', '.join(where)}", tried[-1]
+    return (
+        lab.went_on(tried, folder / "run", kind),
+        f"{kind}, killed: {', '.join(where)}",
+        tried[-1],
+    )
 
 
 def signals(lab, folder, rng, i):
@@ -368,9 +396,20 @@ def signals(lab, folder, rng, i):
 def torchrun_signal(lab, folder, rng, number):
     """It must be heeded between two rows that are far apart: "bit-equal" here means that what was saved is
     the step in which it stopped. (Two ranks against one: tests/test_train.py.)"""
-    rare = ["--max_steps=1000000", "--log_interval=100000", "--eval_interval=100000", "--save_interval=0"]
+    rare = [
+        "--max_steps=1000000",
+        "--log_interval=100000",
+        "--eval_interval=100000",
+        "--save_interval=0",
+    ]
     argv = lab.train(folder / "run", "dense", *rare, "--batch_size=4", "--threads=1")
-    argv = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / argv[0]), *argv[1:]]
+    argv = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / argv[0]),
+        *argv[1:],
+    ]
     process, until = Process(argv, folder, real=True), time.monotonic() + PATIENCE
     while not (folder / "run" / "metrics.jsonl").exists() and time.monotonic() < until:
         time.sleep(0.1)  # its first row comes with the first step
@@ -534,7 +573,9 @@ def metas(lab, folder, rng, i):
     else:
         value = rng.choice(WRONG) if how == "value" else None
         what = f"{key} = {value!r:.40}" if how == "value" else f"no {key}"
-        meta = {k: v for k, v in meta.items() if k != key} | ({key: value} if how == "value" else {})
+        meta = {k: v for k, v in meta.items() if k != key} | (
+            {key: value} if how == "value" else {}
+        )
         seal = rng.choice(["kept", "none", "fits"])
         meta = {k: v for k, v in meta.items() if k != "seal" or seal == "kept"}
         if seal == "fits":
@@ -716,7 +757,12 @@ def command(lab, folder, rng, i):
         "train.py": lab.train(
             folder / "run", rng.choice(list(KINDS)), "--max_steps=3", "--superposition_ratio=0.7"
         ),
-        "sample.py": ["sample.py", f"--checkpoint={whole / 'best.pt'}", "--n_tokens=3", "--prompt=the"],
+        "sample.py": [
+            "sample.py",
+            f"--checkpoint={whole / 'best.pt'}",
+            "--n_tokens=3",
+            "--prompt=the",
+        ],
         "tools.evaluate": ["tools.evaluate", str(whole / "best.pt"), "--eval_positions=160"],
         "tools.plan": ["tools.plan", str(lab.config), f"--dataset={lab.text}"],
         "tools.plot": ["tools.plot", str(whole), str(half), "--no_plot"],
@@ -730,7 +776,13 @@ def command(lab, folder, rng, i):
             f"--out={folder / 'f.json'}",
             "--plot=False",
         ],
-        "tools.bench": ["tools.bench", "--parts=loss", "--positions=32", "--repeats=1", "--bag_sizes=1"],
+        "tools.bench": [
+            "tools.bench",
+            "--parts=loss",
+            "--positions=32",
+            "--repeats=1",
+            "--bag_sizes=1",
+        ],
         "data/text/prepare.py": [
             "data/text/prepare.py",
             str(lab.folder / "text.txt"),
@@ -791,9 +843,15 @@ def commands(lab, folder, rng, i):
     hows = ["must", "must", "may", "may", "may", "as it is", "--help"] + ["less"] * places
     how, extra = rng.choice(hows), []
     if how in ("must", "may"):
-        choices = [(kind, text) for kinds, text in (MUST if how == "must" else MAY) for kind in kinds]
-        more = {"must": ["-x", "", "no.py", "last.pt", "."], "may": ["--resume", "--overwrite"]}[how]
-        choices += [("", text) for text in (["", "last.pt", "no/such"] * (how == "may") if places else more)]
+        choices = [
+            (kind, text) for kinds, text in (MUST if how == "must" else MAY) for kind in kinds
+        ]
+        more = {"must": ["-x", "", "no.py", "last.pt", "."], "may": ["--resume", "--overwrite"]}[
+            how
+        ]
+        choices += [
+            ("", text) for text in (["", "last.pt", "no/such"] * (how == "may") if places else more)
+        ]
         kind, text = rng.choice([(kind, text) for kind, text in choices if kind in knobs])
         extra = [text.replace("KNOB", rng.choice(knobs[kind]))]
     elif how == "--help":
@@ -803,10 +861,16 @@ def commands(lab, folder, rng, i):
     what = f"{how}: {argv[0]} {' '.join(extra)!r:.100}"
     if ended.crashed or not (ended.code == 0 or ended.refused):
         return "traceback", what, ended
-    idle = argv[0] in ("tools.sweep", "tools.compare") and ended.refused  # without runs there is no table
-    good = {"must": ended.refused, "less": ended.refused, "may": True}.get(how, ended.code == 0 or idle)
+    idle = (
+        argv[0] in ("tools.sweep", "tools.compare") and ended.refused
+    )  # without runs there is no table
+    good = {"must": ended.refused, "less": ended.refused, "may": True}.get(
+        how, ended.code == 0 or idle
+    )
     if ended.code == 0 and (folder / "run" / "metrics.jsonl").exists():
-        good = good and "NaN" not in (folder / "run" / "metrics.jsonl").read_text()  # which is not JSON
+        good = (
+            good and "NaN" not in (folder / "run" / "metrics.jsonl").read_text()
+        )  # which is not JSON
     return "silent" if not good else "one line" if ended.code else "bit-equal", what, ended
 
 
@@ -824,16 +888,22 @@ def cost():
             "torch.load alone": lambda: torch.load(path, weights_only=True),
             "load_checkpoint, which verifies": lambda: load_checkpoint(path, mmap=False),
         }  # fmt: skip
-        lines += [f"| checkpoint, {name} | {s:.2f} |" for name, s in per_gb(readers, gigabytes).items()]
+        lines += [
+            f"| checkpoint, {name} | {s:.2f} |" for name, s in per_gb(readers, gigabytes).items()
+        ]
         corpus = Path(folder) / "corpus"
         shutil.copytree(formats.DATA + "/python_source", corpus)
         if (corpus / "train.bin").exists():
             gigabytes = sum(p.stat().st_size for p in corpus.glob("*.bin")) / 1e9
             readers = {
-                "reading the bytes alone": lambda: [len(p.read_bytes()) for p in corpus.glob("*.bin")],
+                "reading the bytes alone": lambda: [
+                    len(p.read_bytes()) for p in corpus.glob("*.bin")
+                ],
                 "open_corpus, which verifies": lambda: open_corpus(str(corpus)),
             }
-            lines += [f"| corpus, {name} | {s:.2f} |" for name, s in per_gb(readers, gigabytes).items()]
+            lines += [
+                f"| corpus, {name} | {s:.2f} |" for name, s in per_gb(readers, gigabytes).items()
+            ]
     return lines
 
 
@@ -892,15 +962,24 @@ def main(c):
                 where["a rank under torchrun"] += int(text.partition("killed ")[2][0])
             if VERDICTS.index(verdict) > 1 or c.only >= 0:
                 print(f"{part} {i}: {verdict}: {text}", flush=True)
-    bad = sum(n for count in counts.values() for verdict, n in count.items() if VERDICTS.index(verdict) > 1)
+    bad = sum(
+        n
+        for count in counts.values()
+        for verdict, n in count.items()
+        if VERDICTS.index(verdict) > 1
+    )
     if not bad and c.only < 0:
         shutil.rmtree(folder)
     report = "\n".join(table(counts, where, cost() if "cost" in parts else []))
     print(f"{report}\n\n{(time.monotonic() - started) / 60:.0f} minutes")
     if c.out:
         command = " ".join(arg for arg in sys.argv[1:] if not arg.startswith("--jobs"))
-        versions = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}"
-        text = f"{INTRODUCTION}\n\n    python -m tests.campaign {command}\n\n{versions}.\n\n{report}\n"
+        versions = (
+            f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}"
+        )
+        text = (
+            f"{INTRODUCTION}\n\n    python -m tests.campaign {command}\n\n{versions}.\n\n{report}\n"
+        )
         Path(c.out).write_text(text, encoding="utf-8")
     if bad:
         raise UserError(f"{bad} trials ended badly; their folders are in {folder}")
@@ -918,12 +997,18 @@ be empty: a traceback, a crash or a hang; another result without a word; work th
 
 def table(counts, where, costs):
     """Lines of markdown."""
-    lines = ["| part | tried | " + " | ".join(VERDICTS) + " |", "|---" + "|--:" * (1 + len(VERDICTS)) + "|"]
+    lines = [
+        "| part | tried | " + " | ".join(VERDICTS) + " |",
+        "|---" + "|--:" * (1 + len(VERDICTS)) + "|",
+    ]
     for part, count in counts.items():
         cells = [str(count[verdict] or "") for verdict in VERDICTS]
         lines.append(f"| {part.replace('_', ' ')} | {count.total()} | " + " | ".join(cells) + " |")
     if where:
-        lines += ["", "Where the kills fell: " + ", ".join(f"{k} {n}" for k, n in where.most_common()) + "."]
+        lines += [
+            "",
+            "Where the kills fell: " + ", ".join(f"{k} {n}" for k, n in where.most_common()) + ".",
+        ]
     if costs:
         lines += ["", "| cost of verifying, one thread | CPU seconds per GB |", "|---|--:|", *costs]
     return lines

@@ -80,7 +80,9 @@ def tiny(corpus, tmp_path):
     """tiny(key=value, ...) -> the Config of a run of a second or less."""
 
     def config(**knobs):
-        return train.Config(**{**TINY, "dataset": corpus, "out_dir": str(tmp_path / "run"), **knobs})
+        return train.Config(
+            **{**TINY, "dataset": corpus, "out_dir": str(tmp_path / "run"), **knobs}
+        )
 
     return config
 

@@ -61,4 +61,6 @@ def byte_documents(folder):
 
 def contents(folder):
     """{name: bytes} of all files below a folder, none if it is not there."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()
+    }

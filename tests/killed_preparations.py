@@ -26,9 +26,13 @@ def finished_shards(out):
     except FileNotFoundError:
         return {}
     inodes = {
-        p.name: p.stat().st_ino for folder in (out, out / "unfinished.tmp") for p in folder.glob("*.bin")
+        p.name: p.stat().st_ino
+        for folder in (out, out / "unfinished.tmp")
+        for p in folder.glob("*.bin")
     }
-    noted = [f"{split}_{i:05d}.bin" for split in ("train", "val") for i in range(count(shards, split))]
+    noted = [
+        f"{split}_{i:05d}.bin" for split in ("train", "val") for i in range(count(shards, split))
+    ]
     return {name: inodes.get(name) for name in noted}
 
 
@@ -71,7 +75,11 @@ def campaign(command, folder, kills, seed=0, say=lambda line: None):
                 n_killed += 1
             after = finished_shards(out)
             say(f"{i + 1:3d} {how}: {len(before)} finished shards before, {len(after)} after")
-            if how == "killed" and not (out / "meta.json").exists() and before.items() - after.items():
+            if (
+                how == "killed"
+                and not (out / "meta.json").exists()
+                and before.items() - after.items()
+            ):
                 wrong.append(
                     f"kill {i + 1}: shards were made again: {sorted(before.items() - after.items())}"
                 )
@@ -93,7 +101,10 @@ def main():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         wrong = campaign([sys.executable, *sys.argv[1:]], Path(folder), KILLS, say=print)
-    print(*wrong or [f"{KILLS} kills: the same files, byte for byte, and no shard made twice"], sep="\n")
+    print(
+        *wrong or [f"{KILLS} kills: the same files, byte for byte, and no shard made twice"],
+        sep="\n",
+    )
     sys.exit(bool(wrong))
 
 

@@ -58,7 +58,9 @@ def measure_rate(source, folder):
     pieces = [text for text, _, _ in read_documents(str(path), Options())]
     megabytes = sum(len(p.encode()) for p in pieces) / 1e6
     encode = tiktoken.get_encoding("gpt2").encode_to_numpy
-    config = prepare.Config(inputs=[str(path)], encoding="gpt2", workers=1, out_dir=str(folder / "out"))
+    config = prepare.Config(
+        inputs=[str(path)], encoding="gpt2", workers=1, out_dir=str(folder / "out")
+    )
 
     def alone():
         for piece in pieces:
@@ -71,7 +73,9 @@ def measure_rate(source, folder):
     alone(), pipeline()  # once before measuring
     ratios = []
     print(f"{megabytes:.1f} MB of text, {len(pieces):,} pieces of at most {PIECE / 1024:.0f} KB")
-    print("MB/s by the processor's time, and by the clock: tiktoken alone, the pipeline, their ratio")
+    print(
+        "MB/s by the processor's time, and by the clock: tiktoken alone, the pipeline, their ratio"
+    )
     for _ in range(ROUNDS):
         rates = [[megabytes / s for s in seconds(side)] for side in (alone, pipeline)]
         ratios.append([b / a for a, b in zip(*rates)])
@@ -88,7 +92,15 @@ def measure_memory(source, folder):
         path = folder / "part.txt"
         write_part(path, source, MEMORY_MB * times)
         script, out = str(ROOT / "data/text/prepare.py"), folder / "out"
-        command = [sys.executable, "-c", WITH_PEAK, script, str(path), "--encoding=gpt2", f"--out_dir={out}"]
+        command = [
+            sys.executable,
+            "-c",
+            WITH_PEAK,
+            script,
+            str(path),
+            "--encoding=gpt2",
+            f"--out_dir={out}",
+        ]
         said = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )

@@ -44,7 +44,9 @@ def figures(tmp_path):
         bench.main(bench.Config(**{**ON_CPU, "json": str(path), **knobs}))
         figures = json.loads(path.read_text())
         return {
-            title: rows for title, rows in figures.items() if isinstance(rows, list) and title != "command"
+            title: rows
+            for title, rows in figures.items()
+            if isinstance(rows, list) and title != "command"
         }
 
     return of
@@ -54,7 +56,9 @@ def test_variants_take_turns_after_an_unmeasured_call_and_the_median_counts(monk
     clock, order = Clock(monkeypatch), []
     b = bench.Bench(bench.Config(**ON_CPU))
     times = {"a": clock.takes(50, 1, 9, 2), "b": clock.takes(50, 4, 5, 60)}
-    noted = {name: lambda name=name, run=run: (order.append(name), run()) for name, run in times.items()}
+    noted = {
+        name: lambda name=name, run=run: (order.append(name), run()) for name, run in times.items()
+    }
     assert b.seconds(noted, repeats=3) == {"a": 2, "b": 5}
     assert order == ["a", "b"] * 4
 
@@ -75,7 +79,12 @@ def test_a_step_of_one_second_has_the_ratios_of_its_table(figures, monkeypatch):
     assert title == "training step, curves: 139,584 parameters, 2 rows of 128"
     one, three = rows
     assert (one["s"], one["ms"], one["time / s = 1"], one["first call s"]) == (1, 1000, 1, 1)
-    assert (three["s"], three["ms"], three["time / s = 1"], three["first call s"]) == (3, 2000, 2, 2)
+    assert (three["s"], three["ms"], three["time / s = 1"], three["first call s"]) == (
+        3,
+        2000,
+        2,
+        2,
+    )
     assert (one["positions/s"], three["positions/s"]) == (256, 128)
     assert (one["data tokens/s"], three["data tokens/s"]) == (256, 3 * 128)
     assert one["MFU"] == pytest.approx(0.1) and three["MFU"] == pytest.approx(0.05)
@@ -96,15 +105,25 @@ def test_a_real_step_trains_and_without_a_known_peak_there_is_no_mfu(figures):
 def test_losses_are_timed_against_cross_entropy_of_one_label(figures):
     [(title, rows)] = figures(parts="loss", positions=32, losses="bce").items()
     assert title == "loss alone, N 32, V 50304, C 256"
-    names = ["products", "cross-entropy", *["paper's loop"] * 3, *["plain MCE"] * 3, *["fused MCE"] * 3]
+    names = [
+        "products",
+        "cross-entropy",
+        *["paper's loop"] * 3,
+        *["plain MCE"] * 3,
+        *["fused MCE"] * 3,
+    ]
     assert [row["variant"] for row in rows] == names + ["chunked bce"] * 3
     base = rows[1]
     for row in rows:
         assert row["time / cross-entropy"] == pytest.approx(row["ms"] / base["ms"])
-        assert row["memory / cross-entropy"] == pytest.approx(row["extra MB"] / (base["extra MB"] or 1e-6))
+        assert row["memory / cross-entropy"] == pytest.approx(
+            row["extra MB"] / (base["extra MB"] or 1e-6)
+        )
 
 
-def test_mixtures_have_the_active_parameters_of_the_dense_model_but_for_their_routers(figures, monkeypatch):
+def test_mixtures_have_the_active_parameters_of_the_dense_model_but_for_their_routers(
+    figures, monkeypatch
+):
     clock = Clock(monkeypatch)
     seconds, make = iter((1.0, 2.0, 4.0)), bench.make_step
 
@@ -117,7 +136,9 @@ def test_mixtures_have_the_active_parameters_of_the_dense_model_but_for_their_ro
     assert [row["tokens/s / dense"] for row in rows] == [1, 0.5, 0.25]
     assert [row["positions/s"] for row in rows] == [32 * 128, 32 * 64, 32 * 32]
     for row, n_expert in zip(rows, (0, 8, 32)):
-        assert row["active"] == rows[0]["active"] + 2 * 128 * n_expert  # a router in each of 2 blocks
+        assert (
+            row["active"] == rows[0]["active"] + 2 * 128 * n_expert
+        )  # a router in each of 2 blocks
 
 
 def test_loader_counts_the_tokens_of_bags(figures):
@@ -156,7 +177,11 @@ def test_trainers_are_compared_by_their_steps_after_the_first_ones(figures, monk
         parts="nanogpt", rows=2, repeats=3, nanogpt=str(folders["theirs"])
     ).items()
     assert title.endswith("curves: 2 layers, width 64, context 128, 2 rows")
-    assert (theirs["trainer"], theirs["ms a step"], theirs["tokens/s"]) == ("nanoGPT", 4, 2 * 128 * 250)
+    assert (theirs["trainer"], theirs["ms a step"], theirs["tokens/s"]) == (
+        "nanoGPT",
+        4,
+        2 * 128 * 250,
+    )
     assert (ours["trainer"], ours["ms a step"], ours["tokens/s"]) == ("nanoTST", 2, 2 * 128 * 500)
     assert (theirs["tokens/s / nanoGPT"], ours["tokens/s / nanoGPT"]) == (1, 2)
     # GPT-2's block: 4 C^2 weights in attention, 8 C^2 in its MLP; 12 C L FLOPs of attention for each layer
@@ -165,7 +190,9 @@ def test_trainers_are_compared_by_their_steps_after_the_first_ones(figures, monk
     )
     assert ours["MFU"] == pytest.approx(128_000 * 933_888 / 1e9)
     assert theirs["runs"] == "4 4 4" and theirs["peak MB"] > 10
-    calls = [json.loads(line) for line in (folders["theirs"] / "arguments.txt").read_text().splitlines()]
+    calls = [
+        json.loads(line) for line in (folders["theirs"] / "arguments.txt").read_text().splitlines()
+    ]
     assert len(calls) == 3 and "--batch_size=2" in calls[0] and "--n_layer=2" in calls[0]
     assert "--total_batch=256" in (folders["ours"] / "arguments.txt").read_text()
 
@@ -173,11 +200,17 @@ def test_trainers_are_compared_by_their_steps_after_the_first_ones(figures, monk
 def test_both_trainers_can_read_the_words_and_their_frequencies_fall_as_in_a_language(tmp_path):
     bench.write_words(tmp_path, 50304)
     corpus = open_corpus(str(tmp_path))
-    assert corpus.vocab_size == pickle.loads((tmp_path / "meta.pkl").read_bytes())["vocab_size"] == 50304
+    assert (
+        corpus.vocab_size
+        == pickle.loads((tmp_path / "meta.pkl").read_bytes())["vocab_size"]
+        == 50304
+    )
     words = np.fromfile(tmp_path / "train.bin", np.uint16)
     assert len(words) == len(corpus.train) and words.max() < 50304
     count = np.bincount(words, minlength=50304)
-    assert count[:10].sum() / count[:1000].sum() == pytest.approx(np.log(11) / np.log(1001), abs=0.01)
+    assert count[:10].sum() / count[:1000].sum() == pytest.approx(
+        np.log(11) / np.log(1001), abs=0.01
+    )
 
 
 @pytest.mark.parametrize(

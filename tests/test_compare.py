@@ -58,7 +58,11 @@ def names(folder):
 
 def lines(text):
     """{first words: the other cells} of the table in a text."""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line[:1] == "|"
+    ]
     return {row[0]: row[1:] for row in rows}
 
 
@@ -66,7 +70,9 @@ def test_three_comparisons_of_known_runs(compared, capsys):
     out = compared("--seeds=1,2,3", "--lengths=1,1.5,2")
     printed = capsys.readouterr().out
     # 400 steps: TST reads 1 + 0.25 * 3 = 1.75 tokens a position, so the baseline for equal data takes 700
-    expected = [f"s1_max_steps={steps}_seed{i}" for steps in (400, 600, 700, 800) for i in (1, 2, 3)]
+    expected = [
+        f"s1_max_steps={steps}_seed{i}" for steps in (400, 600, 700, 800) for i in (1, 2, 3)
+    ]
     assert names(out) == sorted(expected + [f"s4_r0.25_max_steps=400_seed{i}" for i in (1, 2, 3)])
     loss = lambda steps: 5 - np.log2(steps) / 4
     table = lines(printed)
@@ -88,19 +94,23 @@ def test_three_comparisons_of_known_runs(compared, capsys):
     assert "Learning rate: TST 0.01, baseline 0.01." in printed
     assert printed.split("\nwrote")[0].strip().splitlines()[-1] in (out / "table.md").read_text()
     with open(out / "runs.csv", newline="") as f:
-        assert [row["max_steps"] for row in csv.DictReader(f)] == ["400"] * 6 + ["600"] * 3 + ["700"] * 3 + [
-            "800"
-        ] * 3
+        assert [row["max_steps"] for row in csv.DictReader(f)] == ["400"] * 6 + ["600"] * 3 + [
+            "700"
+        ] * 3 + ["800"] * 3
 
 
 def test_more_seeds_and_lengths_only_add_runs(compared, capsys):
     out = compared("--seeds=1", "--lengths=1,2")
     first = {name: (out / name / "metrics.jsonl").stat().st_mtime_ns for name in names(out)}
     printed = capsys.readouterr().out
-    assert "(no interval: one seed of TST and of each baseline)" in printed and "95 %" not in printed
+    assert (
+        "(no interval: one seed of TST and of each baseline)" in printed and "95 %" not in printed
+    )
     compared("--seeds=1,2", "--lengths=1,1.5,2")
     assert len(names(out)) == 2 * 5
-    assert all((out / name / "metrics.jsonl").stat().st_mtime_ns == time for name, time in first.items())
+    assert all(
+        (out / name / "metrics.jsonl").stat().st_mtime_ns == time for name, time in first.items()
+    )
 
 
 def test_the_baseline_has_its_own_rate(compared, capsys):
@@ -154,7 +164,9 @@ def test_what_cannot_work_is_one_line(compared, tmp_path, arguments, message):
 
 def test_a_failed_seed_is_left_out_and_said(compared, tmp_path, capsys):
     stub = tmp_path / "stub.py"
-    stub.write_text(STUB.replace("with open", "if (s, seed) == (4, 2): sys.exit('diverged')\nwith open"))
+    stub.write_text(
+        STUB.replace("with open", "if (s, seed) == (4, 2): sys.exit('diverged')\nwith open")
+    )
     with pytest.raises(UserError, match="1 of \\d+ runs failed; the same command tries them again"):
         compared()
     assert lines(capsys.readouterr().out)["TST, s 4, r 0.25"][3].endswith("(2 of 3)")
@@ -180,7 +192,11 @@ def test_a_length_without_a_finished_run_takes_nothing_from_the_others(compared,
     assert lines(printed)["baseline"] == ["800", "-", "-", sweep.Group({}, [], 3).text(), ""]
     assert f"Equal FLOPs: TST minus baseline -{np.log2(1.6) / 4:.4f} (95 % " in printed
     assert "needs more than 1.00 times the FLOPs of TST" in printed
-    assert {path.name for path in (tmp_path / "out").glob("*.*")} >= {"table.md", "runs.csv", "compare.png"}
+    assert {path.name for path in (tmp_path / "out").glob("*.*")} >= {
+        "table.md",
+        "runs.csv",
+        "compare.png",
+    }
 
 
 def test_the_baseline_for_equal_data_may_be_one_that_is_there(compared, capsys):
@@ -207,9 +223,13 @@ def test_intervals_are_those_of_students_t():
     (own,) = compare.possible_means([tst], np.random.default_rng(0))
     assert half(own) == pytest.approx(4.303 / np.sqrt(3), rel=0.02)  # two degrees of freedom
     first, second = compare.possible_means(list(baselines.values()), np.random.default_rng(0))
-    assert half(first) == pytest.approx(2.776 / np.sqrt(3), rel=0.02)  # four, for both lengths together
+    assert half(first) == pytest.approx(
+        2.776 / np.sqrt(3), rel=0.02
+    )  # four, for both lengths together
     assert half(second) == pytest.approx(2.776 / np.sqrt(3), rel=0.02)
-    assert (np.median(own), np.median(first), np.median(second)) == pytest.approx((2, 12, 6), abs=0.05)
+    assert (np.median(own), np.median(first), np.median(second)) == pytest.approx(
+        (2, 12, 6), abs=0.05
+    )
 
 
 def test_intervals_shrink_with_the_spread_and_hold_the_value():
@@ -242,7 +262,11 @@ def test_picture(compared, monkeypatch):
     left, middle, right = figures[0].axes
     loss, tst = lambda steps: 5 - np.log2(steps) / 4, "TST, s 4, r 0.25"
 
-    assert [ax.get_title() for ax in (left, middle, right)] == ["Equal FLOPs", "Equal loss", "Equal data"]
+    assert [ax.get_title() for ax in (left, middle, right)] == [
+        "Equal FLOPs",
+        "Equal loss",
+        "Equal data",
+    ]
     for ax, expected in [
         (left, {tst: ([0.5, 1], [320, 640]), "baseline": ([0.5, 1], [200, 400])}),
         (right, {tst: ([500 / 700, 1], [320, 640]), "baseline": ([0.5, 1], [350, 700])}),
@@ -265,4 +289,6 @@ def test_picture(compared, monkeypatch):
     arrow, said = middle.texts  # from where TST ends to where a baseline ends as low
     assert (*arrow.xyann, *arrow.xy) == pytest.approx((1, loss(640), 1.6, loss(640)), rel=1e-3)
     assert said.get_text() == "1.60x"
-    assert json.loads((out / "s1_max_steps=600_seed1" / "sweep.json").read_text())["max_steps"] == 600
+    assert (
+        json.loads((out / "s1_max_steps=600_seed1" / "sweep.json").read_text())["max_steps"] == 600
+    )

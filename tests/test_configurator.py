@@ -265,9 +265,11 @@ def test_a_config_file_is_utf8_whatever_the_locale(tmp_path):
 
 def test_an_entry_point_prints_what_the_user_can_act_on_and_nothing_else(capsys):
     def main(config):
-        raise {1: UserError("do this"), 2: OSError(2, "No such file", "x.bin"), 3: ZeroDivisionError()}[
-            config.bag_size
-        ]
+        raise {
+            1: UserError("do this"),
+            2: OSError(2, "No such file", "x.bin"),
+            3: ZeroDivisionError(),
+        }[config.bag_size]
 
     for argv, words in ((["--bag_size=1"], "error: do this"), (["--bag_size=2"], "error: .*x.bin")):
         with pytest.raises(SystemExit, match=words):

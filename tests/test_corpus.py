@@ -31,7 +31,11 @@ def ours(folder, train=TRAIN, val=VAL, cuts=None, bits=16, hashed=True, **change
             (folder / name).write_bytes(data)
             sha256[name] = hashlib.sha256(data).hexdigest()
     meta = dict(
-        vocab_size=300, dtype=f"uint{bits}", train_tokens=len(train), val_tokens=len(val), bytes_per_token=2.5
+        vocab_size=300,
+        dtype=f"uint{bits}",
+        train_tokens=len(train),
+        val_tokens=len(val),
+        bytes_per_token=2.5,
     )
     meta |= (
         dict(encoding="gpt2", separator=0, source=["a test"])
@@ -51,7 +55,9 @@ def nanogpt(folder, train=TRAIN, val=VAL, pickled=None):
     return str(folder)
 
 
-def llm_c(folder, shards, val=VAL, magic=20240520, version=1, code="H", name="fineweb_{}_{:06d}.bin"):
+def llm_c(
+    folder, shards, val=VAL, magic=20240520, version=1, code="H", name="fineweb_{}_{:06d}.bin"
+):
     folder.mkdir()
     for i, ids in enumerate([val, *shards]):
         header = struct.pack("<256i", magic, version, len(ids), *[0] * 253)
@@ -91,7 +97,9 @@ def large(monkeypatch):
 def test_every_slice_is_that_of_the_concatenated_files(tmp_path, cuts):
     c = open_corpus(
         ours(
-            tmp_path / "x", TRAIN[:40], cuts=[n % 40 for n in sorted(cuts)] if cuts and cuts[-1] < 4 else None
+            tmp_path / "x",
+            TRAIN[:40],
+            cuts=[n % 40 for n in sorted(cuts)] if cuts and cuts[-1] < 4 else None,
         )
     )
     for start in range(-3, 44):
@@ -117,11 +125,20 @@ def test_dtypes(tmp_path, bits):
 def test_meta_is_plain_and_whole(tmp_path):
     c = open_corpus(ours(tmp_path / "x", unknown_key=[1]))
     assert json.loads(json.dumps(c.meta)) == c.meta
-    assert c.folder == str(tmp_path / "x") and c.vocab_size == 300 and c.bytes_per_token == 2.5 and not c.note
+    assert (
+        c.folder == str(tmp_path / "x")
+        and c.vocab_size == 300
+        and c.bytes_per_token == 2.5
+        and not c.note
+    )
     assert {
         k: c.meta[k] for k in ("encoding", "separator", "train_tokens", "val_tokens", "vocabulary")
     } == dict(encoding="gpt2", separator=0, train_tokens=1000, val_tokens=70, vocabulary="gpt2")
-    assert c.meta["fingerprint"] == c.fingerprint and not c.meta.keys() & {"unknown_key", "sha256", "dtype"}
+    assert c.meta["fingerprint"] == c.fingerprint and not c.meta.keys() & {
+        "unknown_key",
+        "sha256",
+        "dtype",
+    }
 
 
 def test_four_keys_are_enough(tmp_path):
@@ -135,7 +152,10 @@ def test_four_keys_are_enough(tmp_path):
 
 def test_nanogpt_without_meta_pkl_is_gpt2_and_says_so(tmp_path):
     c = open_corpus(nanogpt(tmp_path / "x", TRAIN + 49000))
-    assert c.train[:].tolist() == (TRAIN + 49000).tolist() and c.val[10:20].tolist() == VAL[10:20].tolist()
+    assert (
+        c.train[:].tolist() == (TRAIN + 49000).tolist()
+        and c.val[10:20].tolist() == VAL[10:20].tolist()
+    )
     assert (c.vocab_size, c.meta["encoding"], c.meta["separator"], c.bytes_per_token) == (
         50257,
         "gpt2",
@@ -155,9 +175,13 @@ def test_nanogpt_characters(tmp_path):
     c = open_corpus(nanogpt(tmp_path / "x", pickled=meta))
     assert c.vocab_size == 300 and c.meta["encoding"] is None and c.meta["characters"] == characters
     assert c.bytes_per_token is None and c.train[:].tolist() == TRAIN.tolist()
-    c = open_corpus(nanogpt(tmp_path / "y", [0, 1], [1, 0], {"vocab_size": 2, "itos": {0: "\n", 1: "a"}}))
+    c = open_corpus(
+        nanogpt(tmp_path / "y", [0, 1], [1, 0], {"vocab_size": 2, "itos": {0: "\n", 1: "a"}})
+    )
     assert c.bytes_per_token == 1.0
-    assert "characters" not in open_corpus(nanogpt(tmp_path / "z", pickled={"vocab_size": 400})).meta
+    assert (
+        "characters" not in open_corpus(nanogpt(tmp_path / "z", pickled={"vocab_size": 400})).meta
+    )
 
 
 def test_llm_c_shards(tmp_path):
@@ -259,11 +283,17 @@ def test_fingerprint_is_of_the_tokens(tmp_path):
 
 
 def test_fingerprint_of_a_large_corpus_is_of_blocks(tmp_path, large):
-    folders = [ours(tmp_path / "a"), ours(tmp_path / "b", cuts=[10, 400]), ours(tmp_path / "c", hashed=False)]
+    folders = [
+        ours(tmp_path / "a"),
+        ours(tmp_path / "b", cuts=[10, 400]),
+        ours(tmp_path / "c", hashed=False),
+    ]
     assert len({open_corpus(folder).fingerprint for folder in folders}) == 1
     last = TRAIN.copy()
     last[-1] += 1
-    assert open_corpus(ours(tmp_path / "d", last)).fingerprint != open_corpus(folders[0]).fingerprint
+    assert (
+        open_corpus(ours(tmp_path / "d", last)).fingerprint != open_corpus(folders[0]).fingerprint
+    )
 
 
 def test_another_corpus_than_the_checkpoints(tmp_path):
@@ -286,7 +316,9 @@ def test_another_corpus_than_the_checkpoints(tmp_path):
 
 def test_rank_files_of_one_name_are_compared_by_what_they_hold(tmp_path):
     folders = [tmp_path / name for name in "abc"]
-    for folder, ids, ranks in zip(folders, (TRAIN, TRAIN[1:], TRAIN[1:]), (b"YQ== 0", b"YQ== 0", b"Yg== 0")):
+    for folder, ids, ranks in zip(
+        folders, (TRAIN, TRAIN[1:], TRAIN[1:]), (b"YQ== 0", b"YQ== 0", b"Yg== 0")
+    ):
         ours(folder, ids, encoding="tokenizer.model")
         (folder / "tokenizer.model").write_bytes(ranks)
     a, b, c = (open_corpus(str(folder)) for folder in folders)
@@ -342,7 +374,9 @@ def cut(path):
         (lambda path: (path.unlink(), path.mkdir()), "train.bin"),
         (lambda path: (path.unlink(), path.symlink_to(path)), "cannot read {}"),
         (
-            lambda path: path.write_bytes(struct.pack("<1000H", *[*range(299), 300] * 3, *range(100))),
+            lambda path: path.write_bytes(
+                struct.pack("<1000H", *[*range(299), 300] * 3, *range(100))
+            ),
             "{}: id 300 of token 299 is beyond the vocabulary of 300",
         ),
         (lambda path: path.write_bytes(b"\xff" * 2000), "{}: id 65535 of token 0"),
@@ -410,7 +444,9 @@ def test_what_is_no_format_at_all(tmp_path):
         (tmp_path / "x" / f"a_{split}.bin").write_bytes(bytes(4000))
     refused(tmp_path / "x", "a_train.bin", "begins with 0")
     llm_c(tmp_path / "y", [TRAIN])
-    shutil.copy(tmp_path / "y" / "fineweb_train_000001.bin", tmp_path / "y" / "other_train_000001.bin")
+    shutil.copy(
+        tmp_path / "y" / "fineweb_train_000001.bin", tmp_path / "y" / "other_train_000001.bin"
+    )
     refused(tmp_path / "y", "more than one corpus")
     llm_c(tmp_path / "z", [TRAIN])
     (tmp_path / "z" / "fineweb_val_000000.bin").unlink()
@@ -452,7 +488,9 @@ def test_files_of_a_large_corpus_are_opened_when_read(tmp_path, monkeypatch, lar
 def test_few_files_stay_open(tmp_path, monkeypatch, large):
     monkeypatch.setattr(corpus, "OPEN_FILES", 4)
     hashed = []
-    monkeypatch.setattr(corpus, "sha256_of", lambda path: hashed.append(path) or formats.sha256_of(path))
+    monkeypatch.setattr(
+        corpus, "sha256_of", lambda path: hashed.append(path) or formats.sha256_of(path)
+    )
     c = open_corpus(ours(tmp_path / "x", cuts=list(range(10, 1000, 10))))
     first = c.train[20:25]
     for _ in range(2):
@@ -460,7 +498,9 @@ def test_few_files_stay_open(tmp_path, monkeypatch, large):
             assert c.train[i : i + 10].tolist() == TRAIN[i : i + 10].tolist()
             assert len(c.train.maps) <= 4
     assert first.tolist() == TRAIN[20:25].tolist()  # a slice outlives its file
-    assert len(hashed) == len(set(hashed)) == 101  # each of 100 files and val once, though opened often
+    assert (
+        len(hashed) == len(set(hashed)) == 101
+    )  # each of 100 files and val once, though opened often
 
 
 def test_damage_in_a_large_corpus_is_found_when_it_is_read(tmp_path, large):
@@ -522,7 +562,11 @@ def test_each_part_is_compared_when_it_is_first_read(parts, monkeypatch):
     c, compared, crc32 = open_corpus(str(folder)), [], zlib.crc32
     monkeypatch.setattr(zlib, "crc32", lambda data: compared.append(len(data)) or crc32(data))
     assert c.train[32768:32769].tolist() == ids[32768:32769].tolist() and compared == [65536]
-    for start, stop in ((32768, 65536), (0, 10), (99_990, 100_000)):  # the fingerprint saw the outer parts
+    for start, stop in (
+        (32768, 65536),
+        (0, 10),
+        (99_990, 100_000),
+    ):  # the fingerprint saw the outer parts
         c.train[start:stop]
     assert compared == [65536]
     assert c.train[65535:65537].tolist() == ids[65535:65537].tolist() and compared == [65536] * 2
@@ -577,7 +621,9 @@ sha256        {"a":HASH} {"../train.bin":HASH} {"/etc/passwd":HASH} {"a/b.bin":H
 sha256        {"\u0000.bin":HASH} {"train.bin\n":HASH}
 sha256        {"train.bin":HASH} {"val.bin":HASH} {"train.bin":HASH,"val.bin":HASH}
 """
-WRONG = [(key, value) for key, *values in map(str.split, WRONG.strip().splitlines()) for value in values]
+WRONG = [
+    (key, value) for key, *values in map(str.split, WRONG.strip().splitlines()) for value in values
+]
 
 
 @pytest.mark.parametrize("key, value", WRONG)
@@ -596,10 +642,18 @@ def test_missing_values_in_meta_json(tmp_path, key):
 
 
 NO_META = [b"", b"{", b"null", b"[]", b"5", b'"text"', b"NaN", b"\xff\xfe", bytes(100), b"{} {}"]
-NO_META += [b"{'vocab_size': 300}", b'{"vocab_size": "caf\xe9"}', b"\x80\x04}.", b" " * 2**24 + b"{}"]
+NO_META += [
+    b"{'vocab_size': 300}",
+    b'{"vocab_size": "caf\xe9"}',
+    b"\x80\x04}.",
+    b" " * 2**24 + b"{}",
+]
 NO_META += [b'{"vocab_size": "\\ud800"}', b'{"vocab_size": 1' + b"0" * 5000 + b"}"]
 NO_META += [b"[" * 100_000, b'{"a":' * 100_000, b'{"vocab_size": ' + b"[" * 900 + b"]" * 900 + b"}"]
-NO_META += [b'{"seal": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"encoding": "' + b"x" * 10_000 + b'"}']
+NO_META += [
+    b'{"seal": ' + b"[" * 900 + b"]" * 900 + b"}",
+    b'{"encoding": "' + b"x" * 10_000 + b'"}',
+]
 
 
 @pytest.mark.parametrize("data", NO_META, ids=range(len(NO_META)))
@@ -655,7 +709,9 @@ class Code:
 
 PICKLED = [Code(), {"vocab_size": 300, "x": Code()}, {"vocab_size": np.int64(300)}, {}, [], 300]
 PICKLED += [{"vocab_size": n} for n in (None, 0, -1, True, 2**16 + 1, 300.0, "300")]
-PICKLED += [{"vocab_size": 2, "itos": itos} for itos in ({0: "a"}, {0: "a", 2: "b"}, {0: "a", 1: "a"})]
+PICKLED += [
+    {"vocab_size": 2, "itos": itos} for itos in ({0: "a"}, {0: "a", 2: "b"}, {0: "a", 1: "a"})
+]
 PICKLED += [{"vocab_size": 2, "itos": itos} for itos in ({0: "a", 1: 5}, {0: "a", 1: ""}, {}, 7)]
 
 
@@ -667,7 +723,9 @@ def test_meta_pkl_is_not_trusted(tmp_path, monkeypatch, pickled):
 
 
 def test_meta_pkl_with_a_flipped_bit_is_read_or_refused(tmp_path):
-    folder = nanogpt(tmp_path / "x", [0, 1, 2], [2, 1], {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}})
+    folder = nanogpt(
+        tmp_path / "x", [0, 1, 2], [2, 1], {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}}
+    )
     path = tmp_path / "x" / "meta.pkl"
     whole = path.read_bytes()
     for n in range(len(whole)):
@@ -686,17 +744,29 @@ def test_meta_pkl_with_a_flipped_bit_is_read_or_refused(tmp_path):
 @pytest.mark.parametrize(
     "make, knobs, vocab_size",
     [
-        (nanogpt, dict(pickled={"vocab_size": 300, "itos": {i: chr(i + 40) for i in range(300)}}), 300),
+        (
+            nanogpt,
+            dict(pickled={"vocab_size": 300, "itos": {i: chr(i + 40) for i in range(300)}}),
+            300,
+        ),
         (nanogpt, {}, 50257),
         (llm_c, {}, 50257),
         (llm_c, dict(magic=20240801, version=7, code="I"), 128256),
     ],
     ids=["nanoGPT's characters", "nanoGPT's tokens", "llm.c", "llm.c of Llama 3"],
 )
-def test_a_corpus_of_others_trains_as_ours_of_the_same_tokens(run, tmp_path, make, knobs, vocab_size):
+def test_a_corpus_of_others_trains_as_ours_of_the_same_tokens(
+    run, tmp_path, make, knobs, vocab_size
+):
     shards = {"shards": [TRAIN[:600], TRAIN[600:]]} if make is llm_c else {}
     theirs = make(tmp_path / "theirs", **shards, **knobs)
-    same = ours(tmp_path / "ours", vocab_size=vocab_size, bytes_per_token=None, encoding=None, separator=None)
+    same = ours(
+        tmp_path / "ours",
+        vocab_size=vocab_size,
+        bytes_per_token=None,
+        encoding=None,
+        separator=None,
+    )
     small = dict(n_embd=8, ff_dim=8, max_steps=4, warmup_steps=1, eval_interval=2, log_interval=1)
     rows = [
         run(dataset=path, out_dir=str(tmp_path / f"run_{i}"), **small)

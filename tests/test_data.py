@@ -35,7 +35,13 @@ def prepare(*inputs, out, **knobs):
 
 def test_dtype_by_vocabulary():
     sizes = [256, 257, 65536, 65537, 128256]
-    assert [smallest_dtype(v).name for v in sizes] == ["uint8", "uint16", "uint16", "uint32", "uint32"]
+    assert [smallest_dtype(v).name for v in sizes] == [
+        "uint8",
+        "uint16",
+        "uint16",
+        "uint32",
+        "uint32",
+    ]
     assert smallest_dtype(50257).newbyteorder("<") == smallest_dtype(50257)
 
 
@@ -157,7 +163,9 @@ def test_all_formats_agree(tmp_path):
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("package, name", [("zstandard", "a.txt.zst"), ("pyarrow.parquet", "a.parquet")])
+@pytest.mark.parametrize(
+    "package, name", [("zstandard", "a.txt.zst"), ("pyarrow.parquet", "a.parquet")]
+)
 def test_a_missing_package_is_named(tmp_path, monkeypatch, package, name):
     (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(sys.modules, package, None)
@@ -172,7 +180,11 @@ def test_what_is_read_and_left_out_is_said(tmp_path, capsys):
     for name in ("a.txt", "B.TXT", "notes.docx", ".hidden.txt", "sub/c.md"):
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text(SEPARATOR.join(make_documents(20, len(name))))
-    for link, target in (("gone.txt", "/nowhere/x.txt"), ("self.txt", "self.txt"), ("linked", str(tmp_path))):
+    for link, target in (
+        ("gone.txt", "/nowhere/x.txt"),
+        ("self.txt", "self.txt"),
+        ("linked", str(tmp_path)),
+    ):
         (folder / link).symlink_to(target)
     os.mkfifo(folder / "pipe.txt")
     (folder / "prepare.py").symlink_to(text.__file__)
@@ -211,7 +223,9 @@ def test_separators_inside_lines_and_few_documents_are_said(tmp_path, capsys):
 
 BOOK = {
     "empty lines": "".join(f"Paragraph {i}: {d}\n\n" for i, d in enumerate(make_documents(400))),
-    "line ends": "".join(f"Line {i}: {' '.join(d.split())}\n" for i, d in enumerate(make_documents(400))),
+    "line ends": "".join(
+        f"Line {i}: {' '.join(d.split())}\n" for i, d in enumerate(make_documents(400))
+    ),
     "words": "".join(f"Word {i} {' '.join(d.split())} " for i, d in enumerate(make_documents(400))),
 }
 
@@ -229,7 +243,9 @@ def test_one_long_text_is_cut_by_itself(tmp_path, capsys, where):
     # nothing is lost but line ends
     every = sorted(bytes(d).decode() for split in splits.values() for d in split)
     start = {d: "".join(BOOK[where].split()).index("".join(d.split())) for d in every}
-    assert "".join("".join(d.split()) for d in sorted(every, key=start.get)) == "".join(BOOK[where].split())
+    assert "".join("".join(d.split()) for d in sorted(every, key=start.get)) == "".join(
+        BOOK[where].split()
+    )
 
 
 def few(folder, how):
@@ -260,7 +276,9 @@ def test_of_few_documents_more_are_held_out(tmp_path, capsys, how, n_val):
 
 @pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
 @pytest.mark.parametrize("how", ["short", "books", "400"])
-def test_where_the_hash_picks_none_or_all_one_document_is_held_out(tmp_path, capsys, how, val_fraction):
+def test_where_the_hash_picks_none_or_all_one_document_is_held_out(
+    tmp_path, capsys, how, val_fraction
+):
     texts = few(tmp_path / "in", how)
     for workers in (1, 3):
         out = tmp_path / f"out{workers}"
@@ -277,7 +295,9 @@ def test_many_documents_are_held_out_as_val_fraction_says(tmp_path, capsys, monk
     texts = few(tmp_path / "in", "400")
     prepare(tmp_path / "in", val_fraction=text.Config.val_fraction, out=tmp_path / "out")
     assert "are few" not in capsys.readouterr().out
-    hashes = [int.from_bytes(hashlib.blake2b(d.encode(), digest_size=8).digest(), "big") for d in texts]
+    hashes = [
+        int.from_bytes(hashlib.blake2b(d.encode(), digest_size=8).digest(), "big") for d in texts
+    ]
     held_out = [d for d, key in zip(texts, hashes) if key < 0.005 * 2**64]
     assert byte_documents(tmp_path / "out")["val"] == held_out != []
 
@@ -309,11 +329,17 @@ def test_long_documents_are_cut_without_changing_tokens(tmp_path, monkeypatch, s
     ranks = write_ranks(tmp_path / "tiny.model")
     long = [" ".join(make_documents(60, seed)) for seed in (1, 2)]
     long[1] = " ".join(long[1].split())  # one line
-    (tmp_path / f"a{suffix}").write_text(SEPARATOR.join(long) if suffix == ".txt" else json_lines(long))
+    (tmp_path / f"a{suffix}").write_text(
+        SEPARATOR.join(long) if suffix == ".txt" else json_lines(long)
+    )
     (tmp_path / "v.txt").write_text("val")
     monkeypatch.setattr(documents, "PIECE", 1000)
-    prepare(tmp_path / f"a{suffix}", val=str(tmp_path / "v.txt"), encoding=ranks, out=tmp_path / "out")
-    assert dataset(tmp_path / "out")[1]["train"] == [get_tokenizer(ranks).encode(d).tolist() for d in long]
+    prepare(
+        tmp_path / f"a{suffix}", val=str(tmp_path / "v.txt"), encoding=ranks, out=tmp_path / "out"
+    )
+    assert dataset(tmp_path / "out")[1]["train"] == [
+        get_tokenizer(ranks).encode(d).tolist() for d in long
+    ]
     # no place between two words: cut between characters, every byte kept
     (tmp_path / "b.txt").write_text("\u4e2d" * 2000 + "\U0001f600" * 700 + "<|endoftext|>" * 300)
     prepare(tmp_path / "b.txt", val=str(tmp_path / "v.txt"), out=tmp_path / "out")
@@ -322,10 +348,14 @@ def test_long_documents_are_cut_without_changing_tokens(tmp_path, monkeypatch, s
 
 @pytest.mark.parametrize("piece", [20, 64, 100_000])
 @pytest.mark.parametrize("separator", ["<|endoftext|>", ""])
-def test_documents_do_not_depend_on_the_blocks_that_are_read(tmp_path, monkeypatch, piece, separator):
+def test_documents_do_not_depend_on_the_blocks_that_are_read(
+    tmp_path, monkeypatch, piece, separator
+):
     """Against splitting the whole text at its lines."""
     lines = [" ".join(d.split())[: 3 * i] for i, d in enumerate(make_documents(30))]
-    content = "\n".join(line for i, d in enumerate(lines) for line in (d, d[:9], *[separator] * (i % 3)))
+    content = "\n".join(
+        line for i, d in enumerate(lines) for line in (d, d[:9], *[separator] * (i % 3))
+    )
     expected, current = [], []
     for line in [*content.split("\n"), separator]:
         if line == separator:
@@ -361,7 +391,10 @@ def test_copies_of_val_documents_are_left_out_of_training(tmp_path):
     (tmp_path / "w.txt").write_text("seen")
     val = f"{tmp_path / 'v.txt'},{tmp_path / 'w.txt'}"
     prepare(tmp_path / "a.txt", val=val, out=tmp_path / "out")
-    assert byte_documents(tmp_path / "out") == {"train": ["x y", "z"], "val": ["held", "other", "seen"]}
+    assert byte_documents(tmp_path / "out") == {
+        "train": ["x y", "z"],
+        "val": ["held", "other", "seen"],
+    }
 
 
 ZSTD = zstandard.ZstdCompressor().compress(json_lines(make_documents(5)).encode())
@@ -377,9 +410,17 @@ ZSTD = zstandard.ZstdCompressor().compress(json_lines(make_documents(5)).encode(
         ("a.jsonl", b'{"text": "x"}\n{"text": 7}\n', r"a\.jsonl:2 has no text in field 'text'"),
         ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1 has no text in field 'text'"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1 is not valid JSON"),
-        ("a.jsonl", b'{"text":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", r"a\.jsonl:1 (is not|has no)"),
+        (
+            "a.jsonl",
+            b'{"text":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
+            r"a\.jsonl:1 (is not|has no)",
+        ),
         ("a.txt", b"12345\n<|endoftext|>\n12\xff", r"a\.txt is not UTF-8 text \(byte 22\)"),
-        ("a.txt", b"\xef\xbb\xbf12345\n<|endoftext|>\n12\xff", r"a\.txt is not UTF-8 text \(byte 25\)"),
+        (
+            "a.txt",
+            b"\xef\xbb\xbf12345\n<|endoftext|>\n12\xff",
+            r"a\.txt is not UTF-8 text \(byte 25\)",
+        ),
         ("a.txt", "text".encode("utf-16"), r"a\.txt is UTF-16, not UTF-8"),
         ("a.jsonl", "{}".encode("utf-16"), r"a\.jsonl is UTF-16, not UTF-8"),
         ("a.txt.gz", gzip.compress(os.urandom(500))[:100], r"cannot read .*a\.txt\.gz"),
@@ -404,7 +445,9 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, name, content, message)
 
 
 def test_a_parquet_file_without_the_column_or_with_something_else_in_it_is_refused(tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"], "n": [1, 2]}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["x", "y"], "n": [1, 2]}), tmp_path / "a.parquet"
+    )
     with pytest.raises(UserError, match="a.parquet has no text in column 'n'"):
         prepare(tmp_path / "a.parquet", field="n", out=tmp_path / "out")
     with pytest.raises(UserError, match="a.parquet has no column 'body'"):

@@ -75,7 +75,9 @@ def test_a_large_corpus_gets_checksums_of_its_parts(tmp_path, inputs, monkeypatc
     prepare(inputs, tmp_path / "out")
     meta, _ = dataset(tmp_path / "out")
     names = set(contents(tmp_path / "out"))
-    assert {n for n in names if n.endswith(".crc")} == {n[:-3] + "crc" for n in names if n.endswith(".bin")}
+    assert {n for n in names if n.endswith(".crc")} == {
+        n[:-3] + "crc" for n in names if n.endswith(".bin")
+    }
     assert set(meta["sha256"]) == names - {"meta.json"}
 
 
@@ -111,8 +113,12 @@ def test_stopped_after_every_shard_and_started_again(tmp_path, inputs, monkeypat
             break
     assert n_shards > 5
     assert contents(tmp_path / "out") == expected
-    n_text = sum(len(d) for documents in byte_documents(tmp_path / "out").values() for d in documents)
-    assert sum(tokenised) < n_text + n_shards * (2 * workers + 2) * 3000 + 3000  # plus what was under way
+    n_text = sum(
+        len(d) for documents in byte_documents(tmp_path / "out").values() for d in documents
+    )
+    assert (
+        sum(tokenised) < n_text + n_shards * (2 * workers + 2) * 3000 + 3000
+    )  # plus what was under way
 
 
 def test_a_kill_while_the_files_move_into_place(tmp_path, inputs, monkeypatch):
@@ -154,14 +160,18 @@ def stopped(tmp_path, inputs, monkeypatch):
     return tmp_path / "out" / "unfinished.tmp"
 
 
-def test_an_unfinished_preparation_of_something_else_is_neither_gone_on_with_nor_lost(inputs, stopped):
+def test_an_unfinished_preparation_of_something_else_is_neither_gone_on_with_nor_lost(
+    inputs, stopped
+):
     before, knobs = contents(stopped), {}
     for change in ("knob", "input"):
         if change == "knob":
             knobs = dict(val_fraction=0.2)
         else:
             (inputs / "0.jsonl").write_text(json_lines(make_documents(60, 77)))
-        with pytest.raises(UserError, match="holds 2 finished shards of other input or other knobs"):
+        with pytest.raises(
+            UserError, match="holds 2 finished shards of other input or other knobs"
+        ):
             prepare(inputs, stopped.parent, **knobs)
         assert contents(stopped) == before
 
@@ -183,7 +193,9 @@ def test_limits_and_shuffled_shards(tmp_path, inputs):
     found = {}
     for name, seed in (("order", None), ("a", 1), ("again", 1), ("b", 2)):
         knobs = dict(workers=1 + (name == "again"), shard_tokens=20_000, seed=seed)
-        pipeline.prepare(groups, get_tokenizer("bytes"), str(tmp_path / name), text.Options(), **knobs)
+        pipeline.prepare(
+            groups, get_tokenizer("bytes"), str(tmp_path / name), text.Options(), **knobs
+        )
         found[name] = byte_documents(tmp_path / name)
     assert contents(tmp_path / "a") == contents(tmp_path / "again")
     train = [d for seed in (1, 2, 3, 4) for d in make_documents(60, seed)]
@@ -192,12 +204,16 @@ def test_limits_and_shuffled_shards(tmp_path, inputs):
     size = [sum(len(d.encode()) + 1 for d in train[: n - k]) for k in (0, 1)]
     assert size[0] >= 70_000 > size[1]
     assert found["order"]["val"] == make_documents(60, 0)[: len(found["order"]["val"])]
-    shard = [len(d) for d in (tmp_path / "order" / "train_00000.bin").read_bytes().split(b"\0")[:-1]]
+    shard = [
+        len(d) for d in (tmp_path / "order" / "train_00000.bin").read_bytes().split(b"\0")[:-1]
+    ]
     for name in ("a", "b"):
         for split in ("train", "val"):
             assert found[name][split] != found["order"][split]
             assert sorted(found[name][split]) == sorted(found["order"][split])
-        assert sorted(found[name]["train"][: len(shard)]) == sorted(train[: len(shard)])  # within shards
+        assert sorted(found[name]["train"][: len(shard)]) == sorted(
+            train[: len(shard)]
+        )  # within shards
     assert found["a"] != found["b"]
 
 
@@ -225,7 +241,9 @@ def test_killed_at_random_moments(tmp_path):
     """A short form of killed_preparations.py: real processes and kill -9."""
     (tmp_path / "in.jsonl").write_text(json_lines(make_documents(6000)))
     command = [sys.executable, str(ROOT / "data/text/prepare.py"), str(tmp_path / "in.jsonl")]
-    assert campaign([*command, "--shard_tokens=100k", "--val_fraction=0.02"], tmp_path, kills=4) == []
+    assert (
+        campaign([*command, "--shard_tokens=100k", "--val_fraction=0.02"], tmp_path, kills=4) == []
+    )
 
 
 # ------------------------------------------------------------------------------------- the hub
@@ -281,7 +299,10 @@ class HubHandler(BaseHTTPRequestHandler):
                 if name.startswith(folder)
             ]
             self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
-        elif path.startswith(resolve) and path.removeprefix(resolve) in hub.files.keys() - hub.missing:
+        elif (
+            path.startswith(resolve)
+            and path.removeprefix(resolve) in hub.files.keys() - hub.missing
+        ):
             self.send_file(path.removeprefix(resolve))
         else:
             self.answer(404, X_Error_Code="EntryNotFound")
@@ -290,7 +311,9 @@ class HubHandler(BaseHTTPRequestHandler):
         hub = self.server
         data, start = hub.files[name], 0
         headers = dict(
-            ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=hub.sha, Accept_Ranges="bytes"
+            ETag=f'"{hashlib.sha256(data).hexdigest()}"',
+            X_Repo_Commit=hub.sha,
+            Accept_Ranges="bytes",
         )
         if wanted := self.headers.get("Range"):
             start = int(wanted.removeprefix("bytes=").split("-")[0])
@@ -351,11 +374,15 @@ def hub(request, tmp_path):
     One file is larger than the 10 MB that huggingface_hub writes at a time, and so can be gone on with."""
     repo, name, pack = SCRIPTS[request.param]
     noise = random.Random(0).randbytes(15_000_000)
-    server = Hub(repo, {name.format(i): pack(make_documents(60, i), noise * (i == 5)) for i in range(6)})
+    server = Hub(
+        repo, {name.format(i): pack(make_documents(60, i), noise * (i == 5)) for i in range(6)}
+    )
     server.files["sample/100BT/README.md"] = b"no data"
     server.name = name
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1")
+    environment |= dict(
+        HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1"
+    )
     environment |= dict(PYTHONPATH=str(ROOT))
 
     def prepare(out, stop_at=0, **knobs):
@@ -364,7 +391,11 @@ def hub(request, tmp_path):
         command += [f"--{key}={value}" for key, value in knobs.items()]
         command = ["-c", STOPPED, *command, str(stop_at)] if stop_at else command
         return subprocess.run(
-            [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path
+            [sys.executable, *command],
+            env=environment,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
         )
 
     server.prepare = prepare
@@ -397,7 +428,9 @@ def test_from_the_hub_with_broken_connections(tmp_path, hub):
     hub.cut, hub.missing = {large}, {next(name for name in by_file if name not in (val, large))}
     stopped = hub.prepare(tmp_path / "broken")
     assert stopped.returncode == 1
-    assert "no shard is finished, what was fetched is kept: the same command goes on" in stopped.stderr
+    assert (
+        "no shard is finished, what was fetched is kept: the same command goes on" in stopped.stderr
+    )
     assert "error: fetching" in stopped.stderr and "RemoteEntryNotFoundError" in stopped.stderr
     hub.missing = set()
     assert hub.prepare(tmp_path / "broken").returncode == 0
@@ -449,7 +482,9 @@ def test_a_revision_of_the_repository(tmp_path, hub):
 
 
 @pytest.mark.parametrize("script, package", [(dclm, "zstandard"), (fineweb_edu, "pyarrow.parquet")])
-def test_a_missing_package_is_said_before_anything_is_fetched(tmp_path, monkeypatch, script, package):
+def test_a_missing_package_is_said_before_anything_is_fetched(
+    tmp_path, monkeypatch, script, package
+):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(data_hub, "list_files", None)
     config = script.Config(out_dir=str(tmp_path / "out"), encoding="bytes")
@@ -458,7 +493,14 @@ def test_a_missing_package_is_said_before_anything_is_fetched(tmp_path, monkeypa
 
 
 def test_starting_again_is_proposed_where_it_can_help():
-    for status, helps in ((None, True), (503, True), (429, True), (408, True), (404, False), (401, False)):
+    for status, helps in (
+        (None, True),
+        (503, True),
+        (429, True),
+        (408, True),
+        (404, False),
+        (401, False),
+    ):
         error = OSError("no")
         error.response = status and SimpleNamespace(status_code=status)
 
@@ -479,7 +521,9 @@ def test_the_disk_that_fetched_files_lie_on_is_measured(tmp_path, monkeypatch):
 
     def needed(on, limit=0, stays=False, shard_tokens=10**6, seed=None, n_here=0, one_disk=True):
         folder = "" if stays else str(tmp_path / "out" / "unfinished.tmp" / "files")
-        files = [data_hub.HubFile(f"{i}.parquet", 400 * 10**6, "", "a/b", "", folder) for i in range(3)]
+        files = [
+            data_hub.HubFile(f"{i}.parquet", 400 * 10**6, "", "a/b", "", folder) for i in range(3)
+        ]
         monkeypatch.setattr(data_hub.HubFile, "is_here", lambda self: self in files[:n_here])
         monkeypatch.setattr(pipeline, "disk_of", lambda path: one_disk or which(path))
         monkeypatch.setattr(pipeline, "existing", lambda path: path)

@@ -16,7 +16,9 @@ def make_tree(root, n=400):
     for i in range(n):
         folder = root / f"package{i % 3}"
         folder.mkdir(parents=True, exist_ok=True)
-        code = "".join(f"def function_{i}_{j}(argument): return argument + {i * 100 + j}\n" for j in range(5))
+        code = "".join(
+            f"def function_{i}_{j}(argument): return argument + {i * 100 + j}\n" for j in range(5)
+        )
         (folder / f"m{i}.py").write_text(code)
         if i < 10:
             (folder / f"copy{i}.py").write_text(code)
@@ -33,7 +35,9 @@ def make_tree(root, n=400):
 
 
 def prepare(out, roots=None, **knobs):
-    python_source.main(python_source.Config(out_dir=str(out), **{"source": "installed", **knobs}), roots)
+    python_source.main(
+        python_source.Config(out_dir=str(out), **{"source": "installed", **knobs}), roots
+    )
 
 
 def test_installed_source(tmp_path, capsys):
@@ -83,7 +87,9 @@ def test_near_copies_are_neither_trained_nor_validated_on(tmp_path, capsys):
         splits, said = byte_documents(tmp_path / "b"), capsys.readouterr().out
         if copy in splits["train"] and "in training" not in outcomes:
             # the held-out file would measure memory: it goes
-            assert splits["val"] == before["val"][1:] and "1 held out but nearly in training" in said
+            assert (
+                splits["val"] == before["val"][1:] and "1 held out but nearly in training" in said
+            )
             outcomes.add("in training")
         copy = before["train"][200] + f"# {i}\n"
         (tmp_path / "tree" / "package1" / "near.py").write_text(copy)
@@ -91,7 +97,9 @@ def test_near_copies_are_neither_trained_nor_validated_on(tmp_path, capsys):
         splits, said = byte_documents(tmp_path / "b"), capsys.readouterr().out
         if copy not in splits["val"] and "left out" not in outcomes:
             # of two training files that are nearly the same, one stays
-            assert len(splits["train"]) == len(before["train"]) and "1 near-copies of others" in said
+            assert (
+                len(splits["train"]) == len(before["train"]) and "1 near-copies of others" in said
+            )
             outcomes.add("left out")
         if len(outcomes) == 2:
             return
@@ -104,8 +112,12 @@ def test_near_copies_are_neither_trained_nor_validated_on(tmp_path, capsys):
 def make_wheels(folder, tree, compression):
     folder.mkdir(parents=True)
     for i in range(3):
-        with zipfile.ZipFile(folder / f"package{i}-1.0-py3-none-any.whl", "w", compression) as wheel:
-            for path in sorted((tree / f"package{i}").iterdir(), reverse=compression == zipfile.ZIP_STORED):
+        with zipfile.ZipFile(
+            folder / f"package{i}-1.0-py3-none-any.whl", "w", compression
+        ) as wheel:
+            for path in sorted(
+                (tree / f"package{i}").iterdir(), reverse=compression == zipfile.ZIP_STORED
+            ):
                 wheel.write(path, f"package{i}/{path.name}")
     return folder
 
@@ -131,11 +143,16 @@ def test_the_same_wheels_give_the_known_corpus_or_an_error(tmp_path, monkeypatch
         pip_finds(wheels, monkeypatch)
         out = tmp_path / f"out{compression}"
         if known is None:
-            with pytest.raises(UserError, match="the wheels are the pinned ones, but the corpus has sha256"):
+            with pytest.raises(
+                UserError, match="the wheels are the pinned ones, but the corpus has sha256"
+            ):
                 prepare(out, source="wheels")
             assert contents(out) == {}
             prepare(out, source="wheels", max_mb=199)  # a part is not compared
-            known = {n: hashlib.sha256((out / n).read_bytes()).hexdigest() for n in ("train.bin", "val.bin")}
+            known = {
+                n: hashlib.sha256((out / n).read_bytes()).hexdigest()
+                for n in ("train.bin", "val.bin")
+            }
             monkeypatch.setattr(python_source, "SHA256", known)
         prepare(out, source="wheels")
         assert {n: hashlib.sha256((out / n).read_bytes()).hexdigest() for n in known} == known
@@ -167,7 +184,9 @@ def pip_says(stderr, monkeypatch):
     monkeypatch.setattr(python_source.subprocess, "run", lambda *args, **kwargs: result)
 
 
-def test_without_a_network_the_installed_packages_are_taken_with_a_warning(tmp_path, monkeypatch, capsys):
+def test_without_a_network_the_installed_packages_are_taken_with_a_warning(
+    tmp_path, monkeypatch, capsys
+):
     pip_says(OFFLINE, monkeypatch)
     prepare(tmp_path / "out", make_tree(tmp_path / "tree"), source="wheels")
     said = capsys.readouterr().out
@@ -181,7 +200,10 @@ def test_pip_without_an_index_is_as_without_a_network(tmp_path, monkeypatch, cap
     pip_says(OFFLINE.split("\n", 1)[1], monkeypatch)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     prepare(tmp_path / "out", make_tree(tmp_path / "tree"), source="wheels")
-    assert "warning: pip is told to ask no package index (PIP_NO_INDEX). Taking" in capsys.readouterr().out
+    assert (
+        "warning: pip is told to ask no package index (PIP_NO_INDEX). Taking"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,7 +231,11 @@ def test_a_wheel_that_is_not_the_pinned_one_is_an_error(tmp_path, monkeypatch, s
 
 
 def test_every_wheel_is_pinned_by_its_hash():
-    lines = [line for line in python_source.WHEELS.read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line for line in python_source.WHEELS.read_text().splitlines() if not line.startswith("#")
+    ]
     for line in lines:
-        assert python_source.re.fullmatch(r"[a-z0-9-]+==[\d.]+ --hash=sha256:[0-9a-f]{64}", line), line
+        assert python_source.re.fullmatch(r"[a-z0-9-]+==[\d.]+ --hash=sha256:[0-9a-f]{64}", line), (
+            line
+        )
     assert len(lines) == 30

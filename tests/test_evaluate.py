@@ -56,7 +56,9 @@ def runs(tmp_path_factory):
     for bag_size in (1, 3):
         for seed in (1, 2):
             out_dir = str(folder / f"s{bag_size}_{seed}")
-            knobs = dict(dataset=corpus, out_dir=out_dir, bag_size=bag_size, seed=seed, eval_positions=480)
+            knobs = dict(
+                dataset=corpus, out_dir=out_dir, bag_size=bag_size, seed=seed, eval_positions=480
+            )
             train.main(train.Config(**TINY | knobs))
             paths.append(f"{out_dir}/last.pt")
             ends.append(read_rows(out_dir)[-1])
@@ -97,7 +99,14 @@ def test_buckets_double_and_cover_all_positions():
     losses = torch.rand(5, 11)
     found = evaluate.bucket_losses(losses, evaluate.buckets_of(11))
     for i, row in enumerate(losses.double().tolist()):
-        means = [row[0], row[1], sum(row[2:4]) / 2, sum(row[4:8]) / 4, sum(row[8:11]) / 3, sum(row) / 11]
+        means = [
+            row[0],
+            row[1],
+            sum(row[2:4]) / 2,
+            sum(row[4:8]) / 4,
+            sum(row[8:11]) / 3,
+            sum(row) / 11,
+        ]
         assert found[i] == pytest.approx(means, abs=1e-12)
 
 
@@ -132,7 +141,9 @@ def test_the_loss_is_the_one_that_training_logs(runs, tmp_path):
         assert side["error_of_seeds"][-1] == pytest.approx(abs(losses[0] - losses[1]) / 2, abs=2e-5)
         assert side["bits_per_byte"][-1] == pytest.approx(side["loss"][-1] / math.log(2) / 2)
     difference = result["sides"]["TST"]["difference"]
-    by_hand = sum(row["val_loss"] for row in ends[2:]) / 2 - sum(row["val_loss"] for row in ends[:2]) / 2
+    by_hand = (
+        sum(row["val_loss"] for row in ends[2:]) / 2 - sum(row["val_loss"] for row in ends[:2]) / 2
+    )
     assert difference["loss"][-1] == pytest.approx(by_hand, abs=4e-5)
 
 
@@ -151,12 +162,16 @@ def test_differences_are_paired_by_row(runs, tmp_path):
     for path in (paths[0], paths[2]):
         with torch.no_grad():
             logits = load_model(path)[0].eval()(rows[:, :-1])
-        losses.append(F.cross_entropy(logits.mT, rows[:, 1:].long(), reduction="none").double().numpy())
+        losses.append(
+            F.cross_entropy(logits.mT, rows[:, 1:].long(), reduction="none").double().numpy()
+        )
     last = (losses[1] - losses[0])[:, 8:].mean(1)  # 9 to 16 tokens of context
     assert result["context"][-2] == [9, 16]
     difference = result["sides"]["c"]["difference"]
     assert difference["loss"][-2] == pytest.approx(last.mean(), abs=1e-5)
-    assert difference["error_of_text"][-2] == pytest.approx(last.std(ddof=1) / math.sqrt(len(last)), rel=1e-3)
+    assert difference["error_of_text"][-2] == pytest.approx(
+        last.std(ddof=1) / math.sqrt(len(last)), rel=1e-3
+    )
 
 
 def test_errors_hold_what_is_known_of_the_seeds():
@@ -167,9 +182,9 @@ def test_errors_hold_what_is_known_of_the_seeds():
         assert evaluate.compare(side, base)[2] == pytest.approx(spread)
     assert evaluate.compare(two, two[:, ::-1])[2] == pytest.approx(spread * math.sqrt(2))
     assert np.isnan(evaluate.compare(one, one)[2]).all()
-    assert evaluate.together(np.array([3.0, math.nan, math.nan]), np.array([4.0, 2.0, math.nan])) == (
-        pytest.approx([5, 2, math.nan], nan_ok=True)
-    )
+    assert evaluate.together(
+        np.array([3.0, math.nan, math.nan]), np.array([4.0, 2.0, math.nan])
+    ) == (pytest.approx([5, 2, math.nan], nan_ok=True))
 
 
 ALONE = "± of {} is of the text alone, and that of a difference lacks their part, as one checkpoint"
@@ -182,8 +197,20 @@ SEEDS = "A side's loss is the mean of its seeds, of which the error holds that o
         ([0, 1, 2, 3], "a,a,b,b", ["b", "a"], [SEEDS], ["alone"]),
         ([0, 1, 2], "a,a,b", ["a"], [SEEDS, ALONE.format("b")], []),
         ([0, 2, 3], "a,b,b", ["b"], [SEEDS, ALONE.format("a")], []),
-        ([0, 2], "a,b", [], ["of the text alone: with one checkpoint a side, a difference may"], [SEEDS]),
-        ([0], "a", None, ["of the text alone: one checkpoint does not show how far seeds spread"], [SEEDS]),
+        (
+            [0, 2],
+            "a,b",
+            [],
+            ["of the text alone: with one checkpoint a side, a difference may"],
+            [SEEDS],
+        ),
+        (
+            [0],
+            "a",
+            None,
+            ["of the text alone: one checkpoint does not show how far seeds spread"],
+            [SEEDS],
+        ),
         ([0, 1], "a,a", None, [SEEDS], ["alone", "difference"]),
     ],
 )
@@ -201,7 +228,9 @@ def test_of_whom_the_spread_of_seeds_is_not_known_is_said(
     difference = b["difference"]
     assert difference["seeds_known_of"] == known
     seeds = [{"a": a, "b": b}[label]["error_of_seeds"][-1] for label in known]
-    assert difference["error_of_seeds"][-1] == (pytest.approx(math.hypot(*seeds)) if known else None)
+    assert difference["error_of_seeds"][-1] == (
+        pytest.approx(math.hypot(*seeds)) if known else None
+    )
     error = math.hypot(difference["error_of_text"][-1], *seeds)
     assert f"{difference['loss'][-1]:+.4f} ± {error:.4f} |" in printed
 
@@ -268,13 +297,17 @@ def test_other_lengths_of_row(runs, tmp_path, capsys):
 def test_the_table_and_the_picture_show_what_is_kept(runs, tmp_path, capsys):
     _, paths, _ = runs
     labels = "--labels=plain,plain,TST,TST"
-    kept = command(tmp_path, *paths, labels, "--by_position", f"--out={tmp_path / 'by_position.png'}")
+    kept = command(
+        tmp_path, *paths, labels, "--by_position", f"--out={tmp_path / 'by_position.png'}"
+    )
     (name, result), said = next(iter(kept.items())), capsys.readouterr().out
     assert (tmp_path / "by_position.png").stat().st_size > 10_000
     plain, tst = result["sides"].values()
     for i, context in enumerate(("1", "2", "3-4", "5-8", "9-16")):
         line = next(
-            line for line in said.splitlines() if line.startswith("|") and f" {context} |" in line[:12]
+            line
+            for line in said.splitlines()
+            if line.startswith("|") and f" {context} |" in line[:12]
         )
         error = math.hypot(plain["error_of_text"][i], plain["error_of_seeds"][i])
         assert f"{plain['loss'][i]:.4f} ± {error:.4f}" in line

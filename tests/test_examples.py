@@ -17,12 +17,16 @@ from tools.runner import TRAINER, places
 
 def test_a_small_corpus_is_blocks_of_a_large_one(tmp_path):
     write_corpus(tmp_path / "large", np.arange(6400), range(64), 6400)
-    small_corpus.main(small_corpus.Config(str(tmp_path / "large"), str(tmp_path / "small"), tokens=640))
+    small_corpus.main(
+        small_corpus.Config(str(tmp_path / "large"), str(tmp_path / "small"), tokens=640)
+    )
     small = open_corpus(str(tmp_path / "small"))
     assert small.train[:].tolist() == [100 * i + j for i in range(64) for j in range(10)]
     assert small.val[:].tolist() == list(range(64)) and small.meta["vocab_size"] == 6400
     with pytest.raises(UserError, match="must lie in 64..6400, got 9000"):
-        small_corpus.main(small_corpus.Config(str(tmp_path / "large"), str(tmp_path / "no"), tokens=9000))
+        small_corpus.main(
+            small_corpus.Config(str(tmp_path / "large"), str(tmp_path / "no"), tokens=9000)
+        )
 
 
 def test_the_experiments_of_the_paper_are_command_lines_that_work(tmp_path):
@@ -34,7 +38,9 @@ def test_the_experiments_of_the_paper_are_command_lines_that_work(tmp_path):
     )
     python.chmod(0o755)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "bag_size.csv").write_text("run,bag_size,seed\ns1_seed1,1,1\ns2_seed1,2,1\n")
+    (tmp_path / "out" / "bag_size.csv").write_text(
+        "run,bag_size,seed\ns1_seed1,1,1\ns2_seed1,2,1\n"
+    )
     env = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUT": str(tmp_path / "out")}
     script = str(ROOT / "examples" / "paper.sh")
     done = subprocess.run(["bash", script], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -62,5 +68,7 @@ def test_the_experiments_of_the_paper_are_command_lines_that_work(tmp_path):
         f"{tmp_path}/out/runs/s1_seed1/last.pt", f"{tmp_path}/out/runs/s2_seed1/last.pt",
         "--labels=baseline,TST",
     ]  # fmt: skip
-    unknown = subprocess.run(["bash", script, "nothing"], cwd=ROOT, env=env, capture_output=True, text=True)
+    unknown = subprocess.run(
+        ["bash", script, "nothing"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert unknown.returncode == 1 and "no experiment nothing; there are rates" in unknown.stderr

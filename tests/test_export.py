@@ -92,7 +92,9 @@ def names(folder):
 
 def tensors_of(folder):
     return {
-        name: t for path in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(path).items()
+        name: t
+        for path in sorted(Path(folder).glob("*.safetensors"))
+        for name, t in load_file(path).items()
     }
 
 
@@ -106,7 +108,8 @@ def test_transformers_computes_the_same(name, tmp_path):
     )
     assert not any(info.values()), info  # no missing, unexpected or mismatched tensor
     assert (
-        type(theirs).__name__ == ARCHITECTURE[name.removesuffix("_window")] and theirs.dtype == torch.float32
+        type(theirs).__name__ == ARCHITECTURE[name.removesuffix("_window")]
+        and theirs.dtype == torch.float32
     )
     for length in (1, 7, 64):
         tokens = torch.randint(100, (3, length), generator=torch.Generator().manual_seed(length))
@@ -126,7 +129,10 @@ def test_there_and_back(name, tmp_path):
     first = save(model, tmp_path / "first", shard_bytes=20_000)
     assert len(list(Path(first).glob("model-*.safetensors"))) > 3
     load_hf(other, first)
-    second, third = save(other, tmp_path / "second"), save(other, tmp_path / "third", shard_bytes=20_000)
+    second, third = (
+        save(other, tmp_path / "second"),
+        save(other, tmp_path / "third", shard_bytes=20_000),
+    )
     a, b = tensors_of(first), tensors_of(second)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     for path in Path(first).iterdir():  # sharded alike, the files are the same bytes
@@ -155,18 +161,25 @@ def test_bfloat16_rounds_the_weights_and_nothing_else(tmp_path):
 
     model = build(SHAPES["qwen3_moe"])
     folder = save(model, tmp_path, dtype="bfloat16")
-    assert transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+    assert (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype
+        == torch.bfloat16
+    )
     other = build(SHAPES["qwen3_moe"], seed=1)
     load_hf(other, folder)
     for (name, p), q in zip(model.named_parameters(), other.parameters()):
-        rows = 100 if name in ("embed.weight", "head.weight") else None  # not the vocabulary's padding
+        rows = (
+            100 if name in ("embed.weight", "head.weight") else None
+        )  # not the vocabulary's padding
         assert torch.equal(p[:rows].bfloat16().float(), q[:rows]) and q.dtype == torch.float32
 
 
 def edit(folder, **changes):
     path = Path(folder) / "config.json"
     path.write_text(
-        json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v != "absent"})
+        json.dumps(
+            {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v != "absent"}
+        )
     )
 
 
@@ -211,7 +224,10 @@ def test_another_shape_names_the_knob(knob, value, tmp_path):
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5000.0}},
             "rope_type=llama3",
         ),
-        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type=yarn"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_type=yarn",
+        ),
         ({"model_type": "gpt2"}, "model_type gpt2"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_size": "absent"}, "hidden_size"),
@@ -238,7 +254,12 @@ def test_the_window_is_compared(name, tmp_path):
     edit(folder, layer_types=["sliding_attention", "full_attention"])
     with pytest.raises(UserError, match="some layers only"):
         load_hf(build(shape), folder)
-    edit(folder, layer_types="absent", max_window_layers=1, sliding_window=7 if "qwen" in name else "absent")
+    edit(
+        folder,
+        layer_types="absent",
+        max_window_layers=1,
+        sliding_window=7 if "qwen" in name else "absent",
+    )
     if name in ("qwen3_window", "mistral"):
         with pytest.raises(UserError, match="some layers only|no sliding_window"):
             load_hf(build(shape), folder)
@@ -260,7 +281,9 @@ def test_configs_of_older_transformers(tmp_path):
     edit(
         folder,
         rope_scaling=None,
-        **dict.fromkeys(("rope_parameters", "num_key_value_heads", "head_dim", "mlp_bias"), "absent"),
+        **dict.fromkeys(
+            ("rope_parameters", "num_key_value_heads", "head_dim", "mlp_bias"), "absent"
+        ),
     )
     load_hf(other, folder)
     assert torch.equal(model(torch.arange(9)[None]), other(torch.arange(9)[None]))
@@ -350,7 +373,9 @@ def test_an_export_replaces_an_earlier_one_whole(tmp_path):
     save(model, folder, overwrite=True)
     assert names(folder) == {"config.json", "model.safetensors", export.LIST}
     save(model, folder, overwrite=True, shard_bytes=20_000)
-    assert "model.safetensors" not in names(folder) and "model.safetensors.index.json" in names(folder)
+    assert "model.safetensors" not in names(folder) and "model.safetensors.index.json" in names(
+        folder
+    )
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -384,7 +409,9 @@ def test_a_killed_export_can_be_replaced(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unfinished now: .*No space left"):
         save(model, folder, shard_bytes=20_000)
     monkeypatch.undo()
-    assert "config.json" not in names(folder) and "model-00001-of-00012.safetensors" in names(folder)
+    assert "config.json" not in names(folder) and "model-00001-of-00012.safetensors" in names(
+        folder
+    )
     save(model, folder, overwrite=True)
     assert names(folder) == {"config.json", "model.safetensors", export.LIST}
 
@@ -404,7 +431,9 @@ def test_damaged_weights_are_not_exported(tmp_path):
     state = model.state_dict()
     with pytest.raises(UserError, match="attn.out.weight does not fit its configuration"):
         export.save_hf(
-            state | {"blocks.1.attn.out.weight": torch.ones(48, 63)}, model.config, str(tmp_path / "hf")
+            state | {"blocks.1.attn.out.weight": torch.ones(48, 63)},
+            model.config,
+            str(tmp_path / "hf"),
         )
     state["norm.weight"][3] = math.nan
     with pytest.raises(UserError, match="not finite"):
@@ -505,7 +534,10 @@ def test_a_table_padded_beyond_its_tokenizer_loads(tokenizer, tie, tmp_path):
     said, ids = [], None
     if tokenizer:
         vocab = {str(i): i for i in range(tokenizer - 1)}
-        ids = {"model": {"vocab": vocab}, "added_tokens": [{"id": tokenizer - 1, "content": "<|endoftext|>"}]}
+        ids = {
+            "model": {"vocab": vocab},
+            "added_tokens": [{"id": tokenizer - 1, "content": "<|endoftext|>"}],
+        }
     theirs, model = padded_folder(tmp_path, ids, tie)
     load_hf(model, str(tmp_path), said.append)
     assert said == [f"{tmp_path}: rows 100 to 127 of the embedding and head, padding, are left out"]
@@ -524,7 +556,9 @@ def test_a_table_padded_beyond_its_tokenizer_loads(tokenizer, tie, tmp_path):
 )
 def test_rows_of_tokens_are_not_padding(ids, tmp_path):
     _, model = padded_folder(tmp_path, ids)
-    with pytest.raises(UserError, match="vocab_size 128, the corpus 100 and its tokenizer 101 tokens"):
+    with pytest.raises(
+        UserError, match="vocab_size 128, the corpus 100 and its tokenizer 101 tokens"
+    ):
         load_hf(model, str(tmp_path))
 
 
@@ -600,9 +634,15 @@ def test_gpt2_tokenizer(tmp_path):
     lines = Path(rank_file(tmp_path / "tiny.model")).read_text().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
     bpe = tiktoken.Encoding(
-        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": len(ranks)},
     )
-    code = [p.read_text(encoding="utf-8").replace("<|endoftext|>", "") for p in sorted(ROOT.glob("*.py"))]
+    code = [
+        p.read_text(encoding="utf-8").replace("<|endoftext|>", "")
+        for p in sorted(ROOT.glob("*.py"))
+    ]
     everything = "".join(map(chr, [*range(1, 0x3000), *range(0x1F300, 0x1F700)]))
     theirs = check_tokenizer(_bpe_tokenizer("gpt2", bpe), [*TEXTS, *code, everything])
     assert theirs.encode("a<|endoftext|>").ids[-1] == len(ranks)
@@ -614,15 +654,23 @@ def test_rank_file_tokenizer(llama3, tmp_path, monkeypatch):
         monkeypatch.setattr("nanotst.tokenizer.LLAMA3_RANKS", 273)
     tokenizer = get_tokenizer(rank_file(tmp_path / "tiny.model"))
     assert tokenizer.vocab_size == 273 + (256 if llama3 else 1)
-    theirs = check_tokenizer(tokenizer, [*TEXTS, "quux quuxx abcabc bcab interther the\n\n\nthe 1212 日日"])
-    for name in ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>") if llama3 else ("<|endoftext|>",):
+    theirs = check_tokenizer(
+        tokenizer, [*TEXTS, "quux quuxx abcabc bcab interther the\n\n\nthe 1212 日日"]
+    )
+    for name in (
+        ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>") if llama3 else ("<|endoftext|>",)
+    ):
         assert len(theirs.encode(f"a{name}a").ids) == 3  # a special token, not its letters
-    assert theirs.token_to_id("<|end_of_text|>" if llama3 else "<|endoftext|>") == tokenizer.separator
+    assert (
+        theirs.token_to_id("<|end_of_text|>" if llama3 else "<|endoftext|>") == tokenizer.separator
+    )
 
 
 def test_unknown_encodings_have_no_tokenizer():
     assert (
-        export.hf_tokenizer(get_tokenizer("bytes").__class__("cl100k_base", 100277, 100257, None, None))
+        export.hf_tokenizer(
+            get_tokenizer("bytes").__class__("cl100k_base", 100277, 100257, None, None)
+        )
         is None
     )
 
@@ -635,7 +683,9 @@ def checkpoint(run, tmp_path):
     """A byte model with large weights, and a checkpoint of train.py that holds it: (model, path)."""
     shape = SHAPES["qwen3"] | {"block_size": 128}
     del shape["vocab_size"]
-    return put_into_a_run(run, tmp_path, shape, {"vocab_size": 256, "encoding": "bytes", "separator": 0})
+    return put_into_a_run(
+        run, tmp_path, shape, {"vocab_size": 256, "encoding": "bytes", "separator": 0}
+    )
 
 
 def put_into_a_run(run, tmp_path, shape, meta, **knobs):
@@ -675,7 +725,9 @@ def test_command_line(checkpoint, tmp_path, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("Hi Ā!").input_ids
     assert ids == list("Hi Ā!".encode()) and tokenizer.decode(ids) == "Hi Ā!"
-    assert tokenizer.bos_token_id == tokenizer.eos_token_id == 0 and tokenizer.model_max_length == 128
+    assert (
+        tokenizer.bos_token_id == tokenizer.eos_token_id == 0 and tokenizer.model_max_length == 128
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert theirs.config.eos_token_id == 0 and theirs.config.max_position_embeddings == 128
     command(path, folder, "--overwrite", "--dtype=bfloat16")
@@ -739,7 +791,11 @@ def test_lm_eval_scores_an_exported_model(checkpoint, tmp_path, monkeypatch):
     model, path = checkpoint
     command(path, str(tmp_path / "hf"))
     rows = [
-        {"question": f"{a} and {b} make", "choices": [str(a + b), "a lot", "nothing é"], "answer": a % 3}
+        {
+            "question": f"{a} and {b} make",
+            "choices": [str(a + b), "a lot", "nothing é"],
+            "answer": a % 3,
+        }
         for a in range(4)
         for b in range(3)
     ]
@@ -771,7 +827,9 @@ metric_list: [{{metric: acc}}]
         ids = torch.tensor(list(f"{question} {choice}".encode()))
         n = len(question.encode())
         with torch.no_grad():
-            return -F.cross_entropy(model(ids[None, :-1])[0, n - 1 :], ids[n:], reduction="sum").item()
+            return -F.cross_entropy(
+                model(ids[None, :-1])[0, n - 1 :], ids[n:], reduction="sum"
+            ).item()
 
     right = 0
     for row, sample in zip(rows, sorted(results["samples"]["sums"], key=lambda s: s["doc_id"])):

@@ -48,7 +48,9 @@ def test_closed_form_is_the_sum_over_the_joint_distribution():
     ring = np.roll(np.eye(3), 1, axis=1)
     step = stay * np.kron(np.eye(2), ring) + (1 - stay) * p  # rows: from
     joint = p[:, None] * np.linalg.matrix_power(step, d)
-    assert known_information(d, stay, p) == pytest.approx((joint * np.log(joint / np.outer(p, p))).sum())
+    assert known_information(d, stay, p) == pytest.approx(
+        (joint * np.log(joint / np.outer(p, p))).sum()
+    )
 
 
 def errors(n_chains, n, vocab_size, stay, distances, group=GROUP):
@@ -66,7 +68,9 @@ def errors(n_chains, n, vocab_size, stay, distances, group=GROUP):
     "n_chains, n, vocab_size, within",
     [(40, 2_000, 20, 0.015), (1, 100_000, 300, 0.04), (1, 100_000, 3000, 0.19)],
 )
-def test_correction_is_nearer_to_the_known_information_at_every_distance(n_chains, n, vocab_size, within):
+def test_correction_is_nearer_to_the_known_information_at_every_distance(
+    n_chains, n, vocab_size, within
+):
     corrected, plain = errors(n_chains, n, vocab_size, 0.7, (1, 2, 4, 8, 16))
     assert (corrected < within).all()
     assert (corrected < plain / 3).all()
@@ -75,7 +79,9 @@ def test_correction_is_nearer_to_the_known_information_at_every_distance(n_chain
 def test_tokens_that_repeat_themselves_count_as_fewer_and_are_still_corrected():
     corrected, plain = errors(1, 100_000, 300, 0.4, (1, 2, 4, 8, 16), group=1)
     assert (corrected < plain / 3).all()
-    assert corrected[-1] < 0.01 < 0.3 < plain[-1]  # shuffled tokens as the reference would leave most of it
+    assert (
+        corrected[-1] < 0.01 < 0.3 < plain[-1]
+    )  # shuffled tokens as the reference would leave most of it
 
 
 @pytest.mark.parametrize("vocab_size, within", [(2, 1e-4), (20, 0.001), (256, 0.01)])
@@ -87,10 +93,14 @@ def test_kinds_of_text_one_after_another_keep_their_information(vocab_size, with
     corrected, plain, apart = fit_mi.mutual_information(parts_of(tokens), vocab_size, (1, 4, 16))
     assert abs(corrected[0] - math.log(2)).max() < within
     assert apart < plain[0].min() / 2
-    order = np.random.default_rng(1).permutation(200)  # the same kinds as a mixture of short documents
+    order = np.random.default_rng(1).permutation(
+        200
+    )  # the same kinds as a mixture of short documents
     mixed = tokens.reshape(200, 500)[order].ravel()
     corrected, plain, _ = fit_mi.mutual_information(parts_of(mixed), vocab_size, (1,))
-    assert abs(corrected[0, 0] - math.log(2)) < within + 0.01  # a few pairs cross into the next document
+    assert (
+        abs(corrected[0, 0] - math.log(2)) < within + 0.01
+    )  # a few pairs cross into the next document
 
 
 def test_the_second_correction_is_bounded_and_next_to_nothing_with_much_text():
@@ -99,17 +109,24 @@ def test_the_second_correction_is_bounded_and_next_to_nothing_with_much_text():
     corrected, plain, apart = fit_mi.mutual_information(parts_of(tokens), 20, (1, 8))
     taken = plain[0] - corrected[0]
     assert 0 < apart < 5e-4 and taken.min() >= 0 and taken.max() < 5e-4
-    for vocab_size in (1, 2):  # so few cells that the first correction can take away nothing, or less
+    for vocab_size in (
+        1,
+        2,
+    ):  # so few cells that the first correction can take away nothing, or less
         tokens = np.random.default_rng(0).integers(0, vocab_size, 10_000)
         corrected, plain, _ = fit_mi.mutual_information(parts_of(tokens), vocab_size, (1, 2, 3))
         assert abs(corrected - plain).max() < 1e-3
 
 
 def test_pairs_far_apart_mix_all_kinds_and_keep_repetitions():
-    parts = np.repeat(np.arange(fit_mi.BLOCKS), 6_400).reshape(fit_mi.BLOCKS, -1)  # one kind a block
+    parts = np.repeat(np.arange(fit_mi.BLOCKS), 6_400).reshape(
+        fit_mi.BLOCKS, -1
+    )  # one kind a block
     x, y, blocks = fit_mi.far_apart(parts)
     assert (x == blocks).all() and (np.bincount(x) == np.bincount(y)).all()
-    met = np.bincount(x * 10 + y, minlength=100) / fit_mi.SEGMENT  # 10 segments of each pair of kinds
+    met = (
+        np.bincount(x * 10 + y, minlength=100) / fit_mi.SEGMENT
+    )  # 10 segments of each pair of kinds
     assert met.sum() == 1000 and met.min() >= 1 and met.max() <= 22
     runs = np.arange(64_000).reshape(fit_mi.BLOCKS, -1)
     _, y, _ = fit_mi.far_apart(runs)
@@ -137,7 +154,9 @@ def test_grassbergers_numbers():
     # G(n) = psi(n) + (-1)^n / 2 (psi((n+1)/2) - psi(n/2)); psi(1) = -gamma, psi(1/2) = -gamma - 2 log 2
     first = -np.euler_gamma - math.log(2)
     small = fit_mi.grassberger(np.arange(1, 6))
-    assert small == pytest.approx([first, first + 2, first + 2, first + 2 + 2 / 3, first + 2 + 2 / 3])
+    assert small == pytest.approx(
+        [first, first + 2, first + 2, first + 2 + 2 / 3, first + 2 + 2 / 3]
+    )
     assert fit_mi.grassberger(np.array([100_000])) == pytest.approx(math.log(100_000), abs=1e-5)
 
 
@@ -184,7 +203,9 @@ def test_fit_is_the_least_squares_and_c0_never_negative():
 def test_jackknife_is_the_standard_error_of_a_mean():
     blocks = np.random.default_rng(0).normal(size=fit_mi.BLOCKS)
     means = [blocks.mean(), *(np.delete(blocks, b).mean() for b in range(fit_mi.BLOCKS))]
-    assert fit_mi.jackknife(np.array(means)) == pytest.approx(blocks.std(ddof=1) / math.sqrt(fit_mi.BLOCKS))
+    assert fit_mi.jackknife(np.array(means)) == pytest.approx(
+        blocks.std(ddof=1) / math.sqrt(fit_mi.BLOCKS)
+    )
 
 
 def test_blocks_come_from_all_over_the_text():
@@ -198,7 +219,9 @@ def test_blocks_come_from_all_over_the_text():
 @pytest.fixture
 def on_a_chain(monkeypatch):
     tokens = chain(60_000, 0.7, zipf(50), np.random.default_rng(0)).astype(np.uint8)
-    made = SimpleNamespace(train=tokens, vocab_size=50, folder="/somewhere/chain", fingerprint="f00")
+    made = SimpleNamespace(
+        train=tokens, vocab_size=50, folder="/somewhere/chain", fingerprint="f00"
+    )
     monkeypatch.setattr(fit_mi, "open_corpus", lambda name: made)
 
 
@@ -215,11 +238,16 @@ def test_the_command_writes_what_train_reads(on_a_chain, tmp_path, capsys):
     assert f"--fitted={out}" in said
     # stay^d falls faster than any power: the best c0 is below its bound, however the text is cut
     assert result["c0"] == 0 and result["c0_interval"] is None
-    assert "c0 0.0000  (at its bound, without an interval)" in said and "held at its bound 0" in said
+    assert (
+        "c0 0.0000  (at its bound, without an interval)" in said and "held at its bound 0" in said
+    )
     low, high = result["a_interval"]
     assert f"(95 % {low:.4f} to {high:.4f})" in said
     curve = [result["c0"] + result["a"] * d ** result["k"] for d in result["distances"]]
-    assert np.corrcoef(curve, result["information"])[0, 1] > 0.9 and sorted(curve, reverse=True) == curve
+    assert (
+        np.corrcoef(curve, result["information"])[0, 1] > 0.9
+        and sorted(curve, reverse=True) == curve
+    )
 
 
 def test_without_matplotlib_the_file_is_there_all_the_same(on_a_chain, tmp_path, monkeypatch):
@@ -250,7 +278,9 @@ def test_intervals_cover_what_is_known(monkeypatch, tmp_path):
 
 
 def test_too_little_text_is_said(on_a_chain, tmp_path):
-    with pytest.raises(UserError, match="2,000 tokens are too few for distances up to 32: at least 3,200"):
+    with pytest.raises(
+        UserError, match="2,000 tokens are too few for distances up to 32: at least 3,200"
+    ):
         fit_mi.main(fit_mi.Config(out=str(tmp_path / "f.json"), tokens=2_000))
     with pytest.raises(UserError, match="max_distance must be at least 4"):
         fit_mi.main(fit_mi.Config(out=str(tmp_path / "f.json"), max_distance=3))

@@ -15,7 +15,10 @@ from nanotst import UserError, configurator
 from tools import gpu
 
 TEXT = "\n<|endoftext|>\n".join(
-    " ".join(f"{verb} the {noun} {i}," for verb in ("see", "hear", "follow") for noun in ("cat", "dog")) * 6
+    " ".join(
+        f"{verb} the {noun} {i}," for verb in ("see", "hear", "follow") for noun in ("cat", "dog")
+    )
+    * 6
     for i in range(60)
 )
 LAUNCH = gpu.launch
@@ -67,7 +70,9 @@ def kept(results):
 
 
 def commands(results):
-    return [line for line in (results / "log.txt").read_text().splitlines() if line.startswith("$ ")]
+    return [
+        line for line in (results / "log.txt").read_text().splitlines() if line.startswith("$ ")
+    ]
 
 
 def test_the_first_call_as_a_process_of_its_own(dry, monkeypatch):
@@ -162,7 +167,8 @@ def test_all_benches(dry, tmp_path):
     for name in gpu.BENCHES:
         figures = json.loads((results / f"{name}.json").read_text())
         assert any(
-            isinstance(rows, list) and rows and isinstance(rows[0], dict) for rows in figures.values()
+            isinstance(rows, list) and rows and isinstance(rows[0], dict)
+            for rows in figures.values()
         ), name
     before = len(commands(results))
     dry("bench", nanogpt=str(clone))
@@ -171,7 +177,9 @@ def test_all_benches(dry, tmp_path):
 
 def test_a_bench_that_fails_does_not_stop_the_others(dry, monkeypatch):
     def only_moe(command, say, seconds=0.0):
-        return launch_here(command, say) if "--parts=moe" in command or "prepare" in command[0] else 1
+        return (
+            launch_here(command, say) if "--parts=moe" in command or "prepare" in command[0] else 1
+        )
 
     monkeypatch.setattr(gpu, "launch", only_moe)
     with pytest.raises(UserError, match="bench_270m, bench_600m, bench_124m, bench_loss failed"):
@@ -259,7 +267,9 @@ def test_launch_asks_a_process_to_end_when_the_time_is_up():
 def test_launch_gives_the_output_line_by_line_and_the_exit_status():
     said = []
     assert (
-        gpu.launch(["-c", "import sys; print('a'); print('b', file=sys.stderr); sys.exit(3)"], said.append)
+        gpu.launch(
+            ["-c", "import sys; print('a'); print('b', file=sys.stderr); sys.exit(3)"], said.append
+        )
         == 3
     )
     assert sorted(said) == ["a", "b"]

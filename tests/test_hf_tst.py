@@ -44,7 +44,12 @@ def write_model(folder, shape, balance_coef=0.0):
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
     }
     export.save_hf(
-        model.state_dict(), model.config, str(folder), extra=tokenizer, separator=0, balance_coef=balance_coef
+        model.state_dict(),
+        model.config,
+        str(folder),
+        extra=tokenizer,
+        separator=0,
+        balance_coef=balance_coef,
     )
     return str(folder)
 
@@ -62,7 +67,12 @@ def test_losses_equal_train_py(name, text, tmp_path, run):
     """
     folder = write_model(tmp_path / "start", SHAPES[name])
     knobs = dict(
-        bag_size=4, superposition_ratio=0.25, max_steps=20, batch_size=8, block_size=16, warmup_steps=4
+        bag_size=4,
+        superposition_ratio=0.25,
+        max_steps=20,
+        batch_size=8,
+        block_size=16,
+        warmup_steps=4,
     )
     knobs |= dict(learning_rate=5e-3)
     rows = run(
@@ -71,12 +81,16 @@ def test_losses_equal_train_py(name, text, tmp_path, run):
     )  # fmt: skip
     expected = [row["loss"] for row in rows]
     losses = example(model=folder, text=text, out=tmp_path / "end", device="cpu", **knobs)
-    print(f"{name}: losses differ by at most {max(abs(a - b) for a, b in zip(losses, expected)):.1e}")
+    print(
+        f"{name}: losses differ by at most {max(abs(a - b) for a, b in zip(losses, expected)):.1e}"
+    )
     assert losses == pytest.approx(expected, abs=1e-4) and len(losses) == 20
     assert losses[-1] < losses[5] - 0.3  # it has learned something
 
     export.main(export.Config(str(tmp_path / "run" / "last.pt"), str(tmp_path / "end_of_train")))
-    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("end_of_train", "end"))
+    ours, theirs = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("end_of_train", "end")
+    )
     assert ours.keys() == theirs.keys()
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], atol=1e-3, rtol=0)
@@ -92,12 +106,20 @@ def test_the_balance_loss_of_the_model_counts(text, tmp_path):
         folder = write_model(tmp_path / f"start_{coef}", SHAPES["qwen3_moe"], coef)
         out = tmp_path / f"end_{coef}"
         knobs = dict(
-            model=folder, text=text, out=out, device="cpu", max_steps=20, batch_size=8, block_size=16
+            model=folder,
+            text=text,
+            out=out,
+            device="cpu",
+            max_steps=20,
+            batch_size=8,
+            block_size=16,
         )
         example(**knobs, learning_rate=1e-2, warmup_steps=0)
         model = transformers.AutoModelForCausalLM.from_pretrained(out)
         logits = model(tokens, output_router_logits=True).router_logits
-        unbalanced.append(load_balancing_loss_func(logits, 4, 2).item())  # 2 if all are chosen alike
+        unbalanced.append(
+            load_balancing_loss_func(logits, 4, 2).item()
+        )  # 2 if all are chosen alike
     assert unbalanced[1] < unbalanced[0] - 0.02
 
 
@@ -107,7 +129,13 @@ def test_from_scratch(name, text, tmp_path):
     folder = write_model(tmp_path / "model", SHAPES[name])
     os.remove(os.path.join(folder, "model.safetensors"))
     knobs = dict(
-        model=folder, text=text, from_scratch=True, max_steps=4, batch_size=4, block_size=16, device="cpu"
+        model=folder,
+        text=text,
+        from_scratch=True,
+        max_steps=4,
+        batch_size=4,
+        block_size=16,
+        device="cpu",
     )
     first = example(**knobs)
     assert first == example(**knobs) != example(**knobs, seed=5)
@@ -127,7 +155,10 @@ def test_from_scratch(name, text, tmp_path):
 )
 def test_what_cannot_work_is_one_line(knobs, words, text, tmp_path):
     usual = dict(
-        model=write_model(tmp_path / "model", SHAPES["llama"]), text=text, max_steps=4, block_size=16
+        model=write_model(tmp_path / "model", SHAPES["llama"]),
+        text=text,
+        max_steps=4,
+        block_size=16,
     )
     with pytest.raises(UserError, match=words) as e:
         example(**{**usual, "batch_size": 4, "device": "cpu", **knobs})
@@ -161,5 +192,11 @@ def test_a_model_that_does_more_is_refused(text, tmp_path, monkeypatch):
     theirs.save_pretrained(folder)
     with pytest.raises(UserError, match="Gemma2ForCausalLM does more than"):
         example(
-            model=folder, text=text, from_scratch=True, max_steps=4, block_size=16, batch_size=4, device="cpu"
+            model=folder,
+            text=text,
+            from_scratch=True,
+            max_steps=4,
+            block_size=16,
+            batch_size=4,
+            device="cpu",
         )

@@ -9,8 +9,12 @@ from nanotst import UserError
 from nanotst.configurator import parse
 from tools import keep, plot, runs
 
-KNOBS = dict(out_dir="out/x", seed=1, bag_size=4, learning_rate=0.008, n_layer=2, dataset="mine", threads=1)
-VERSIONS = dict(python="3.11", torch="2.13", device="x86_64, 1 threads", dtype="bfloat16", world_size=1)
+KNOBS = dict(
+    out_dir="out/x", seed=1, bag_size=4, learning_rate=0.008, n_layer=2, dataset="mine", threads=1
+)
+VERSIONS = dict(
+    python="3.11", torch="2.13", device="x86_64, 1 threads", dtype="bfloat16", world_size=1
+)
 
 
 def rows_of(steps=200, every=1, switch=60, bag_size=4, validate=20):
@@ -19,11 +23,20 @@ def rows_of(steps=200, every=1, switch=60, bag_size=4, validate=20):
     for step in range(1, steps + 1):
         s = bag_size if step <= switch else 1
         data += 64 * s
-        row = dict(step=step, bag_size=s, loss=5 - step / 100 + 1 / 3, lr=0.1, epoch=0.5, max_violation=0.25)
+        row = dict(
+            step=step,
+            bag_size=s,
+            loss=5 - step / 100 + 1 / 3,
+            lr=0.1,
+            epoch=0.5,
+            max_violation=0.25,
+        )
         row |= dict(positions=64 * step, data_tokens=data, flops=step * 10**13, seconds=step / 7)
         row["tokens_per_second"] = 100.0 + (step == steps) * 10**6
         if step % validate == 0:
-            row |= dict(val_loss=4.9 - step / 100, val_bpb=(4.9 - step / 100) / 3, val_loss_code=2.0)
+            row |= dict(
+                val_loss=4.9 - step / 100, val_bpb=(4.9 - step / 100) / 3, val_loss_code=2.0
+            )
         if step % every == 0 or step in (1, switch, switch + 1) or "val_loss" in row:
             rows.append(row)
     return rows
@@ -33,8 +46,12 @@ def write(folder, rows, command=(), data=None, **knobs):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = dict(vocab_size=256, encoding="bytes", train_tokens=1000, val_tokens=100) | (data or {})
-    described = dict(config=KNOBS | knobs, versions=VERSIONS, command=["train.py", *command], data=data)
-    (folder / "config.json").write_text(json.dumps(described | dict(parameters=7, active_parameters=5)))
+    described = dict(
+        config=KNOBS | knobs, versions=VERSIONS, command=["train.py", *command], data=data
+    )
+    (folder / "config.json").write_text(
+        json.dumps(described | dict(parameters=7, active_parameters=5))
+    )
     return str(folder)
 
 
@@ -59,12 +76,21 @@ def pair(tmp_path):
 def test_a_row_says_how_the_run_ended_and_all_that_made_it(pair, tmp_path):
     main(*pair, f"--out_dir={tmp_path}/kept", "--labels=baseline,TST")
     base, tst = read(tmp_path / "kept" / "runs.csv")
-    assert (base["run"], base["label"], tst["run"], tst["label"]) == ("base", "baseline", "tst", "TST")
+    assert (base["run"], base["label"], tst["run"], tst["label"]) == (
+        "base",
+        "baseline",
+        "tst",
+        "TST",
+    )
     assert (tst["steps"], float(tst["val_loss"]), float(tst["val_loss_code"])) == ("200", 2.9, 2.0)
     assert (tst["positions"], tst["data_tokens"]) == (str(64 * 200), str(64 * (4 * 60 + 140)))
     assert tst["flops"] == "2000000000000000"  # counts are exact
     assert tst["tokens_per_second"] == "100"  # the median: one odd row does not count
-    assert (tst["torch"], tst["machine"], tst["precision"]) == ("2.13", "x86_64, 1 threads", "bfloat16")
+    assert (tst["torch"], tst["machine"], tst["precision"]) == (
+        "2.13",
+        "x86_64, 1 threads",
+        "bfloat16",
+    )
     assert (tst["parameters"], tst["active_parameters"], tst["vocab_size"]) == ("7", "5", "256")
     assert tst["command"] == "train.py --bag_size=4"
     assert {key: tst[key] for key in KNOBS if key != "out_dir"} == {
@@ -86,7 +112,9 @@ def test_knobs_that_differ_come_first_and_follow_as_the_folder_grows(pair, tmp_p
     first = lambda: list(read(tmp_path / "kept" / "runs.csv")[0])[:5]
     main(*pair, f"--out_dir={tmp_path}/kept")
     assert first() == ["run", "label", "bag_size", "steps", "val_loss"]
-    more = write(tmp_path / "deep", rows_of(), n_layer=3, threads=2, new_knob="yes")  # threads change nothing
+    more = write(
+        tmp_path / "deep", rows_of(), n_layer=3, threads=2, new_knob="yes"
+    )  # threads change nothing
     main(more, f"--out_dir={tmp_path}/kept")
     assert first() == ["run", "label", "bag_size", "n_layer", "new_knob"]
     assert [run["n_layer"] for run in read(tmp_path / "kept" / "runs.csv")] == ["2", "2", "3"]
@@ -107,7 +135,10 @@ def test_a_run_of_the_same_name_is_replaced_where_it_stands(pair, tmp_path, caps
 def test_names_tell_runs_apart(tmp_path):
     folders = [write(tmp_path / a / "seed1", rows_of()) for a in ("fast", "slow")]
     main(*folders, f"--out_dir={tmp_path}/kept")
-    assert [run["run"] for run in read(tmp_path / "kept" / "runs.csv")] == ["fast/seed1", "slow/seed1"]
+    assert [run["run"] for run in read(tmp_path / "kept" / "runs.csv")] == [
+        "fast/seed1",
+        "slow/seed1",
+    ]
     with pytest.raises(UserError, match="given twice"):
         main(folders[0], folders[0], f"--out_dir={tmp_path}/kept")
 
@@ -120,7 +151,11 @@ def test_no_folder_of_the_machine_is_kept(tmp_path):
         "config/a.py",
     ]
     run = write(
-        tmp_path / "run", rows_of(), command=command, dataset="/mnt/disk/mine", init_from="hf:/opt/llama"
+        tmp_path / "run",
+        rows_of(),
+        command=command,
+        dataset="/mnt/disk/mine",
+        init_from="hf:/opt/llama",
     )
     main(run, f"--out_dir={tmp_path}/kept")
     (line,) = read(tmp_path / "kept" / "runs.csv")
@@ -153,7 +188,9 @@ def test_a_thinned_curve_keeps_ends_switch_and_validation(points):
 
 def test_a_short_curve_is_kept_whole_and_a_long_one_keeps_its_last_validation():
     assert keep.thinned(rows_of(steps=30, switch=10), 60) == rows_of(steps=30, switch=10)
-    many = keep.thinned(rows_of(steps=1000, switch=1, validate=1), 20)  # more validation rows than room
+    many = keep.thinned(
+        rows_of(steps=1000, switch=1, validate=1), 20
+    )  # more validation rows than room
     assert len(many) <= 20 and many[-1]["step"] == 1000
 
 
@@ -170,7 +207,9 @@ def test_curves_are_kept_of_the_runs_that_are_asked_for(pair, tmp_path, capsys):
     main(*pair, out, "--labels=baseline,TST", "--curves=TST")
     assert {row["run"] for row in read(tmp_path / "kept" / "curves.csv")} == {"tst"}
     main(*pair[:1], out, "--curves=all")
-    main(*pair[:1], out, "--curves=none")  # replaced: no curve of another run is left under its name
+    main(
+        *pair[:1], out, "--curves=none"
+    )  # replaced: no curve of another run is left under its name
     assert {row["run"] for row in read(tmp_path / "kept" / "curves.csv")} == {"tst"}
     assert len(read(tmp_path / "kept" / "runs.csv")) == 2
     plot.main(parse(plot.Config, [str(tmp_path / "kept"), "--no_plot"]))
@@ -199,7 +238,9 @@ def test_kept_runs_are_chosen_by_name_or_label(pair, tmp_path):
         (run,) = runs.read_runs([f"{tmp_path}/kept/{wanted}", pair[0]][:1])
         assert (run["name"], run["label"]) == ("tst", "TST")
         assert run["facts"]["n_layer"] == "2" and "val_loss" not in run["facts"]
-    both = runs.read_runs([f"{tmp_path}/kept/TST", pair[1]])  # beside the run itself: nothing differs
+    both = runs.read_runs(
+        [f"{tmp_path}/kept/TST", pair[1]]
+    )  # beside the run itself: nothing differs
     for run in both:
         run["label"] = run["label"] or "again"
     assert runs.differences(both) == []

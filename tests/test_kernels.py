@@ -73,7 +73,12 @@ def leaves(*shapes, dtype=torch.float64):
 
 def test_the_file_imports_torch_and_the_standard_library_alone():
     tree = ast.parse(Path(kernels.__file__).read_text(encoding="utf-8"))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
 
@@ -156,7 +161,9 @@ def test_bag_embedding_is_that_of_tst_in_value_and_gradient(s, V, dtype):
     bags[0, 0] = V - 1
     inputs, upstream = leaves((V, C), dtype=dtype), torch.randn(2, 16, C, dtype=dtype)
     got, grad = value_and_gradients(lambda w: embed_bags(bags, w), inputs, upstream=upstream)
-    wanted, wanted_grad = value_and_gradients(lambda w: tst.embed_bags(bags, w), inputs, upstream=upstream)
+    wanted, wanted_grad = value_and_gradients(
+        lambda w: tst.embed_bags(bags, w), inputs, upstream=upstream
+    )
     tolerance = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 0}[dtype]
     assert_close(got, wanted, rtol=tolerance, atol=tolerance)
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
@@ -166,7 +173,10 @@ def test_bag_embedding_is_that_of_tst_in_value_and_gradient(s, V, dtype):
 @pytest.mark.parametrize("V", [V, 1025])
 @pytest.mark.parametrize("s", BAG_SIZES)
 def test_bag_embedding_under_autocast_is_that_of_tst(s, V):
-    bags, inputs = torch.randint(5, (2, 16, s), dtype=torch.int32), leaves((V, C), dtype=torch.float32)
+    bags, inputs = (
+        torch.randint(5, (2, 16, s), dtype=torch.int32),
+        leaves((V, C), dtype=torch.float32),
+    )
     upstream = torch.randn(2, 16, C).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         got, grad = value_and_gradients(lambda w: embed_bags(bags, w), inputs, upstream=upstream)
@@ -191,7 +201,9 @@ def test_weighted_bag_embedding_is_that_of_tst_in_value_and_gradient(s, V, dtype
     wanted, wanted_grad = value_and_gradients(
         lambda w: tst.embed_bags(bags, w, share), inputs, upstream=upstream
     )
-    tolerance = {torch.float64: 1e-7, torch.float32: 2e-6, torch.bfloat16: 0}[dtype]  # of bags of one: 1e-8
+    tolerance = {torch.float64: 1e-7, torch.float32: 2e-6, torch.bfloat16: 0}[
+        dtype
+    ]  # of bags of one: 1e-8
     assert_close(got, wanted, rtol=tolerance, atol=tolerance)
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     assert_close(grad, wanted_grad, rtol=tolerance, atol=tolerance)
@@ -216,7 +228,9 @@ def test_identical_tokens_give_the_single_tokens_embedding(s, V):
     table = torch.randn(V, C)
     bags = torch.arange(V)[None, :, None].expand(1, V, s)
     assert torch.equal(embed_bags(bags, table.bfloat16())[0], table.bfloat16())
-    assert_close(embed_bags(bags, table)[0], table, rtol=s * 2**-23, atol=0)  # the float32 sum itself rounds
+    assert_close(
+        embed_bags(bags, table)[0], table, rtol=s * 2**-23, atol=0
+    )  # the float32 sum itself rounds
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(embed_bags(bags, table)[0], table.bfloat16())
 
@@ -265,7 +279,9 @@ def test_attention_equals_a_loop_over_heads_and_positions(L, H, K):
         assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
     assert_close(got[0].double(), wanted[0], rtol=1e-5, atol=1e-5)
     if L <= 5:
-        assert_close(value_and_gradients(causal_attention, exact, upstream=upstream.double()), wanted)
+        assert_close(
+            value_and_gradients(causal_attention, exact, upstream=upstream.double()), wanted
+        )
 
 
 def test_attention_survives_scores_whose_exponential_does_not():
@@ -382,11 +398,18 @@ def test_sum_of_experts_is_the_weighted_sum_of_a_positions_rows(n, k, n_expert, 
     _, place = placement(n, k, n_expert, used)
 
     def plain(rows, weights):
-        sums = [sum(weights[i, j] * rows[place.row_of[i * k + j]] for j in range(k)) for i in range(n)]
+        sums = [
+            sum(weights[i, j] * rows[place.row_of[i * k + j]] for j in range(k)) for i in range(n)
+        ]
         return torch.stack(sums)
 
-    inputs, upstream = leaves((len(place.pair_of), C), (n, k)), torch.randn(n, C, dtype=torch.float64)
-    assert_same(lambda rows, weights: sum_of_experts(rows, weights, place), plain, inputs, upstream=upstream)
+    inputs, upstream = (
+        leaves((len(place.pair_of), C), (n, k)),
+        torch.randn(n, C, dtype=torch.float64),
+    )
+    assert_same(
+        lambda rows, weights: sum_of_experts(rows, weights, place), plain, inputs, upstream=upstream
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -395,7 +418,10 @@ def test_take_is_a_look_up_in_value_and_gradient(k):
     inverse = index.argsort()
     upstream = torch.randn(5 * k, C, dtype=torch.float64)
     assert_same(
-        lambda x: Take.apply(x, index, inverse, k), lambda x: x[index // k], leaves((5, C)), upstream=upstream
+        lambda x: Take.apply(x, index, inverse, k),
+        lambda x: x[index // k],
+        leaves((5, C)),
+        upstream=upstream,
     )
 
 
@@ -407,7 +433,12 @@ def test_grouped_product_is_a_product_for_each_expert(ends):
     inputs, upstream = leaves((16, 8), (4, 8, 4), dtype=torch.float32), torch.randn(16, 4)
     offsets = torch.tensor(ends, dtype=torch.int32)
     assert_same(
-        lambda x, w: grouped_product(x, w, offsets), plain, inputs, upstream=upstream, rtol=1e-5, atol=1e-5
+        lambda x, w: grouped_product(x, w, offsets),
+        plain,
+        inputs,
+        upstream=upstream,
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -491,7 +522,9 @@ def test_losses_of_hidden_states_leave_out_ignored_labels(name, s):
 def test_any_other_number_can_mark_ignored_labels(name):
     inputs, labels = with_holes(4)
     labels = labels.where(labels >= 0, 7)
-    assert_same(chunked(name, 6, ignore_index=7), plain(name, ignore_index=7), inputs, labels, **EXACT)
+    assert_same(
+        chunked(name, 6, ignore_index=7), plain(name, ignore_index=7), inputs, labels, **EXACT
+    )
 
 
 @every_loss
@@ -505,7 +538,9 @@ def test_without_any_label_loss_and_gradients_are_zero(name, s):
 @every_loss
 def test_padding_rows_get_no_probability_and_no_gradient(name):
     (hidden, weight), labels = operands(4)
-    padded = torch.cat((weight.detach(), torch.full((27, C), 5.0, dtype=weight.dtype))).requires_grad_()
+    padded = torch.cat(
+        (weight.detach(), torch.full((27, C), 5.0, dtype=weight.dtype))
+    ).requires_grad_()
     got = value_and_gradients(chunked(name, 7, vocab_size=V), [hidden, padded], labels)
     loss, grad_h, grad_w = value_and_gradients(plain(name), [hidden, weight], labels)
     assert_close(got[:2], (loss, grad_h))
@@ -536,7 +571,9 @@ def test_without_gradients_the_value_is_the_same(name):
     (hidden, weight), labels = operands(4)
     with torch.no_grad():
         loss = chunked(name, 7)(hidden, weight, labels)
-    assert not loss.requires_grad and torch.equal(loss, chunked(name, 7)(hidden, weight, labels).detach())
+    assert not loss.requires_grad and torch.equal(
+        loss, chunked(name, 7)(hidden, weight, labels).detach()
+    )
     loss = chunked(name, 7)(hidden.detach(), weight.detach(), labels)
     assert not loss.requires_grad
 
@@ -601,7 +638,11 @@ LONG = 400  # positions, so many that nothing but all their logits is as large a
 @pytest.mark.parametrize("s", [1, 3])
 def test_all_logits_are_never_held_at_once(name, s):
     """Neither in one tensor nor, of one chunk after the other, for the backward pass."""
-    inputs, labels, kept = leaves((LONG, 2), (V, 2), dtype=torch.float32), torch.randint(V, (LONG, s)), {}
+    inputs, labels, kept = (
+        leaves((LONG, 2), (V, 2), dtype=torch.float32),
+        torch.randint(V, (LONG, s)),
+        {},
+    )
 
     def keep(t):
         storage = t.untyped_storage()
@@ -628,7 +669,9 @@ def test_compiled_equals_eager_and_never_holds_all_logits_at_once_either(name):
     for graph in graphs:
         made = sizes_of(node for node in graph.graph.nodes if node.op == "call_function")
         assert made and max(made) <= chunk * V
-    kept = sizes_of(graphs[0].graph.output_node().args[0])  # what the backward pass will read, and the loss
+    kept = sizes_of(
+        graphs[0].graph.output_node().args[0]
+    )  # what the backward pass will read, and the loss
     assert kept and sum(kept) < LONG * V / 3
 
 
@@ -644,7 +687,9 @@ def test_fused_loss_equals_the_loop_of_cross_entropies(kind, s):
 
 @pytest.mark.parametrize("rows", [1, 3, N - 1, N, N + 1, None])
 def test_chunks_change_nothing_of_a_weighted_loss(rows):
-    assert_same(fused(rows), loop_of_cross_entropies, *operands(5), bag_weights("power", 5), **EXACT)
+    assert_same(
+        fused(rows), loop_of_cross_entropies, *operands(5), bag_weights("power", 5), **EXACT
+    )
 
 
 def test_weights_are_uniform_by_default():
@@ -658,7 +703,9 @@ def test_weights_are_uniform_by_default():
 @pytest.mark.parametrize("s", BAG_SIZES)
 def test_zero_logits_cost_log_v(kind, s):
     """Not log V / s, not log V - log s."""
-    loss = fused(7)(torch.zeros(N, C), torch.randn(V, C), torch.randint(V, (N, s)), bag_weights(kind, s))
+    loss = fused(7)(
+        torch.zeros(N, C), torch.randn(V, C), torch.randint(V, (N, s)), bag_weights(kind, s)
+    )
     assert_close(loss.item(), math.log(V), rtol=1e-6, atol=0)
 
 
@@ -720,7 +767,9 @@ def test_an_offset_without_labels_counts_zero():
     inputs, labels = with_holes(4)
     labels[:, 0] = -100  # with weights "first" nothing is left
     for kind in ("power", "first"):
-        assert_same(fused(7), loop_of_cross_entropies, inputs, labels, bag_weights(kind, 4), **EXACT)
+        assert_same(
+            fused(7), loop_of_cross_entropies, inputs, labels, bag_weights(kind, 4), **EXACT
+        )
 
 
 def test_large_vocabulary_takes_several_blocks_and_chunks():
@@ -729,7 +778,9 @@ def test_large_vocabulary_takes_several_blocks_and_chunks():
     hidden = (30 * torch.randn(70, 4, dtype=torch.float64)).requires_grad_()
     weight = torch.randn(50257, 4, dtype=torch.float64, requires_grad=True)
     labels, weights = torch.randint(0, 50257, (70, 3)), bag_weights("power", 3)
-    assert_same(fused(45), loop_of_cross_entropies, [hidden, weight], labels, weights, rtol=1e-7, atol=1e-12)
+    assert_same(
+        fused(45), loop_of_cross_entropies, [hidden, weight], labels, weights, rtol=1e-7, atol=1e-12
+    )
     narrow = [hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()]
     got = value_and_gradients(fused(45), narrow, labels, weights)
     wanted = value_and_gradients(loop_of_cross_entropies, [hidden, weight], labels, weights)

@@ -20,7 +20,20 @@ from nanotst.configurator import parse
 from nanotst.tokenizer import get_tokenizer
 from tools import export
 
-WORDS = ["tree", "river", "stone", "naïve", "walks", "walked", "sleeps", "mother", "Brother", "a", "an", "of"]
+WORDS = [
+    "tree",
+    "river",
+    "stone",
+    "naïve",
+    "walks",
+    "walked",
+    "sleeps",
+    "mother",
+    "Brother",
+    "a",
+    "an",
+    "of",
+]
 WORDS += ["é", "中文", "x_1", "don't", "{{word}}", "$folder"]
 
 
@@ -29,7 +42,8 @@ def make_text(n_sentences, seed):
     rng = random.Random(seed)
     ends = [". ", ".\n", "! ", "?\n\n", ',"\n', '." ', "\n    ", ".”\n"]
     sentences = [
-        " ".join(rng.choices(WORDS, k=rng.randrange(3, 12))) + rng.choice(ends) for _ in range(n_sentences)
+        " ".join(rng.choices(WORDS, k=rng.randrange(3, 12))) + rng.choice(ends)
+        for _ in range(n_sentences)
     ]
     return "".join(sentences)
 
@@ -42,7 +56,9 @@ def held_out(tmp_path):
     folder.mkdir()
     for split, texts in (("train", [make_text(9, 99)]), ("val", documents)):
         (folder / f"{split}.bin").write_bytes("".join(f"{text}\0" for text in texts).encode())
-    sizes = {f"{split}_tokens": (folder / f"{split}.bin").stat().st_size for split in ("train", "val")}
+    sizes = {
+        f"{split}_tokens": (folder / f"{split}.bin").stat().st_size for split in ("train", "val")
+    }
     meta = {"vocab_size": 256, "dtype": "uint8", "encoding": "bytes", "separator": 0} | sizes
     (folder / "meta.json").write_text(json.dumps(meta))
     return documents
@@ -52,8 +68,12 @@ def make(tmp_path, **knobs):
     """The command -> {task: its items}."""
     knobs = {"dataset": tmp_path / "corpus", "out_dir": tmp_path / "tasks"} | knobs
     make_tasks.main(parse(make_tasks.Config, [f"--{key}={value}" for key, value in knobs.items()]))
-    read = lambda name: (tmp_path / "tasks" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return {name: [json.loads(line) for line in read(name)] for name in ("last_word", "swapped_words")}
+    read = lambda name: (
+        (tmp_path / "tasks" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    return {
+        name: [json.loads(line) for line in read(name)] for name in ("last_word", "swapped_words")
+    }
 
 
 def test_last_words_are_of_held_out_text_and_stood_before(held_out, tmp_path):
@@ -94,7 +114,9 @@ def test_the_choice_is_that_of_the_seed(held_out, tmp_path):
     assert first == make(tmp_path, n_items=20) != make(tmp_path, n_items=20, seed=5)
     assert {len(items) for items in first.values()} == {20}
     long = make(tmp_path, max_bytes=300)["last_word"]
-    assert Counter(len(item["context"].encode()) + len(item["word"]) > 128 for item in long)[True] > 5
+    assert (
+        Counter(len(item["context"].encode()) + len(item["word"]) > 128 for item in long)[True] > 5
+    )
 
 
 def test_lm_eval_scores_are_our_own(held_out, tmp_path):
@@ -114,7 +136,9 @@ def test_lm_eval_scores_are_our_own(held_out, tmp_path):
             "eos_token": "<|endoftext|>",
         },
     }
-    export.save_hf(model.state_dict(), model.config, str(tmp_path / "hf"), extra=tokenizer, separator=0)
+    export.save_hf(
+        model.state_dict(), model.config, str(tmp_path / "hf"), extra=tokenizer, separator=0
+    )
     items = make(tmp_path, n_items=40)
     results = lm_eval.simple_evaluate(
         model="hf",
@@ -139,9 +163,13 @@ def test_lm_eval_scores_are_our_own(held_out, tmp_path):
 
     words = [score(item["context"], f" {item['word']}") for item in items["last_word"]]
     found = results["last_word"]
-    assert found["perplexity,none"] == pytest.approx(np.exp(-np.mean([s for s, _ in words])), rel=1e-3)
+    assert found["perplexity,none"] == pytest.approx(
+        np.exp(-np.mean([s for s, _ in words])), rel=1e-3
+    )
     assert found["acc,none"] == pytest.approx(np.mean([greedy for _, greedy in words]))
-    pairs = [[score("", choice)[0] for choice in item["choices"]] for item in items["swapped_words"]]
+    pairs = [
+        [score("", choice)[0] for choice in item["choices"]] for item in items["swapped_words"]
+    ]
     right = np.mean([a > b for a, b in pairs])
     assert results["swapped_words"]["acc,none"] == pytest.approx(right) and 0.2 < right < 0.8
 

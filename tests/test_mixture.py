@@ -21,7 +21,9 @@ UNEVEN = [Fraction(7, 10), Fraction(1, 4), Fraction(1, 20)]
 MANY = [Fraction(n, 129) for n in (40, 1, 1, 40, 3, 1, 3, 40)]
 
 
-@pytest.mark.parametrize("shares", [[Fraction(1)], HALVES, UNEVEN, [Fraction(1, 3), Fraction(2, 3)], MANY])
+@pytest.mark.parametrize(
+    "shares", [[Fraction(1)], HALVES, UNEVEN, [Fraction(1, 3), Fraction(2, 3)], MANY]
+)
 def test_shares_hold_over_any_stretch(shares):
     pattern, n = Pattern(shares), 400
     corpora = pattern.corpus_of(np.arange(n))
@@ -30,7 +32,9 @@ def test_shares_hold_over_any_stretch(shares):
         assert (pattern.rows_before(np.arange(n + 1), i) == count).all()
         assert abs(count - np.arange(n + 1) * float(share)).max() < 1
     period = np.lcm.reduce([share.denominator for share in shares])
-    assert np.bincount(corpora[:period], minlength=len(shares)).tolist() == [period * x for x in shares]
+    assert np.bincount(corpora[:period], minlength=len(shares)).tolist() == [
+        period * x for x in shares
+    ]
 
 
 def test_shares_of_any_number_of_corpora_hold():
@@ -46,7 +50,9 @@ def test_each_row_is_of_one_corpus_and_each_corpus_is_read_once(tmp_path):
     """Three corpora, told apart by their tokens, through a switch: over an epoch of each, every token of it
     once."""
     sizes = [3000, 1100, 400]
-    sources = [(np.arange(n) + 10_000 * i, share) for i, (n, share) in enumerate(zip(sizes, UNEVEN))]
+    sources = [
+        (np.arange(n) + 10_000 * i, share) for i, (n, share) in enumerate(zip(sizes, UNEVEN))
+    ]
     phases = [Phase(0, 7, 3, 3), Phase(7, 90, 1, 1)]
     s = TokenStream(sources, 4, phases, 20, range(20), seed=3)
     read, step = [[], [], []], 0
@@ -73,7 +79,9 @@ def test_ranks_and_resuming_change_nothing():
     for step in (0, 2, 3, 9, 10):
         assert np.array_equal(np.concatenate([p.read(step) for p in parts]), whole.read(step))
         assert np.array_equal(later.read(step), whole.read(step))
-    other = [(tokens, share) for (tokens, _), share in zip(sources, (Fraction(1, 4), Fraction(3, 4)))]
+    other = [
+        (tokens, share) for (tokens, _), share in zip(sources, (Fraction(1, 4), Fraction(3, 4)))
+    ]
     changed = TokenStream(other, 4, phases, 6, range(6), seed=3, state=whole.state(), step=9)
     assert changed.first_step == 9 and changed.tokens_at(9) == whole.tokens_at(9)
 
@@ -94,7 +102,9 @@ def corpora(tmp_path):
     write_corpus(tmp_path / "unnamed", range(50), range(50), 50)
     for name in "abc":
         path = tmp_path / name / "meta.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"encoding": "toy", "source": [name]}))
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"encoding": "toy", "source": [name]})
+        )
     shutil.copytree(tmp_path / "a", tmp_path / "same")
     return {name: str(tmp_path / name) for name in ("a", "b", "c", "unnamed", "same")}
 

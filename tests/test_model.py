@@ -88,7 +88,9 @@ def test_the_configs_of_the_papers_models_have_their_shapes_and_numbers_of_param
         model = GPT(config)
     assert model.n_params() == total
     assert model.n_params(active=True, embedding=False) == pytest.approx(active, rel=1e-4)
-    assert f"{total:,} parameters" in " ".join(ast.get_docstring(ast.parse(file.read_text())).split())
+    assert f"{total:,} parameters" in " ".join(
+        ast.get_docstring(ast.parse(file.read_text())).split()
+    )
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "config").glob("*.py")), ids=lambda file: file.stem)
@@ -107,7 +109,11 @@ EXPERT = 3 * C * F_
 @pytest.mark.parametrize(
     "changes, total, in_products",
     [
-        (dict(), 2 * V * C + 2 * (ATTENTION + EXPERT + 2 * C) + C, V * C + 2 * (ATTENTION + EXPERT)),
+        (
+            dict(),
+            2 * V * C + 2 * (ATTENTION + EXPERT + 2 * C) + C,
+            V * C + 2 * (ATTENTION + EXPERT),
+        ),
         (
             dict(head_dim=2 * D),
             2 * V * C + 2 * (2 * ATTENTION + EXPERT + 2 * C) + C,
@@ -140,7 +146,9 @@ def test_parameters_and_flops_by_hand(changes, total, in_products):
     attention = (
         2 * 2 * (2 * width * seen)
     )  # layers, (scores, sum), 2 FLOPs for each of H*D*seen multiply-adds
-    assert model.flops_per_position() == 3 * (2 * in_products + attention)  # backward is twice the forward
+    assert model.flops_per_position() == 3 * (
+        2 * in_products + attention
+    )  # backward is twice the forward
 
 
 def test_initialisation():
@@ -163,7 +171,9 @@ def test_weights_of_some_parts_are_drawn_anew_and_the_others_stay():
     assert changed == {"embed.weight", "blocks.1.mlp.gate_up.weight", "blocks.1.mlp.down.weight"}
     model.init_weights()
     matrices = {name for name, p in model.named_parameters() if p.dim() > 1}
-    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == matrices
+    assert {
+        name for name, p in model.named_parameters() if not torch.equal(p, before[name])
+    } == matrices
 
 
 def test_buffers_are_filled_as_in_a_new_model():
@@ -173,7 +183,9 @@ def test_buffers_are_filled_as_in_a_new_model():
     for buffer in model.buffers():
         buffer.fill_(torch.nan)
     model.init_buffers()
-    assert len(wanted) == 4 and all(torch.equal(b, wanted[name]) for name, b in model.named_buffers())
+    assert len(wanted) == 4 and all(
+        torch.equal(b, wanted[name]) for name, b in model.named_buffers()
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,7 +207,12 @@ def test_impossible_shapes_are_refused(wrong, word):
 
 def test_zeros_in_the_shape_are_filled_in():
     config = GPTConfig(vocab_size=50, block_size=8, n_layer=1, n_head=4, n_embd=96)
-    assert (config.n_kv_head, config.head_dim, config.ff_dim, config.padded_vocab_size) == (4, 24, 256, 64)
+    assert (config.n_kv_head, config.head_dim, config.ff_dim, config.padded_vocab_size) == (
+        4,
+        24,
+        256,
+        64,
+    )
 
 
 # ---- the parts
@@ -204,7 +221,11 @@ def test_zeros_in_the_shape_are_filled_in():
 def test_rms_norm():
     norm, x = RMSNorm(32, 1e-3), torch.randn(5, 32) * torch.tensor([1e-3, 0.1, 1, 10, 1e3])[:, None]
     torch.nn.init.normal_(norm.weight)
-    wanted = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight.double()
+    wanted = (
+        x.double()
+        / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt()
+        * norm.weight.double()
+    )
     assert_close(norm(x).double(), wanted, rtol=1e-5, atol=1e-6)
     assert norm(x.bfloat16()).dtype == torch.bfloat16
     assert_close(norm(x.bfloat16()).double(), wanted, rtol=0.03, atol=1e-3)
@@ -216,7 +237,9 @@ def test_rotary_positions_are_a_rotation_in_the_complex_plane():
     got = rotate(x, cos[:, None], sin[:, None])
     for position in range(10):
         for i in range(4):
-            turned = torch.complex(x[:, position, :, i], x[:, position, :, i + 4]).to(torch.complex128)
+            turned = torch.complex(x[:, position, :, i], x[:, position, :, i + 4]).to(
+                torch.complex128
+            )
             turned = turned * complex(
                 math.cos(position * 10000 ** (-i / 4)), math.sin(position * 10000 ** (-i / 4))
             )
@@ -269,7 +292,9 @@ def loop_model(model, x):
     for n in range(c.n_layer):
         b = f"blocks.{n}."
         h = norm(x, p[b + "attn_norm.weight"]) @ p[b + "attn.qkv.weight"].T
-        q, k, v = h.unflatten(-1, (-1, c.head_dim)).split((c.n_head, c.n_kv_head, c.n_kv_head), dim=1)
+        q, k, v = h.unflatten(-1, (-1, c.head_dim)).split(
+            (c.n_head, c.n_kv_head, c.n_kv_head), dim=1
+        )
         if c.qk_norm:
             q, k = norm(q, p[b + "attn.q_norm.weight"]), norm(k, p[b + "attn.k_norm.weight"])
         out = torch.zeros(len(x), c.n_head, c.head_dim).double()
@@ -277,7 +302,10 @@ def loop_model(model, x):
             for head in range(c.n_head):
                 shared = head // (c.n_head // c.n_kv_head)
                 seen = range(max(0, i + 1 - c.attention_window) if c.attention_window else 0, i + 1)
-                scores = [turn(q[i, head], i) @ turn(k[j, shared], j) / math.sqrt(c.head_dim) for j in seen]
+                scores = [
+                    turn(q[i, head], i) @ turn(k[j, shared], j) / math.sqrt(c.head_dim)
+                    for j in seen
+                ]
                 out[i, head] = torch.stack(scores).softmax(0) @ v[seen.start : i + 1, shared]
         x = x + out.flatten(1) @ p[b + "attn.out.weight"].T
         h = norm(x, p[b + "mlp_norm.weight"]) @ p[b + "mlp.gate_up.weight"].T
@@ -300,7 +328,10 @@ def test_dense_model_equals_a_plain_llama_in_float64(qk_norm, norm_eps, window):
 
 def exact_rotary(block_size, head_dim, theta):
     angle = torch.tensor(
-        [[p * theta ** (-2 * i / head_dim) for i in range(head_dim // 2)] for p in range(block_size)]
+        [
+            [p * theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+            for p in range(block_size)
+        ]
     )
     angle = angle.double()[:, None]
     return angle.cos(), angle.sin()
@@ -328,7 +359,9 @@ def test_rotary_tables_are_computed_in_float32_and_rounded_once():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_blocks_are_given_the_rotary_tables_of_their_positions_in_the_dtype_of_the_hidden_states(autocast):
+def test_blocks_are_given_the_rotary_tables_of_their_positions_in_the_dtype_of_the_hidden_states(
+    autocast,
+):
     model, seen = gpt(), []
     model.blocks[1].register_forward_pre_hook(lambda _, args: seen.extend(args))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -373,7 +406,9 @@ def test_loss_is_the_loop_of_cross_entropies_of_the_logits(kind):
     model, bags, labels = gpt(**kind), tokens(2, 12, 3), tokens(2, 12, 3)
     weights = torch.tensor([0.5, 0.3, 0.2])
     logits = model(bags).flatten(0, 1)
-    wanted = sum(w * F.cross_entropy(logits, labels[..., i].flatten()) for i, w in enumerate(weights))
+    wanted = sum(
+        w * F.cross_entropy(logits, labels[..., i].flatten()) for i, w in enumerate(weights)
+    )
     assert_close(model(bags, labels, weights)[0], wanted)
     assert_close(model(bags, labels, weights, "mce")[0], wanted)
 
@@ -389,7 +424,9 @@ def test_every_loss_is_that_of_the_logits_for_bags_and_labels_of_any_size(kind, 
     assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     parameters = list(model.parameters())
     grads = torch.autograd.grad(got, parameters, allow_unused=True)
-    for grad, exact in zip(grads, torch.autograd.grad(wanted, parameters, allow_unused=True), strict=True):
+    for grad, exact in zip(
+        grads, torch.autograd.grad(wanted, parameters, allow_unused=True), strict=True
+    ):
         assert_close(grad, exact, rtol=1e-4, atol=1e-5)
 
 
@@ -430,11 +467,17 @@ def test_the_source_has_no_function_of_autograd_and_asks_for_no_device():
     ]
     assert not {"autograd", "Function", "is_cuda", "is_cpu", "cuda", "is_compiling"} & set(names)
     assert not [
-        n for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value in ("cpu", "cuda", "mps")
+        n
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Constant) and n.value in ("cpu", "cuda", "mps")
     ]
-    branches = [n for n in ast.walk(tree) if isinstance(n, ast.If | ast.IfExp | ast.While | ast.Compare)]
+    branches = [
+        n for n in ast.walk(tree) if isinstance(n, ast.If | ast.IfExp | ast.While | ast.Compare)
+    ]
     tests = [n if isinstance(n, ast.Compare) else n.test for n in branches]
-    assert tests and not [n for test in tests for n in ast.walk(test) if getattr(n, "attr", "") == "device"]
+    assert tests and not [
+        n for test in tests for n in ast.walk(test) if getattr(n, "attr", "") == "device"
+    ]
 
 
 def test_zero_head_costs_log_v_in_spite_of_padding():
@@ -442,7 +485,9 @@ def test_zero_head_costs_log_v_in_spite_of_padding():
     model = gpt()
     torch.nn.init.zeros_(model.head.weight)
     for s in (1, 4):
-        assert model(tokens(2, 12, s), tokens(2, 12, s))[0].item() == pytest.approx(math.log(50), rel=1e-6)
+        assert model(tokens(2, 12, s), tokens(2, 12, s))[0].item() == pytest.approx(
+            math.log(50), rel=1e-6
+        )
 
 
 @dense_and_moe
@@ -452,7 +497,10 @@ def test_padding_of_the_vocabulary_has_no_effect(kind, tied, monkeypatch):
     monkeypatch.setattr(GPTConfig, "padded_vocab_size", property(lambda self: self.vocab_size))
     bare = gpt(tie_embeddings=tied, **kind)
     bare.load_state_dict(
-        {name: p[:50] if name.startswith(("embed", "head")) else p for name, p in model.state_dict().items()}
+        {
+            name: p[:50] if name.startswith(("embed", "head")) else p
+            for name, p in model.state_dict().items()
+        }
     )
     monkeypatch.undo()
     with torch.no_grad():  # whatever stands in the padding
@@ -463,7 +511,9 @@ def test_padding_of_the_vocabulary_has_no_effect(kind, tied, monkeypatch):
     assert_close(model(x, y)[0], bare(x, y)[0])
     padded, wanted = gradients(model, x, y), gradients(bare, x, y)
     for name in wanted:
-        assert_close(padded[name][:50] if name.startswith(("embed", "head")) else padded[name], wanted[name])
+        assert_close(
+            padded[name][:50] if name.startswith(("embed", "head")) else padded[name], wanted[name]
+        )
         assert not name.startswith(("embed", "head")) or not padded[name][50:].any()
 
 
@@ -511,7 +561,8 @@ def test_one_graph_per_phase_and_none_after(kind):
         assert len(loads) == (10 if kind else 1)  # ten different routings
         x, y = tokens(2, 12, 4), tokens(2, 12, 4)
         assert_close(
-            gradients(compiled, x, y), {f"_orig_mod.{n}": g for n, g in gradients(model, x, y).items()}
+            gradients(compiled, x, y),
+            {f"_orig_mod.{n}": g for n, g in gradients(model, x, y).items()},
         )
 
 
@@ -599,7 +650,9 @@ def test_router_statistics_by_loop():
     logits = [(layer.router.weight @ row).double() for row in x.flatten(0, 1)]
     probs = [z.softmax(0) for z in logits]
     chosen = [set(p.topk(2).indices.tolist()) for p in probs]
-    balance = 4 * sum(sum(e in c for c in chosen) / 14 * sum(p[e] for p in probs) / 14 for e in range(4))
+    balance = 4 * sum(
+        sum(e in c for c in chosen) / 14 * sum(p[e] for p in probs) / 14 for e in range(4)
+    )
     wanted = {
         "balance_loss": balance,
         "z_loss": sum(z.exp().sum().log() ** 2 for z in logits) / 14,
@@ -622,7 +675,10 @@ def test_router_is_computed_in_float32_under_autocast():
 
 def test_losses_of_the_router_train_it_and_what_is_logged_does_not():
     _, router = moe()(torch.randn(2, 7, 32))
-    assert {key for key, value in router.items() if value.requires_grad} == {"balance_loss", "z_loss"}
+    assert {key for key, value in router.items() if value.requires_grad} == {
+        "balance_loss",
+        "z_loss",
+    }
 
 
 def test_balance_loss_by_shares_of_experts_that_are_given():
@@ -630,10 +686,14 @@ def test_balance_loss_by_shares_of_experts_that_are_given():
     model, x, y = gpt(**EXPERTS), tokens(2, 12), tokens(2, 12, 1)
     shares, seen = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.5, 0.25, 0.25, 1.0]]), []
     for block in model.blocks:
-        block.mlp.register_forward_pre_hook(lambda layer, args: seen.append(args[0] @ layer.router.weight.T))
+        block.mlp.register_forward_pre_hook(
+            lambda layer, args: seen.append(args[0] @ layer.router.weight.T)
+        )
     router = model(x, y, load_shares=shares)[1]
     probs = [z.softmax(-1).mean((0, 1)) for z in seen[:2]]
-    assert_close(router["balance_loss"], torch.stack([4 * (s * p).sum() for s, p in zip(shares, probs)]))
+    assert_close(
+        router["balance_loss"], torch.stack([4 * (s * p).sum() for s, p in zip(shares, probs)])
+    )
     model.config.checkpoint_activations = True
     assert_close(model(x, y, load_shares=shares)[1], router)
     own = model(x, y)[1]
@@ -676,9 +736,7 @@ def test_balancing_bias_chooses_experts_but_does_not_weigh_them():
 @dense_and_moe
 def test_bfloat16_autocast_is_close_to_float32(kind):
     model, x, y = gpt(**kind), tokens(2, 12, 3), tokens(2, 12, 3)
-    if (
-        kind
-    ):  # decided routers: a position that rounding sends to another expert would say nothing about precision
+    if kind:  # decided routers: a position that rounding sends to another expert would say nothing about precision
         with torch.no_grad():
             for block in model.blocks:
                 block.mlp.router.weight *= 5
@@ -698,7 +756,9 @@ def test_bfloat16_autocast_is_close_to_float32(kind):
 def test_temperature_zero_is_greedy():
     model, text = gpt(), tokens(2, 5)
     for new in model.generate(text, 10, temperature=0):
-        assert torch.equal(new, model(text[:, -12:])[:, -1].argmax(-1))  # the context is cut to block_size
+        assert torch.equal(
+            new, model(text[:, -12:])[:, -1].argmax(-1)
+        )  # the context is cut to block_size
         text = torch.cat((text, new[:, None]), 1)
     assert text.shape == (2, 15)
 
@@ -706,7 +766,9 @@ def test_temperature_zero_is_greedy():
 def test_top_k_restricts_and_temperature_follows_the_distribution():
     model, text = make_lively(gpt()), tokens(1, 5)
     logits = model(text)[0, -1]
-    draws = torch.cat(list(next(model.generate(text.expand(4000, 5), 1, temperature=2.0, top_k=3)).split(1)))
+    draws = torch.cat(
+        list(next(model.generate(text.expand(4000, 5), 1, temperature=2.0, top_k=3)).split(1))
+    )
     top = logits.topk(3)
     assert set(draws.tolist()) <= set(top.indices.tolist())
     frequency = torch.stack([(draws == i).float().mean() for i in top.indices])

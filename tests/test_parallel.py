@@ -35,11 +35,30 @@ from tools import export
 # Nothing divides by the ranks: width 26 and 3 heads of 6, 50 tokens, 5 experts, of which one rank of four has
 # none
 DENSE = dict(n_embd=26, n_head=3, head_dim=6, ff_dim=42, qk_norm=True, checkpoint_activations=True)
-MOE = dict(n_embd=24, ff_dim=40, n_expert=5, top_k=2, balance_bias=True, balance_rate=0.01, balance_coef=0.1)
+MOE = dict(
+    n_embd=24,
+    ff_dim=40,
+    n_expert=5,
+    top_k=2,
+    balance_bias=True,
+    balance_rate=0.01,
+    balance_coef=0.1,
+)
 TIED = dict(n_embd=26, n_head=3, head_dim=6, tie_embeddings=True)
 KINDS = {"dense": DENSE, "moe": MOE, "tied": TIED}
-LONG = dict(max_steps=40, total_batch=192, batch_size=0, warmup_steps=4, eval_interval=10, eval_positions=176)
-SHORT = {**LONG, "max_steps": 12, "eval_interval": 6}  # 12 rows a step, 11 of validation; 5 steps on bags
+LONG = dict(
+    max_steps=40,
+    total_batch=192,
+    batch_size=0,
+    warmup_steps=4,
+    eval_interval=10,
+    eval_positions=176,
+)
+SHORT = {
+    **LONG,
+    "max_steps": 12,
+    "eval_interval": 6,
+}  # 12 rows a step, 11 of validation; 5 steps on bags
 
 SAME = [  # (kind, ranks, knobs)
     ("dense", 4, dict(parallel="ddp", batch_size=1)),
@@ -104,7 +123,11 @@ def ranks(corpus, tmp_path_factory):
     for kind, before, after in GOES_ON:
         how, n = after.replace("none", "auto").split()
         knobs = {**SHORT, **KINDS[kind], "parallel": how, "resume": True}
-        jobs.append(job(corpus, folder, f"{kind} {before} {after}", int(n), copy=f"{kind} {before}", **knobs))
+        jobs.append(
+            job(
+                corpus, folder, f"{kind} {before} {after}", int(n), copy=f"{kind} {before}", **knobs
+            )
+        )
     start_ranks(jobs)
     return folder
 
@@ -117,9 +140,16 @@ def start_ranks(jobs):
     """Four processes that do the jobs one after the other, each with as many of them as it has ranks. They
     meet each time anew in one store, which this process keeps as torchrun does."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "OMP_NUM_THREADS": "1",
+    }
     env["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipes = dict(
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     processes = [
         subprocess.Popen([sys.executable, "-c", A_PROCESS, str(i)], cwd=ROOT, env=env, **pipes)
         for i in range(4)
@@ -143,7 +173,13 @@ def assert_same_losses(rows, wanted):
     assert [row["step"] for row in rows] == [row["step"] for row in wanted]
     for row, other in zip(rows, wanted):
         assert row.keys() == other.keys()
-        for key in {"loss", "val_loss", "grad_norm", "max_violation", "router_entropy"} & row.keys():
+        for key in {
+            "loss",
+            "val_loss",
+            "grad_norm",
+            "max_violation",
+            "router_entropy",
+        } & row.keys():
             assert row[key] == pytest.approx(other[key], rel=1e-5), (row["step"], key)
 
 
@@ -151,11 +187,15 @@ def assert_same_losses(rows, wanted):
 def test_ranks_train_as_one_process_does(ranks, kind, n, knobs):
     """40 steps across the switch, in float32, from the same initial weights."""
     wanted = read_rows(ranks / f"{kind} long")
-    assert len({row["phase"] for row in wanted}) == 2 and min(row["grad_norm"] for row in wanted) > 0
+    assert (
+        len({row["phase"] for row in wanted}) == 2 and min(row["grad_norm"] for row in wanted) > 0
+    )
     assert_same_losses(read_rows(ranks / name_of(kind, n, knobs)), wanted)
 
 
-@pytest.mark.parametrize("kind, before, after", GOES_ON, ids=[" to ".join(case[1:]) for case in GOES_ON])
+@pytest.mark.parametrize(
+    "kind, before, after", GOES_ON, ids=[" to ".join(case[1:]) for case in GOES_ON]
+)
 def test_any_number_of_ranks_goes_on_from_a_checkpoint(ranks, kind, before, after):
     """Sharded or not, from sharded or not: with the text, the moments and the shares of experts where they
     were."""
@@ -172,8 +212,13 @@ def test_every_checkpoint_is_the_same_dict(ranks):
         load_checkpoint(f"{ranks}/moe fsdp 4/last.dcp"),
         load_checkpoint(f"{ranks}/moe short/last.pt"),
     )
-    assert mine["step"] == STOP and mine.keys() == plain.keys() and mine["stream"] == plain["stream"]
-    shapes = [[getattr(x, "shape", None) for x in tree_leaves(saved["optimizer"])] for saved in (mine, plain)]
+    assert (
+        mine["step"] == STOP and mine.keys() == plain.keys() and mine["stream"] == plain["stream"]
+    )
+    shapes = [
+        [getattr(x, "shape", None) for x in tree_leaves(saved["optimizer"])]
+        for saved in (mine, plain)
+    ]
     assert shapes[0] == shapes[1]
     later = load_checkpoint(f"{ranks}/moe fsdp 4 fsdp 3/last.dcp")
     for name, t in plain["model"].items():
@@ -241,7 +286,9 @@ def test_a_seed_gives_the_same_weights_sharded_or_not(a_rank, tiny, kind):
     assert torch.equal(torch.get_rng_state(), after)
     for (name, t), (_, wanted) in zip(model.state_dict().items(), plain.state_dict().items()):
         assert torch.equal(t.full_tensor() if isinstance(t, DTensor) else t, wanted), name
-    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers()))  # the rotary tables, too
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers())
+    )  # the rotary tables, too
     assert all(isinstance(p, DTensor) for p in model.parameters())
     assert (model.head.weight is model.embed.weight) == config.tie_embeddings
 
@@ -284,7 +331,9 @@ def test_bfloat16_is_where_the_unsharded_run_has_it(fsdp, run, a_rank, tmp_path,
     monkeypatch.delenv("RANK")
     plain = run(dtype="bfloat16", out_dir=str(tmp_path / "plain"), **MOE)
     assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in plain], rel=2e-3)
-    assert [r["grad_norm"] for r in rows] == pytest.approx([r["grad_norm"] for r in plain], rel=2e-2)
+    assert [r["grad_norm"] for r in rows] == pytest.approx(
+        [r["grad_norm"] for r in plain], rel=2e-2
+    )
 
 
 def test_units_are_compiled_one_by_one_before_the_first_step(fsdp, monkeypatch):
@@ -317,7 +366,9 @@ def test_what_begins_anew_at_the_switch_is_the_same_sharded(fsdp, run, tmp_path,
     monkeypatch.delenv("RANK")
     plain = run(out_dir=str(tmp_path / "plain"), **anew)
     assert_same_losses(rows, plain)
-    assert rows[-1]["loss"] != pytest.approx(run(out_dir=str(tmp_path / "x"), **DENSE)[-1]["loss"], rel=1e-3)
+    assert rows[-1]["loss"] != pytest.approx(
+        run(out_dir=str(tmp_path / "x"), **DENSE)[-1]["loss"], rel=1e-3
+    )
 
 
 def test_a_checkpoint_is_a_copy_of_its_moment(fsdp, tmp_path, monkeypatch):
@@ -334,7 +385,9 @@ def test_a_checkpoint_is_a_copy_of_its_moment(fsdp, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_folder", slowly)
     fsdp(save_interval=4, eval_interval=100)
     monkeypatch.undo()
-    for key, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1").items():
+    for key, value in dict(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1"
+    ).items():
         monkeypatch.setenv(key, value)
     with pytest.raises(SystemExit), monkeypatch.context() as patch:
         patch.setattr(machine.StopSignals, "stop", lambda self, step: step == 4)
@@ -344,12 +397,16 @@ def test_a_checkpoint_is_a_copy_of_its_moment(fsdp, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["a part", "the manifest"])
-def test_the_last_good_checkpoint_stays_until_the_new_one_is_whole(fsdp, tmp_path, monkeypatch, where):
+def test_the_last_good_checkpoint_stays_until_the_new_one_is_whole(
+    fsdp, tmp_path, monkeypatch, where
+):
     """The disk fills up in the second save."""
     import errno
 
     full, saves = OSError(errno.ENOSPC, "No space left on device"), []
-    module, name = (dcp.FileSystemWriter, "write_data") if where == "a part" else (sharded, "write_safely")
+    module, name = (
+        (dcp.FileSystemWriter, "write_data") if where == "a part" else (sharded, "write_safely")
+    )
     real = getattr(module, name)
 
     def fill(*args, **kwargs):
@@ -359,7 +416,10 @@ def test_the_last_good_checkpoint_stays_until_the_new_one_is_whole(fsdp, tmp_pat
         return real(*args, **kwargs)
 
     unbroken = fsdp(out_dir=str(tmp_path / "whole"))
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="last.dcp.*disk is full.*untouched"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="last.dcp.*disk is full.*untouched"),
+    ):
         patch.setattr(module, name, fill)
         fsdp(save_interval=3, eval_interval=100)
     assert load_checkpoint(str(tmp_path / "run" / "last.dcp"))["step"] == 3
@@ -367,7 +427,9 @@ def test_the_last_good_checkpoint_stays_until_the_new_one_is_whole(fsdp, tmp_pat
     assert len(os.listdir(tmp_path / "run" / "last.dcp")) == 2  # the manifest, and what it names
 
 
-def test_weights_that_are_not_finite_never_replace_a_sharded_checkpoint(fsdp, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_never_replace_a_sharded_checkpoint(
+    fsdp, tmp_path, monkeypatch
+):
     step = torch.optim.AdamW.step
 
     def spoil(self, *args):
@@ -379,7 +441,10 @@ def test_weights_that_are_not_finite_never_replace_a_sharded_checkpoint(fsdp, tm
     monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
     with pytest.raises(UserError, match="not finite"):
         fsdp(save_interval=1)
-    assert all(t.isfinite().all() for t in load_checkpoint(str(tmp_path / "run/last.dcp"))["model"].values())
+    assert all(
+        t.isfinite().all()
+        for t in load_checkpoint(str(tmp_path / "run/last.dcp"))["model"].values()
+    )
 
 
 @pytest.fixture
@@ -390,10 +455,18 @@ def folder(fsdp, tmp_path):
 
 def test_every_flipped_bit_in_a_sharded_checkpoint_is_found(fsdp, folder):
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert {Path(name).name for name in manifest["files"]} == {".metadata", "state.pt", "__0_0.distcp"}
+    assert {Path(name).name for name in manifest["files"]} == {
+        ".metadata",
+        "state.pt",
+        "__0_0.distcp",
+    }
     for file in (folder / name for name in manifest["files"]):
         whole = file.read_bytes()
-        for damaged in (bytes([whole[0] ^ 1]) + whole[1:], whole[:-1] + bytes([whole[-1] ^ 128]), whole[:-5]):
+        for damaged in (
+            bytes([whole[0] ^ 1]) + whole[1:],
+            whole[:-1] + bytes([whole[-1] ^ 128]),
+            whole[:-5],
+        ):
             file.write_bytes(damaged)
             with pytest.raises(UserError, match=f"last.dcp is damaged: .*{re.escape(file.name)}"):
                 load_checkpoint(str(folder))
@@ -467,7 +540,9 @@ def test_initial_weights_from_either_form(fsdp, run, folder, tmp_path, monkeypat
     export.main(export.Config(str(folder), str(tmp_path / "hf")))
     fsdp(init_from=f"hf:{tmp_path}/hf", out_dir=str(tmp_path / "hugging"), **frozen)
     hugging = load_checkpoint(f"{tmp_path}/hugging/last.dcp")["model"]
-    assert all(torch.equal(hugging[name][:50], t[:50]) for name, t in wanted.items())  # without the padding
+    assert all(
+        torch.equal(hugging[name][:50], t[:50]) for name, t in wanted.items()
+    )  # without the padding
     for path in ("sharded/last.dcp", "plain/last.pt", "again/last.dcp"):
         got = load_checkpoint(str(tmp_path / path))["model"]
         assert all(torch.equal(got[name], wanted[name]) for name in wanted), path
@@ -530,7 +605,13 @@ def torchrun():
     started = []
 
     def start(n, script, arguments):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={n}",
+        ]
         process = subprocess.Popen(
             [*command, *script, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -581,13 +662,17 @@ def test_a_run_whose_ranks_are_killed_or_fail_goes_on_by_itself(torchrun, corpus
     assert_same_losses(read_rows(tmp_path / "run"), read_rows(ranks / "moe short"))
     assert "going on from the beginning" in out and "last.dcp" in out
     assert "ZeroDivisionError: a bug of rank 0" in out
-    assert out.count("error: another rank has ended or hangs") == 2  # rank 0's, then rank 1's: no tracebacks
+    assert (
+        out.count("error: another rank has ended or hangs") == 2
+    )  # rank 0's, then rank 1's: no tracebacks
     assert out.count("Traceback") == 1
 
 
 def test_sigterm_saves_before_torchrun_kills(torchrun, corpus, tmp_path):
     """All ranks agree on the step, without asking each other in every step."""
-    knobs = arguments(corpus, tmp_path / "run", parallel="fsdp", max_steps=100_000, batch_size=1, **DENSE)
+    knobs = arguments(
+        corpus, tmp_path / "run", parallel="fsdp", max_steps=100_000, batch_size=1, **DENSE
+    )
     process = torchrun(2, ["train.py"], knobs)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (tmp_path / "run" / "metrics.jsonl").exists():
@@ -608,6 +693,8 @@ def test_an_error_that_all_ranks_meet_is_printed_once(torchrun, corpus, tmp_path
     process = torchrun(2, ["train.py"], arguments(corpus, tmp_path / "run"))
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert re.findall("^error: .*", out, re.M) == re.findall("^error: .*run already holds.*", out, re.M)
+    assert re.findall("^error: .*", out, re.M) == re.findall(
+        "^error: .*run already holds.*", out, re.M
+    )
     assert out.count("error: ") == 1 + out.count("error: <N/A>")  # torchrun's own
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "of another run"

@@ -10,7 +10,16 @@ from model import GPT, Block, GPTConfig, rotary
 from nanotst import UserError
 from nanotst.configurator import parse
 from tools import plan
-from tools.plan import Config, Way, kept_by_attention, kept_by_mlp, make_plan, measure, moments, peak
+from tools.plan import (
+    Config,
+    Way,
+    kept_by_attention,
+    kept_by_mlp,
+    make_plan,
+    measure,
+    moments,
+    peak,
+)
 from tools.runner import TRAINER, knobs_of, places
 
 SMALL = ["n_layer=3", "n_head=4", "n_kv_head=2", "n_embd=128", "device=cpu", "compile=off", "max_steps=10",
@@ -94,7 +103,9 @@ def test_what_a_block_keeps_is_what_autograd_saves(kind, dtype, block_size):
     N = 2 * block_size
     expected = N * (kept_by_attention(c, way) + kept_by_mlp(c, N, way))
     if dtype == "bfloat16":
-        expected += 2 * sum(p.numel() for name, p in block.named_parameters() if "router" not in name)
+        expected += 2 * sum(
+            p.numel() for name, p in block.named_parameters() if "router" not in name
+        )
     assert saved == pytest.approx(expected, rel=0.005)
 
 
@@ -128,7 +139,10 @@ def test_the_3b_model_as_counted_by_hand():
     ],
 )
 def test_ddp_where_the_states_fit_and_fsdp_where_they_do_not(name, gpus, parallel):
-    assert make_plan(config(f"config/{name}.py", gpus=gpus))["best"]["settings"]["parallel"] == parallel
+    assert (
+        make_plan(config(f"config/{name}.py", gpus=gpus))["best"]["settings"]["parallel"]
+        == parallel
+    )
 
 
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not():
@@ -137,7 +151,9 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not():
     for option in found["options"]:
         assert option["fits"] and plan.MARGIN * option["bytes"] <= limit
         if option["rows"] < found["rows_of_a_rank"]:
-            doubled = make_plan(config("config/dense_600m.py", f"batch_size={2 * option['rows']}", gpus=8))
+            doubled = make_plan(
+                config("config/dense_600m.py", f"batch_size={2 * option['rows']}", gpus=8)
+            )
             same = next(o for o in doubled["options"] if o["way"] == option["way"])
             assert plan.MARGIN * same["as_configured"] > limit
 
@@ -151,7 +167,9 @@ def test_planning_the_largest_model_allocates_no_tensors():
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         make_plan(config("config/moe_10b_a1b.py", gpus=64))
-    events = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [
+        e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"
+    ]
     assert sum(n for n in events if n > 0) < 1e6
 
 
@@ -176,7 +194,10 @@ def test_muon_is_not_planned_in_shards():
 
 
 def test_recomputing_keeps_one_input_a_block():
-    kept = {again: moments(tiny(), 2, Way(checkpointing=again))["loss"]["kept"] for again in (False, True)}
+    kept = {
+        again: moments(tiny(), 2, Way(checkpointing=again))["loss"]["kept"]
+        for again in (False, True)
+    }
     rest = 2 * 128 * (plan.norm(64, Way()) + 12)
     assert kept[True] - rest == 4 * 2 * 128 * 64 * 2
     assert kept[True] < kept[False] / 5
@@ -194,7 +215,9 @@ def test_the_logits_of_a_step_do_not_grow_with_the_micro_batch_or_the_bag():
 
 def test_the_recommended_command_is_one_that_train_py_reads():
     for gpus in (1, 8, 64):
-        found = make_plan(config("config/dense_3b.py", "learning_rate=1e-3", gpus=gpus, gpu_memory=80))
+        found = make_plan(
+            config("config/dense_3b.py", "learning_rate=1e-3", gpus=gpus, gpu_memory=80)
+        )
         words = shlex.split(found["command"])
         assert words[0] == ("python" if gpus == 1 else "torchrun")
         arguments = words[words.index("train.py") + 1 :]

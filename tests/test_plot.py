@@ -35,15 +35,21 @@ def write(folder, rows, tail="", **knobs):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
     if knobs:
-        data = dict(vocab_size=256, encoding="bytes", train_tokens=1000, val_tokens=100, bytes_per_token=1.0)
+        data = dict(
+            vocab_size=256, encoding="bytes", train_tokens=1000, val_tokens=100, bytes_per_token=1.0
+        )
         data |= {key: knobs.pop(key) for key in data if key in knobs}
-        described = dict(config=knobs, data=data, parameters=10 * knobs.get("n_layer", 1), versions={})
+        described = dict(
+            config=knobs, data=data, parameters=10 * knobs.get("n_layer", 1), versions={}
+        )
         (folder / "config.json").write_text(json.dumps(described))
     return str(folder)
 
 
 def run_of(rows, label="run", baseline=False, **facts):
-    return dict(name=label, label=label, rows=rows, baseline=baseline, facts=facts or {"n_layer": "1"})
+    return dict(
+        name=label, label=label, rows=rows, baseline=baseline, facts=facts or {"n_layer": "1"}
+    )
 
 
 def ending_at(loss, steps):
@@ -87,7 +93,9 @@ def test_resume_drops_what_was_written_after_the_checkpoint(tmp_path):
 
 def test_rows_of_one_step_become_one_and_nulls_are_absent(tmp_path):
     rows = [dict(step=1, loss=3.0), dict(step=1, val_loss=2.5, mfu=None), dict(step=1, loss=2.0)]
-    assert runs.load_metrics(write(tmp_path / "run", rows)) == [dict(step=1, loss=2.0, val_loss=2.5)]
+    assert runs.load_metrics(write(tmp_path / "run", rows)) == [
+        dict(step=1, loss=2.0, val_loss=2.5)
+    ]
 
 
 def test_final_is_the_last_validation_row():
@@ -99,8 +107,12 @@ def test_final_is_the_last_validation_row():
 def test_superposition_ratio_is_measured():
     assert plot.superposition_ratio(rows_of([3.0] * 10)) == 0
     # by data it is exact although the rows only say that the switch lies in 30..39
-    assert plot.superposition_ratio(rows_of([3.0] * 10, bag_size=6, switch=33)) == pytest.approx(0.33)
-    no_counts = [{k: v for k, v in row.items() if k != "data_tokens"} for row in rows_of([3.0] * 10, 6, 30)]
+    assert plot.superposition_ratio(rows_of([3.0] * 10, bag_size=6, switch=33)) == pytest.approx(
+        0.33
+    )
+    no_counts = [
+        {k: v for k, v in row.items() if k != "data_tokens"} for row in rows_of([3.0] * 10, 6, 30)
+    ]
     assert plot.superposition_ratio(no_counts) == pytest.approx(0.3)
     output_only = [row | dict(data_tokens=row["positions"]) for row in rows_of([3.0] * 10, 6, 30)]
     assert plot.superposition_ratio(output_only) == pytest.approx(0.3)
@@ -165,7 +177,9 @@ def test_lengths_within_a_percent_are_one():
 
 
 def test_diverged_baseline_seed_does_not_count():
-    assert plot.baseline_ends([ending_at(3.0, 100), ending_at(math.nan, 100)]) == [(100 * FLOPS, 3.0)]
+    assert plot.baseline_ends([ending_at(3.0, 100), ending_at(math.nan, 100)]) == [
+        (100 * FLOPS, 3.0)
+    ]
 
 
 # -------------------------------------------------------------------------------------------- at the switch
@@ -193,7 +207,9 @@ def test_met_again_compares_at_equal_flops_not_at_equal_steps():
     base = rows_of([5 - step / 20 for step in range(10, 61, 10)])
     tst = rows_of([9.0, 9.0, 3.8, 3.1, 2.1], bag_size=2, switch=20)
     for row in tst:
-        row["flops"] = row["flops"] / 2  # half the batch: step 50 of tst is step 25 of the baseline, 3.75
+        row["flops"] = (
+            row["flops"] / 2
+        )  # half the batch: step 50 of tst is step 25 of the baseline, 3.75
     # at 30 against 4.25, below
     assert plot.met_again(tst, base, switch=20) == ("<=", 10)
 
@@ -212,21 +228,41 @@ def test_the_table_tells_spike_and_recovery_of_the_mean_of_seeds(tmp_path, capsy
 
 
 def test_runs_of_one_configuration_differ_in_nothing():
-    same = [run_of(rows_of([3.0]), "a", True, n_layer="2", seed="1", bag_size="1", threads="1", out_dir="x")]
+    same = [
+        run_of(
+            rows_of([3.0]), "a", True, n_layer="2", seed="1", bag_size="1", threads="1", out_dir="x"
+        )
+    ]
     same += [
-        run_of(rows_of([3.0]), "b", False, n_layer="2", seed="2", bag_size="4", threads="2", out_dir="y")
+        run_of(
+            rows_of([3.0]),
+            "b",
+            False,
+            n_layer="2",
+            seed="2",
+            bag_size="4",
+            threads="2",
+            out_dir="y",
+        )
     ]
     assert runs.differences(same) == []
 
 
 def test_a_note_names_the_knobs_and_the_corpus_that_differ(tmp_path, capsys):
-    dense = write(tmp_path / "dense", rows_of([3.0]), n_layer=2, n_expert=0, seed=1, learning_rate=0.01)
+    dense = write(
+        tmp_path / "dense", rows_of([3.0]), n_layer=2, n_expert=0, seed=1, learning_rate=0.01
+    )
     moe = write(tmp_path / "moe", rows_of([2.0]), n_layer=2, n_expert=8, seed=2, learning_rate=0.01)
     main(dense, moe, "--no_plot")
     note = "Not the same in all runs: n_expert 0 (dense), 8 (moe).\n"
     assert note in capsys.readouterr().out
     other = write(
-        tmp_path / "other", rows_of([2.0]), train_tokens=999, n_layer=2, n_expert=0, learning_rate=0.01
+        tmp_path / "other",
+        rows_of([2.0]),
+        train_tokens=999,
+        n_layer=2,
+        n_expert=0,
+        learning_rate=0.01,
     )
     main(dense, other, "--no_plot")
     out = capsys.readouterr().out
@@ -265,10 +301,13 @@ def test_different_tokenizers_compare_in_bits_per_byte():
     words = [row | dict(val_bpb=2 * row["val_bpb"]) for row in rows_of([4, 3, 2.0])]
     words_run = run_of(words, "words", False, vocab_size="50257", encoding="gpt2")
     both = [bytes_run, words_run]
-    assert runs.measure_of(both) == "val_bpb" and runs.measure_of([bytes_run, bytes_run]) == "val_loss"
+    assert (
+        runs.measure_of(both) == "val_bpb" and runs.measure_of([bytes_run, bytes_run]) == "val_loss"
+    )
     text = plot.table(both)
     assert (
-        "tokenizer bytes of 256 (bytes), gpt2 of 50257 (words)" in text and "bits per byte count here" in text
+        "tokenizer bytes of 256 (bytes), gpt2 of 50257 (words)" in text
+        and "bits per byte count here" in text
     )
     assert "not reached" in text
     ax = plot.draw(both).axes[0]
@@ -325,7 +364,9 @@ def test_each_panel_stands_on_its_own_count(pair, panel, key, scale, xlabel):
 
 
 def test_training_loss_is_drawn_of_ordinary_steps_alone(pair):
-    for ax, key, scale in zip(plot.draw(pair).axes, ("positions", "data_tokens", "seconds"), (1e3, 1e3, 1)):
+    for ax, key, scale in zip(
+        plot.draw(pair).axes, ("positions", "data_tokens", "seconds"), (1e3, 1e3, 1)
+    ):
         base, tst = lines_of(ax, "training loss")
         assert len(base.get_xdata()) == 10
         ordinary = pair[1]["rows"][4:]
@@ -338,7 +379,9 @@ def test_the_switch_stands_at_the_last_row_on_bags(pair):
     for ax, x in zip(
         plot.draw(pair).axes, (last["positions"] / 1e3, last["data_tokens"] / 1e3, last["seconds"])
     ):
-        assert list(line_of(ax, "switch").get_xdata()) == pytest.approx([x, x])  # one, of the run with bags
+        assert list(line_of(ax, "switch").get_xdata()) == pytest.approx(
+            [x, x]
+        )  # one, of the run with bags
 
 
 def test_final_values_stand_at_the_ends_of_their_curves(pair):
@@ -363,7 +406,10 @@ def test_seeds_are_drawn_thin_around_their_mean(pair):
     base = [run_of(rows_of([5, 4, loss]), "baseline", True) for loss in (3.0, 3.2)]
     ax = plot.draw([*base, pair[1]]).axes[0]
     assert list(line_of(ax, "baseline").get_ydata()) == pytest.approx([5, 4, 3.1])
-    assert [list(line.get_ydata()) for line in lines_of(ax, "one seed")] == [[5, 4, 3.0], [5, 4, 3.2]]
+    assert [list(line.get_ydata()) for line in lines_of(ax, "one seed")] == [
+        [5, 4, 3.0],
+        [5, 4, 3.2],
+    ]
     assert not lines_of(ax, "training loss")  # among many curves it would hide them
 
 
@@ -371,7 +417,9 @@ def test_different_models_stand_on_flops(pair):
     large = [row | dict(flops=3 * row["flops"]) for row in pair[0]["rows"]]
     ax = plot.draw([pair[1], run_of(large, "large", True)]).axes[0]
     assert ax.get_title() == "Equal FLOPs" and ax.get_xlabel().startswith("FLOPs")
-    assert list(line_of(ax, "large").get_xdata()) == pytest.approx([row["flops"] / 1e9 for row in large])
+    assert list(line_of(ax, "large").get_xdata()) == pytest.approx(
+        [row["flops"] / 1e9 for row in large]
+    )
 
 
 def test_loss_limits_leave_superposition_out():
@@ -400,7 +448,17 @@ def test_table_with_labels(six, tmp_path, capsys):
     assert printed == (tmp_path / "t.md").read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     cells = {line[0]: line[1:] for line in lines}
-    assert cells["b0 (base)"] == ["1", "0", "30", "3.0000", "1.0000", "0.00M", "3e+10", "0.2 min", "-"]
+    assert cells["b0 (base)"] == [
+        "1",
+        "0",
+        "30",
+        "3.0000",
+        "1.0000",
+        "0.00M",
+        "3e+10",
+        "0.2 min",
+        "-",
+    ]
     assert cells["base, mean of 3"][3] == "3.1000 (sd 0.1000, range 0.2000)"
     assert cells["TST, mean of 3"][:4] == ["4", "0.333", "30", "2.7000 (sd 0.1000, range 0.2000)"]
     # mean curve 3.6 -> 2.7 passes 3.1 after 5/9 of the ten steps from 20 to 30
@@ -409,7 +467,10 @@ def test_table_with_labels(six, tmp_path, capsys):
 
 def test_best_learning_rate_of_the_baseline_counts(tmp_path, capsys):
     """Baselines of one length that are not seeds of each other are not averaged: TST meets the best."""
-    good, bad = write(tmp_path / "good", rows_of([5, 4, 3.0])), write(tmp_path / "bad", rows_of([5, 4, 3.5]))
+    good, bad = (
+        write(tmp_path / "good", rows_of([5, 4, 3.0])),
+        write(tmp_path / "bad", rows_of([5, 4, 3.5])),
+    )
     main(good, bad, write(tmp_path / "tst", rows_of([6, 4, 3.2], 4, 10)), "--no_plot")
     assert "not reached" in capsys.readouterr().out
 
@@ -430,7 +491,9 @@ def test_baseline_by_name(six, capsys):
 
 
 def test_picture_is_written(six, tmp_path):
-    odd = write(tmp_path / "odd", [dict(step=1, val_loss=3.0, positions=5), dict(step=2, val_loss=math.nan)])
+    odd = write(
+        tmp_path / "odd", [dict(step=1, val_loss=3.0, positions=5), dict(step=2, val_loss=math.nan)]
+    )
     out = tmp_path / "curves.png"
     main(*six, odd, LABELS + ",odd", f"--out={out}", "--title=six and an odd one")
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000

@@ -19,14 +19,22 @@ def test_a_change_of_the_method_is_these_lines(corpus, tmp_path, knob, diff):
     """Apply the diff to a copy of the code, and train with what it adds."""
     for name in ("tst.py", "model.py", "train.py"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "nanotst", tmp_path / "nanotst", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "nanotst", tmp_path / "nanotst", ignore=shutil.ignore_patterns("__pycache__")
+    )
     done = subprocess.run(
-        ["git", "apply", "--unidiff-zero", "-"], cwd=tmp_path, input=diff, text=True, capture_output=True
+        ["git", "apply", "--unidiff-zero", "-"],
+        cwd=tmp_path,
+        input=diff,
+        text=True,
+        capture_output=True,
     )
     assert done.returncode == 0, done.stderr
     knobs = TINY | {"dataset": corpus, "out_dir": str(tmp_path / "run"), "threads": 1}
     argv = [f"--{key}={value}" for key, value in knobs.items()] + [knob]
-    done = subprocess.run([sys.executable, "train.py", *argv], cwd=tmp_path, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "train.py", *argv], cwd=tmp_path, text=True, capture_output=True
+    )
     assert done.returncode == 0 and "step 10/10" in done.stdout, done.stderr
 
 
@@ -51,10 +59,14 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_traps_name_tests_that_exist():
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "TRAPS.md").read_text(encoding="utf-8"))
+    named = re.findall(
+        r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "TRAPS.md").read_text(encoding="utf-8")
+    )
     assert len(named) > 20
     for file, test in named:
-        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (
+            f"{file}::{test}"
+        )
 
 
 def test_the_readme_is_short():

@@ -29,8 +29,10 @@ from tools.runs import load_metrics
 SCRIPTS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted(ROOT.glob("**/*.py"))
-    if not path.relative_to(ROOT).parts[0].startswith((".", "out")) and not path.name.startswith("test_")
-    if "class Config:" in (text := path.read_text(encoding="utf-8")) and 'if __name__ == "__main__":' in text
+    if not path.relative_to(ROOT).parts[0].startswith((".", "out"))
+    and not path.name.startswith("test_")
+    if "class Config:" in (text := path.read_text(encoding="utf-8"))
+    and 'if __name__ == "__main__":' in text
 ]
 
 
@@ -58,7 +60,10 @@ def test_every_knob_of_every_script_has_a_help_text(name):
         (dict(n_embd=10**12), "there is no such model"),
         (dict(ff_dim=2**62), "there is no such model"),
         (dict(threads=10**6), "threads must be at most 1024"),
-        (dict(matrix_learning_rate=1e308, optimizer="muon"), "matrix_learning_rate takes .* up to 1e"),
+        (
+            dict(matrix_learning_rate=1e308, optimizer="muon"),
+            "matrix_learning_rate takes .* up to 1e",
+        ),
         (dict(reinit_at_switch=","), "reinit_at_switch takes embedding, head, optimizer"),
         (dict(superposition_ratio=0.01), "has no steps; use a larger superposition_ratio"),
     ],
@@ -118,7 +123,8 @@ def refuse(run, words, **knobs):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("step", 0), ("step", 11), ("step", 2**60), ("seconds", math.nan), ("best_val", math.nan)]
+    "key, value",
+    [("step", 0), ("step", 11), ("step", 2**60), ("seconds", math.nan), ("best_val", math.nan)],
 )
 def test_numbers_out_of_range_in_a_checkpoint_are_refused(run, tiny, key, value):
     run()
@@ -150,7 +156,9 @@ def test_weights_that_ran_away_are_not_saved(run, tiny):
     assert not os.path.exists(tiny().out_dir + "/last.pt")
 
 
-@pytest.mark.parametrize("step", ["NaN", "true", "null", '"3"', "[1]", "9" * 5000], ids=lambda s: s[:9])
+@pytest.mark.parametrize(
+    "step", ["NaN", "true", "null", '"3"', "[1]", "9" * 5000], ids=lambda s: s[:9]
+)
 def test_a_row_of_no_step_is_damage(run, tiny, step):
     run()
     path = Path(tiny().out_dir, "metrics.jsonl")
@@ -164,7 +172,11 @@ MOE = dict(n_expert=4, top_k=2)
 @pytest.mark.parametrize(
     "knobs, change, words",
     [
-        (MOE, lambda saved: saved["shares"].fill_(math.nan), "its shares of experts are .*not finite"),
+        (
+            MOE,
+            lambda saved: saved["shares"].fill_(math.nan),
+            "its shares of experts are .*not finite",
+        ),
         (
             {},
             lambda saved: saved["stream"]["cut"].__setitem__(3, 7),
@@ -173,7 +185,11 @@ MOE = dict(n_expert=4, top_k=2)
         ({}, lambda saved: saved["stream"]["cut"].pop(), "its place in the text is another run's"),
         ({}, lambda saved: moments(saved)["exp_avg"].fill_(math.nan), "a moment is not finite"),
         ({}, lambda saved: moments(saved).update(exp_avg_sq=[[1.0]]), "exp_avg_sq is no tensor"),
-        ({}, lambda saved: moments(saved).update(step=torch.tensor(5)), "step is no tensor of floating"),
+        (
+            {},
+            lambda saved: moments(saved).update(step=torch.tensor(5)),
+            "step is no tensor of floating",
+        ),
     ],
     ids=["shares", "cut", "shorter cut", "nan moment", "list of a moment", "step"],
 )
@@ -287,7 +303,12 @@ def test_interrupted_imports_print_nothing():
         pass
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert "Traceback" not in err and "error" not in err and not out and process.returncode == -signal.SIGINT
+    assert (
+        "Traceback" not in err
+        and "error" not in err
+        and not out
+        and process.returncode == -signal.SIGINT
+    )
 
 
 def test_interrupted_after_the_imports_is_130(monkeypatch):
@@ -308,7 +329,9 @@ def test_interrupted_after_the_imports_is_130(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
 def test_wandb_works_without_a_key(run, tmp_path, monkeypatch, mode):
-    for name, value in dict(WANDB_MODE=mode, WANDB_DIR=tmp_path, HOME=tmp_path, NETRC="/nonexistent").items():
+    for name, value in dict(
+        WANDB_MODE=mode, WANDB_DIR=tmp_path, HOME=tmp_path, NETRC="/nonexistent"
+    ).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert len(run(wandb_project="x")) == 10
@@ -325,11 +348,15 @@ def test_resuming_needs_no_other_knob(run, tiny, tmp_path, monkeypatch):
     wanted = run(out_dir=str(tmp_path / "whole"))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         multiplier = train.rate_multiplier
-        patch.setattr(train, "rate_multiplier", lambda *a: os.kill(os.getpid(), 15) or multiplier(*a))
+        patch.setattr(
+            train, "rate_multiplier", lambda *a: os.kill(os.getpid(), 15) or multiplier(*a)
+        )
         run()
     assert len(read_rows(tiny().out_dir)) == 1
     here = f"--out_dir={tiny().out_dir}"
-    with pytest.raises(SystemExit, match="last.pt was trained with other settings: seed 1337 -> 5; leave"):
+    with pytest.raises(
+        SystemExit, match="last.pt was trained with other settings: seed 1337 -> 5; leave"
+    ):
         command_line(monkeypatch, here, "--resume", "--seed=5")
     command_line(monkeypatch, here, "--resume")
     rows = read_rows(tiny().out_dir)

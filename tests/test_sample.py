@@ -62,13 +62,16 @@ def test_greedy_text_is_the_likeliest_byte_again_and_again(checkpoint, capsys):
     model, _ = load_model(checkpoint)
     tokens = list(b"the c")
     for _ in range(12):
-        tokens.append(model(torch.tensor(tokens[-16:])[None])[0, -1].argmax().item())  # 16 is its block_size
+        tokens.append(
+            model(torch.tensor(tokens[-16:])[None])[0, -1].argmax().item()
+        )  # 16 is its block_size
     assert text == bytes(tokens).decode("utf-8", "replace") + "\n" + "-" * 40 + "\n"
 
 
 def test_same_seed_same_text(checkpoint, capsys):
     texts = [
-        say(capsys, checkpoint=checkpoint, n_tokens=40, temperature=1.5, seed=seed) for seed in (1, 1, 2)
+        say(capsys, checkpoint=checkpoint, n_tokens=40, temperature=1.5, seed=seed)
+        for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
 
@@ -89,7 +92,8 @@ def test_top_k_chooses_among_k(checkpoint, capsys):
     greedy = say(capsys, checkpoint=checkpoint, n_tokens=30, temperature=0)
     assert say(capsys, checkpoint=checkpoint, n_tokens=30, temperature=50, top_k=1) == greedy
     everything = [
-        say(capsys, checkpoint=checkpoint, n_tokens=30, temperature=5, top_k=k) for k in (0, 256, 100000)
+        say(capsys, checkpoint=checkpoint, n_tokens=30, temperature=5, top_k=k)
+        for k in (0, 256, 100000)
     ]
     assert everything[0] == everything[1] == everything[2] != greedy
 
@@ -118,7 +122,9 @@ def test_what_cannot_work_is_one_line(checkpoint, knobs, words):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("argument", ["--temperature=nan", "--seed=99999999999999999999", "--top_k=1e30"])
+@pytest.mark.parametrize(
+    "argument", ["--temperature=nan", "--seed=99999999999999999999", "--top_k=1e30"]
+)
 def test_numbers_no_knob_takes(argument):
     with pytest.raises(UserError, match="takes"):
         parse(sample.Config, [argument])
@@ -141,7 +147,9 @@ def test_a_prompt_file_is_taken_as_it_is(checkpoint, tmp_path, capsys):
     """Line ends stay, a byte-order mark does not count as text, other encodings are refused."""
     path = tmp_path / "prompt.txt"
     path.write_bytes(b"\xef\xbb\xbfa\r\nb")
-    assert say(capsys, checkpoint=checkpoint, prompt=f"FILE:{path}", n_tokens=0).startswith("a\r\nb\n---")
+    assert say(capsys, checkpoint=checkpoint, prompt=f"FILE:{path}", n_tokens=0).startswith(
+        "a\r\nb\n---"
+    )
     path.write_bytes("café".encode("latin-1"))
     with pytest.raises(UserError, match="it is not UTF-8"):
         say(capsys, checkpoint=checkpoint, prompt=f"FILE:{path}")
@@ -154,20 +162,30 @@ def test_a_prompt_beyond_the_context_is_said(checkpoint, capsys):
 
 def test_half_a_character_at_the_end_is_shown_as_such(checkpoint, capsys, monkeypatch):
     """Bytes of a character that the text breaks off in do not vanish."""
-    monkeypatch.setattr("model.GPT.generate", lambda *args: (torch.tensor([b]) for b in "é€".encode()[:-1]))
+    monkeypatch.setattr(
+        "model.GPT.generate", lambda *args: (torch.tensor([b]) for b in "é€".encode()[:-1])
+    )
     assert say(capsys, checkpoint=checkpoint, prompt="a").startswith("aé\ufffd\n---")
 
 
 def test_the_separator_ends_a_text(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("model.GPT.generate", lambda *args: (torch.tensor([b]) for b in b"abc\0def"))
-    assert say(capsys, checkpoint=checkpoint, prompt="-", n_samples=2) == 2 * ("-abc\n" + "-" * 40 + "\n")
+    monkeypatch.setattr(
+        "model.GPT.generate", lambda *args: (torch.tensor([b]) for b in b"abc\0def")
+    )
+    assert say(capsys, checkpoint=checkpoint, prompt="-", n_samples=2) == 2 * (
+        "-abc\n" + "-" * 40 + "\n"
+    )
 
 
 def test_a_terminal_of_any_encoding(checkpoint, monkeypatch):
     """Characters that the terminal's encoding lacks do not end the program."""
     printed = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="cp1252"))
-    run_entry(sample.main, sample.Config, [f"--checkpoint={checkpoint}", "--prompt=日本語é", "--n_tokens=3"])
+    run_entry(
+        sample.main,
+        sample.Config,
+        [f"--checkpoint={checkpoint}", "--prompt=日本語é", "--n_tokens=3"],
+    )
     sys.stdout.flush()
     assert printed.getvalue().startswith(b"???\xe9")
 
@@ -183,7 +201,9 @@ def test_a_corpus_without_encoding_is_one_line(run, tmp_path):
 
 def rank_file(path, more=(b"th", b"the")):
     tokens = [bytes([b]) for b in range(256)] + list(more)
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)))
+    path.write_text(
+        "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
+    )
 
 
 @pytest.fixture
@@ -214,7 +234,9 @@ def test_data_says_where_the_vocabulary_is(of_rank_file, tmp_path, capsys):
         UserError, match="tokenizer.model, the vocabulary of .*, is in none of .*--data=FOLDER"
     ):
         say(capsys, checkpoint=of_rank_file)
-    text = say(capsys, checkpoint=of_rank_file, data=str(tmp_path / "elsewhere"), prompt="the", n_tokens=3)
+    text = say(
+        capsys, checkpoint=of_rank_file, data=str(tmp_path / "elsewhere"), prompt="the", n_tokens=3
+    )
     assert text.startswith("the")
 
 

@@ -26,7 +26,9 @@ def submit(tmp_path):
             {"SLURM_RESTART_COUNT": restarts} if restarts else {}
         )
         script = str(ROOT / "examples/slurm.sh")
-        done = subprocess.run(["bash", script, *arguments], env=env, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", script, *arguments], env=env, cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0 and not done.stderr
         return done.stdout.split()
 
@@ -35,15 +37,22 @@ def submit(tmp_path):
 
 def test_one_torchrun_a_node_which_meet_at_the_first(submit, tmp_path):
     command = submit("config/moe_10b_a1b.py", f"--out_dir={tmp_path}/out")
-    assert {"--nnodes=2", "--nproc_per_node=4", "--rdzv_endpoint=node7:29500", "--rdzv_id=31.0"} <= set(
-        command
-    )
+    assert {
+        "--nnodes=2",
+        "--nproc_per_node=4",
+        "--rdzv_endpoint=node7:29500",
+        "--rdzv_id=31.0",
+    } <= set(command)
     assert command[-3:] == ["train.py", "config/moe_10b_a1b.py", f"--out_dir={tmp_path}/out"]
 
 
 @pytest.mark.parametrize(
     "there, restarts, how",
-    [("last.pt", "", "--resume"), ("last.dcp/manifest.json", "1", "--resume"), ("log", "1", "--overwrite")],
+    [
+        ("last.pt", "", "--resume"),
+        ("last.dcp/manifest.json", "1", "--resume"),
+        ("log", "1", "--overwrite"),
+    ],
 )
 def test_a_job_goes_on_with_its_own_run(submit, tmp_path, there, restarts, how):
     path = tmp_path / "out" / there

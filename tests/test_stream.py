@@ -53,7 +53,9 @@ def test_a_permutation_shuffles():
     places = np.stack([permute(np.arange(64), 64, (key,)) for key in range(2000)])  # (2000, 64)
     for column in places.T:
         counts = np.bincount(column // 4, minlength=16)
-        assert ((counts - 125) ** 2 / 125).sum() < 50  # 15 degrees of freedom: chance exceeds 50 once in 10^5
+        assert (
+            (counts - 125) ** 2 / 125
+        ).sum() < 50  # 15 degrees of freedom: chance exceeds 50 once in 10^5
     assert 0.02 < (np.abs(np.diff(places, axis=1)) == 1).mean() < 0.04  # 1/32
 
 
@@ -186,7 +188,9 @@ def test_where_rows_are_cut_anew_another_epoch_begins(wanted, changes):
     second = stream(wanted, state=first.state(), step=10, **changes)
     assert second.tokens_at(10) == first.tokens_at(10) == 10 * R * L
     assert second.tokens_at(11) - second.tokens_at(10) == R * L * phase_of(wanted, 10).n_in
-    assert not torch.equal(second.read(10), stream(wanted, **changes).read(0))  # a shuffle of its own
+    assert not torch.equal(
+        second.read(10), stream(wanted, **changes).read(0)
+    )  # a shuffle of its own
     again = stream(wanted, state=second.state(), step=12, **changes)
     assert torch.equal(again.read(12), second.read(12))
 
@@ -231,7 +235,11 @@ def test_memory_does_not_grow_with_the_corpus(n):
 
 @pytest.mark.parametrize(
     "phases, n",
-    [([Phase(0, 9, 100, 100)], 1000), ([Phase(0, 9, 10**18, 1)], 1000), ([Phase(0, 9, 1, 10**6)], 1000)],
+    [
+        ([Phase(0, 9, 100, 100)], 1000),
+        ([Phase(0, 9, 10**18, 1)], 1000),
+        ([Phase(0, 9, 1, 10**6)], 1000),
+    ],
 )
 def test_a_corpus_too_short_is_one_line(phases, n):
     with pytest.raises(UserError, match="the corpus has 1,000 tokens, too few for 6 rows"):

@@ -120,7 +120,9 @@ def cells(text):
     """The table in a text as {first cell: the other cells}, without the line under the head."""
     lines = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("|")]
     return {
-        line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines if not line[0].startswith("-")
+        line[0].strip(): [cell.strip() for cell in line[1:]]
+        for line in lines
+        if not line[0].startswith("-")
     }
 
 
@@ -129,7 +131,10 @@ def cells(text):
 
 def test_a_grid_trains_each_distinct_run_once(swept):
     out = swept(
-        "--bag_size=1,2", "--superposition_ratio=0.2,0.3", "--seed=1,2", "--bag_weights=uniform,power"
+        "--bag_size=1,2",
+        "--superposition_ratio=0.2,0.3",
+        "--seed=1,2",
+        "--bag_weights=uniform,power",
     )
     ordinary = ["s1_seed1", "s1_seed2"]
     bagged = [
@@ -140,17 +145,24 @@ def test_a_grid_trains_each_distinct_run_once(swept):
     ]
     assert names(out) == sorted(ordinary + bagged)
     arguments, _ = starts(out / "s1_seed1")[0]
-    assert "--bag_size=1" in arguments and not any("ratio" in arg or "weights" in arg for arg in arguments)
+    assert "--bag_size=1" in arguments and not any(
+        "ratio" in arg or "weights" in arg for arg in arguments
+    )
 
 
 def test_no_superposition_is_ordinary_training_too(swept):
     assert names(swept("--bag_size=4", "--superposition_ratio=0,0.3")) == ["r0.3", "s1"]
-    assert names(swept("--bag_size=1,4", "--superposition_ratio=0")) == ["r0.3", "s1"]  # nothing new
+    assert names(swept("--bag_size=1,4", "--superposition_ratio=0")) == [
+        "r0.3",
+        "s1",
+    ]  # nothing new
 
 
 def test_equal_values_are_one(trainer, tmp_path):
     members, varied = sweep.plan(["learning_rate=1e-2,0.01,0.02"], tmp_path, trainer)
-    assert [member.name for member in members] == ["lr0.01", "lr0.02"] and varied == ["learning_rate"]
+    assert [member.name for member in members] == ["lr0.01", "lr0.02"] and varied == [
+        "learning_rate"
+    ]
 
 
 def test_values_with_commas_stand_between_semicolons(swept):
@@ -160,7 +172,9 @@ def test_values_with_commas_stand_between_semicolons(swept):
         "reinit_at_switch=embedding-head",
         "reinit_at_switch=optimizer",
     ]
-    assert "--reinit_at_switch=embedding,head" in starts(out / "reinit_at_switch=embedding-head")[0][0]
+    assert (
+        "--reinit_at_switch=embedding,head" in starts(out / "reinit_at_switch=embedding-head")[0][0]
+    )
     assert runner.alternatives("fitted", "a,b;") == ["a,b"]  # a single value with a comma
 
 
@@ -175,7 +189,9 @@ def test_config_files_are_handed_on_and_known(swept, tmp_path):
     out = swept(f"{tmp_path}/c.py", "--seed=1,2")
     settings = json.loads((out / "seed1" / "sweep.json").read_text())
     assert (settings["max_steps"], settings["bag_size"], settings["seed"]) == (30, 3, 1)
-    assert "threads" not in settings and "eval_interval" not in settings  # nothing is learned otherwise
+    assert (
+        "threads" not in settings and "eval_interval" not in settings
+    )  # nothing is learned otherwise
     assert '"step": 30' in (out / "seed1" / "metrics.jsonl").read_text()
 
 
@@ -205,7 +221,14 @@ def test_what_cannot_work_is_said_before_anything_runs(swept, tmp_path, argument
 
 def test_the_knobs_of_train_py_are_read():
     knobs = runner.knobs_of(runner.TRAINER)
-    assert {"bag_size", "superposition_ratio", "seed", "max_steps", "out_dir", "threads"} <= knobs.keys()
+    assert {
+        "bag_size",
+        "superposition_ratio",
+        "seed",
+        "max_steps",
+        "out_dir",
+        "threads",
+    } <= knobs.keys()
     assert (knobs["max_steps"].type, knobs["superposition_ratio"].default) == (int, 0.3)
 
 
@@ -216,7 +239,12 @@ def test_what_is_done_is_skipped_and_a_grid_may_grow(swept, capsys):
     out = swept("--bag_size=2", "--seed=1,2")
     swept("--bag_size=2,4", "--seed=1,2")
     assert "2 of 4 runs are done already" in capsys.readouterr().out
-    assert names(out) == ["s4_seed1", "s4_seed2", "seed1", "seed2"]  # a run is known by its settings
+    assert names(out) == [
+        "s4_seed1",
+        "s4_seed2",
+        "seed1",
+        "seed2",
+    ]  # a run is known by its settings
     assert all(len(starts(out / name)) == 1 for name in names(out))
 
 
@@ -224,7 +252,9 @@ def test_what_was_cut_goes_on_and_what_has_no_checkpoint_starts_anew(swept, tmp_
     out = swept("--seed=1,2,3")
     for seed, steps in ((1, 14), (2, 4)):
         log = out / f"seed{seed}" / "metrics.jsonl"
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:steps]) + '{"step": 15, "lo')
+        log.write_text(
+            "".join(log.read_text().splitlines(keepends=True)[:steps]) + '{"step": 15, "lo'
+        )
     (out / "seed1" / "last.pt").write_text("10")
     (out / "seed2" / "last.pt").unlink()
     swept("--seed=1,2,3")
@@ -304,7 +334,9 @@ run(partial(sweep.main, trainer={str(trainer)!r}), sweep.Config, runner.places(s
         assert 0 < int((log.parent / "last.pt").read_text()) < 40
     swept(*arguments[:1], "--pause=0.02", "--max_steps=40")
     for log in logs:
-        assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 41))
+        assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(
+            range(1, 41)
+        )
         assert "--resume" in starts(log.parent)[-1][0]
 
 
@@ -326,7 +358,9 @@ def test_jobs_at_a_time_have_a_gpu_each(swept, monkeypatch):
         gpu = starts(out / name)[0][1]["CUDA_VISIBLE_DEVICES"]
         spans.append((gpu, *map(float, (out / name / "times").read_text().split())))
     pairs = [(a, b) for a, b in itertools.combinations(spans, 2) if a[1] < b[2] and b[1] < a[2]]
-    assert pairs and all({a[0], b[0]} == {"0", "3"} for a, b in pairs)  # at the same time, on another GPU
+    assert pairs and all(
+        {a[0], b[0]} == {"0", "3"} for a, b in pairs
+    )  # at the same time, on another GPU
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert runner.find_gpus("auto") == ["2", "5"]
 
@@ -336,7 +370,9 @@ def test_without_gpus_none_is_seen(swept):
     assert [starts(out / name)[0][1]["CUDA_VISIBLE_DEVICES"] for name in names(out)] == ["", ""]
 
 
-@pytest.mark.parametrize("text, code, gpus", [("0\n1\n", 0, ["0", "1"]), ("no driver is running\n", 9, [])])
+@pytest.mark.parametrize(
+    "text, code, gpus", [("0\n1\n", 0, ["0", "1"]), ("no driver is running\n", 9, [])]
+)
 def test_gpus_are_those_of_nvidia_smi_if_its_driver_runs(monkeypatch, tmp_path, text, code, gpus):
     smi = tmp_path / "nvidia-smi"
     smi.write_text(f"#!/bin/sh\nprintf '{text}'\nexit {code}\n")
@@ -354,7 +390,9 @@ def test_progress_counts_steps(trainer, tmp_path, monkeypatch):
     assert progress.line([]) == "0 of 4 done | eta unknown"
     for member, step in zip(members, (100, 50)):
         member.folder.mkdir()
-        (member.folder / "metrics.jsonl").write_text(f'{{"step": 1}}\n{{"step": {step}, "loss": 1}}\n')
+        (member.folder / "metrics.jsonl").write_text(
+            f'{{"step": 1}}\n{{"step": {step}, "loss": 1}}\n'
+        )
     clock[0] = 3600.0  # 150 steps an hour, 250 are left
     assert progress.line([members[1]]) == "1 of 4 done | seed2 50% | eta 1h40m"
     progress.failed["seed4"] = "why"
@@ -382,14 +420,20 @@ def at(trainer, tmp_path, monkeypatch):
 def test_the_time_left_after_a_kill_counts_from_the_checkpoint(at):
     assert at(0, 1, 980).endswith("eta unknown")
     at(1, 1, 760)
-    assert at(3601, 1, 880).endswith("88% | eta 1h01m")  # 120 steps in an hour, and as many are left
+    assert at(3601, 1, 880).endswith(
+        "88% | eta 1h01m"
+    )  # 120 steps in an hour, and as many are left
 
 
 def test_a_run_left_alone_cannot_share_its_work(at):
     at(0, 4, 0, 0, 0, 0)
     assert "eta 1h00m" in at(3600, 4, 500, 500, 500, 500)
-    at(7200, 4, 1000, 1000, 1000, 500)  # the last one was held up, and three quarters of the work are done
-    assert at(7200, 1, 1000, 1000, 1000, 500).endswith("eta 1h09m")  # 4 x 2 hours for 3500 steps, 500 left
+    at(
+        7200, 4, 1000, 1000, 1000, 500
+    )  # the last one was held up, and three quarters of the work are done
+    assert at(7200, 1, 1000, 1000, 1000, 500).endswith(
+        "eta 1h09m"
+    )  # 4 x 2 hours for 3500 steps, 500 left
 
 
 # ----------------------------------------------------------------------------------------- table and picture
@@ -429,11 +473,16 @@ def test_each_cell_is_taken_at_its_best_rate(swept, capsys):
     )  # ordinary
     swept("--bag_size=1,2,4", "--learning_rate=0.005,0.01,0.02", "--seed=1,2", "--best_of=none")
     table = cells(capsys.readouterr().out)
-    assert table["learning_rate \\ bag_size"] == ["1", "2", "4"] and table["0.02"][2] == "3.3515 ± 0.0007 (2)"
+    assert (
+        table["learning_rate \\ bag_size"] == ["1", "2", "4"]
+        and table["0.02"][2] == "3.3515 ± 0.0007 (2)"
+    )
 
 
 def test_any_two_knobs_and_a_table_for_each_value_of_a_third(swept, capsys):
-    swept("--bag_size=1,4,8", "--bag_weights=uniform,power", "--max_steps=10,20", "--rows=bag_weights")
+    swept(
+        "--bag_size=1,4,8", "--bag_weights=uniform,power", "--max_steps=10,20", "--rows=bag_weights"
+    )
     printed = capsys.readouterr().out
     assert "**max_steps 10**" in printed and "**max_steps 20**" in printed
     assert printed.count("bag_weights \\ bag_size") == 2
@@ -488,7 +537,9 @@ def pictured(swept, monkeypatch):
 
 def ticks(axis):
     """{label: place} of an axis."""
-    return {label.get_text(): place for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels())}
+    return {
+        label.get_text(): place for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels())
+    }
 
 
 def curves(ax):
@@ -499,7 +550,9 @@ def curves(ax):
 
 def test_picture_of_r_by_s(pictured):
     sizes, ratios = (2, 4, 8), (0.1, 0.2, 0.3, 0.4)
-    left, right, bar = pictured("--bag_size=1,2,4,8", "--superposition_ratio=0.1,0.2,0.3,0.4", "--seed=1,3")
+    left, right, bar = pictured(
+        "--bag_size=1,2,4,8", "--superposition_ratio=0.1,0.2,0.3,0.4", "--seed=1,3"
+    )
     for r in ratios:
         x, y = curves(left)[f"r {r}"]
         assert x == [2, 4, 8] and y == pytest.approx([mean_loss(s, r) for s in sizes])
@@ -509,7 +562,9 @@ def test_picture_of_r_by_s(pictured):
     (image,) = right.images
     expected = [[mean_loss(s, r) - mean_loss(1) for s in sizes] for r in ratios]
     assert np.array(image.get_array()) == pytest.approx(np.array(expected))
-    assert image.origin == "lower" and image.get_clim()[0] == -image.get_clim()[1]  # white: ordinary training
+    assert (
+        image.origin == "lower" and image.get_clim()[0] == -image.get_clim()[1]
+    )  # white: ordinary training
     assert (right.get_xlabel(), right.get_ylabel()) == ("bag_size", "superposition_ratio")
     assert ticks(right.xaxis) == {"2": 0, "4": 1, "8": 2}
     assert ticks(right.yaxis) == {"0.1": 0, "0.2": 1, "0.3": 2, "0.4": 3}
@@ -527,7 +582,10 @@ def test_picture_of_words_without_ordinary_training(pictured):
     losses = [mean_loss(s, seeds=(1337,)) for s in (4, 8)]
     (image,) = right.images
     assert np.array(image.get_array()) == pytest.approx(np.array([losses, losses]))
-    assert list(ticks(right.yaxis)) == ["uniform", "power"] and list(ticks(right.xaxis)) == ["4", "8"]
+    assert list(ticks(right.yaxis)) == ["uniform", "power"] and list(ticks(right.xaxis)) == [
+        "4",
+        "8",
+    ]
     assert bar.get_ylabel() == "validation loss (nats per token)"
     assert {label: y for label, (_, y) in curves(left).items()} == {
         f"bag_weights {kind}": pytest.approx(losses) for kind in ("uniform", "power")
@@ -539,23 +597,33 @@ def test_picture_of_rates_is_on_a_logarithmic_axis(pictured):
     assert ax.get_xscale() == "log" and ax.get_xlabel() == "learning_rate"
     assert ticks(ax.xaxis) == {"0.0001": 0.0001, "0.01": 0.01}
     assert list(ax.get_lines()[0].get_xdata()) == [0.0001, 0.01]
-    assert list(ax.get_lines()[0].get_ydata()) == pytest.approx([mean_loss(4) + 0.099, mean_loss(4)])
+    assert list(ax.get_lines()[0].get_ydata()) == pytest.approx(
+        [mean_loss(4) + 0.099, mean_loss(4)]
+    )
 
 
 def test_picture_of_seeds_alone_shows_each(pictured):
     (ax,) = pictured("--seed=1,3")
-    mean, *seeds = (list(line.get_ydata()) for line in ax.get_lines() if line.get_marker() in ("o", "_"))
+    mean, *seeds = (
+        list(line.get_ydata()) for line in ax.get_lines() if line.get_marker() in ("o", "_")
+    )
     assert mean == pytest.approx([mean_loss(1)]) and ax.get_xlabel() == "all runs"
-    assert [sorted(each) for each in seeds if len(each) == 2] == [[mean_loss(1, seeds=[i]) for i in (1, 3)]]
+    assert [sorted(each) for each in seeds if len(each) == 2] == [
+        [mean_loss(1, seeds=[i]) for i in (1, 3)]
+    ]
 
 
 def test_an_outlier_does_not_press_the_picture_together():
     group = lambda mean: sweep.Group({}, [mean], 1)
     usual = {(r, s): group(3 + r / 10 + s / 100) for r in range(5) for s in range(1, 5)}
-    table = lambda cells, *baselines: sweep.Table("", "r", "s", cells, [group(b) for b in baselines])
+    table = lambda cells, *baselines: sweep.Table(
+        "", "r", "s", cells, [group(b) for b in baselines]
+    )
     assert table(usual).limits == pytest.approx((3.01, 3.44))
     assert table(usual | {(9, 9): group(9.0)}).limits[1] < 4.1
-    assert table(usual | {(9, 9): group(9.0)}, 5.0).limits[1] == 5.0  # ordinary training is always shown
+    assert (
+        table(usual | {(9, 9): group(9.0)}, 5.0).limits[1] == 5.0
+    )  # ordinary training is always shown
 
 
 def test_a_knob_that_nothing_reads_makes_no_other_run(tmp_path):
@@ -583,7 +651,10 @@ def test_a_run_without_a_knob_stands_at_each_of_its_values(swept, capsys):
     assert table["0.004"] == table["0.008"] and not table["0.004"][0].startswith("-")
     swept(*grid, "--bag_size=1,2", "--superposition_ratio=0.2,0.3")  # tables of their own
     printed = capsys.readouterr().out
-    assert printed.count("**optimizer adamw, matrix_learning_rate 0.004") == 1 and "None" not in printed
+    assert (
+        printed.count("**optimizer adamw, matrix_learning_rate 0.004") == 1
+        and "None" not in printed
+    )
     swept(*grid, "--bag_size=2,4", "--best_of=optimizer")
     table = cells(capsys.readouterr().out)
     assert all(
@@ -593,7 +664,9 @@ def test_a_run_without_a_knob_stands_at_each_of_its_values(swept, capsys):
 
 def test_rows_without_columns_are_columns(swept, capsys):
     for extra in ([], ["--rows=superposition_ratio"]):
-        text = (swept("--bag_size=2", "--superposition_ratio=0.2,0.3", *extra) / "table.md").read_text()
+        text = (
+            swept("--bag_size=2", "--superposition_ratio=0.2,0.3", *extra) / "table.md"
+        ).read_text()
         assert cells(text)["superposition_ratio"] == ["0.2", "0.3"] and "None" not in text
 
 
@@ -601,12 +674,27 @@ def test_axes_are_chosen_by_preference():
     def axes(*varied, **knobs):
         return sweep.axes_of(varied, sweep.Config([], **knobs))
 
-    assert axes("superposition_ratio", "loss", "bag_size") == ("superposition_ratio", "bag_size", ["loss"])
+    assert axes("superposition_ratio", "loss", "bag_size") == (
+        "superposition_ratio",
+        "bag_size",
+        ["loss"],
+    )
     assert axes("superposition_ratio", "loss") == ("superposition_ratio", "loss", [])
     assert axes("bag_size", "loss", rows="bag_size") == ("bag_size", "loss", [])
-    assert axes("bag_size", "loss", "superposition_ratio", columns="loss")[1:] == ("loss", ["bag_size"])
-    assert axes("seed", "learning_rate") == ("", "learning_rate", []) and axes("seed") == ("", "", [])
-    assert axes("bag_size", "learning_rate", rows="learning_rate") == ("learning_rate", "bag_size", [])
+    assert axes("bag_size", "loss", "superposition_ratio", columns="loss")[1:] == (
+        "loss",
+        ["bag_size"],
+    )
+    assert axes("seed", "learning_rate") == ("", "learning_rate", []) and axes("seed") == (
+        "",
+        "",
+        [],
+    )
+    assert axes("bag_size", "learning_rate", rows="learning_rate") == (
+        "learning_rate",
+        "bag_size",
+        [],
+    )
 
 
 def test_seeds_alone_have_a_column_without_a_name(swept):

@@ -12,7 +12,16 @@ from nanotst.tokenizer import get_tokenizer
 
 def write_ranks(path, n_filler=0):
     """A rank file: the 256 bytes, a few merges, and n_filler tokens that no text has."""
-    tokens = [bytes([b]) for b in range(256)] + [b"th", b" t", b"he", b" th", b" the", b"in", b"er", b"\n\n"]
+    tokens = [bytes([b]) for b in range(256)] + [
+        b"th",
+        b" t",
+        b"he",
+        b" th",
+        b" the",
+        b"in",
+        b"er",
+        b"\n\n",
+    ]
     tokens += [b"\xff" + i.to_bytes(3, "big") for i in range(n_filler)]
     path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
     return str(path)
@@ -23,7 +32,9 @@ def ranks(tmp_path):
     return write_ranks(tmp_path / "tiny.model")
 
 
-HARD = "the caf\u00e9 \u4e2d\u6587 \U0001f600 <|endoftext|> <|end_of_text|>\n\n\ttabs\r\n" + "a" * 50
+HARD = (
+    "the caf\u00e9 \u4e2d\u6587 \U0001f600 <|endoftext|> <|end_of_text|>\n\n\ttabs\r\n" + "a" * 50
+)
 
 
 def test_bytes_round_trip():
@@ -50,7 +61,10 @@ def test_rank_file_round_trip(ranks):
     assert t.encode(" the").tolist() == [260]
     assert t.decode([264]) == "<|endoftext|>"
     assert t.decode([97, 300, 98]) == "a\ufffdb"  # a padded row of a model
-    assert get_tokenizer("tiny.model", folder=os.path.dirname(ranks)).encode(HARD).tolist() == ids.tolist()
+    assert (
+        get_tokenizer("tiny.model", folder=os.path.dirname(ranks)).encode(HARD).tolist()
+        == ids.tolist()
+    )
 
 
 def test_llama3_special_tokens(tmp_path):
@@ -59,7 +73,9 @@ def test_llama3_special_tokens(tmp_path):
     assert t.decode([128000, 128001, 128006, 128007, 128009]) == (
         "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|>"
     )
-    assert t.decode([128010, 128255]) == "<|reserved_special_token_5|><|reserved_special_token_250|>"
+    assert (
+        t.decode([128010, 128255]) == "<|reserved_special_token_5|><|reserved_special_token_250|>"
+    )
 
 
 def test_tokenizer_errors(tmp_path, monkeypatch):

@@ -49,13 +49,19 @@ def load(out_dir, name="last.pt"):
 
 
 def tiny_model(config):
-    return GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=16, ff_dim=config.ff_dim))
+    return GPT(
+        GPTConfig(
+            vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=16, ff_dim=config.ff_dim
+        )
+    )
 
 
 # ---- the method as a whole
 
 
-def plain_training(config, phases=((0, 4, 3, 3), (4, 10, 1, 1)), weights=None, make_optimizers=None):
+def plain_training(
+    config, phases=((0, 4, 3, 3), (4, 10, 1, 1)), weights=None, make_optimizers=None
+):
     """Training of the tiny model with nothing but PyTorch's own functions and Python loops. phases: start,
     stop, tokens read, tokens predicted; weights of the labels of a bag, the same if None. -> a dict per step,
     and the validation loss."""
@@ -65,7 +71,9 @@ def plain_training(config, phases=((0, 4, 3, 3), (4, 10, 1, 1)), weights=None, m
     optimizers = (make_optimizers or plain_adamw)(model, config)
     n_in, tail = phases[0][2], max(n_out for *_, n_out in phases)
     run = 16 * n_in
-    order = [run * i for i in shuffled((6000 - tail) // run, (config.seed, 0, 0, 0))]  # rows of 16 positions
+    order = [
+        run * i for i in shuffled((6000 - tail) // run, (config.seed, 0, 0, 0))
+    ]  # rows of 16 positions
     log = []
     for p, (start, stop, read, predicted) in enumerate(phases):
         if p:  # what the phase before leaves, cut into rows of this one
@@ -91,7 +99,8 @@ def plain_training(config, phases=((0, 4, 3, 3), (4, 10, 1, 1)), weights=None, m
             ) in optimizers:  # 2 steps of warmup; the last one of 10 decays, but from its full rate
                 for group in optimizer.param_groups:
                     group["lr"] = (
-                        group.setdefault("full", group["lr"]) * [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1][step]
+                        group.setdefault("full", group["lr"])
+                        * [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1][step]
                     )
                 optimizer.step()
             log.append({"loss": loss.item(), "grad_norm": norm})
@@ -100,7 +109,10 @@ def plain_training(config, phases=((0, 4, 3, 3), (4, 10, 1, 1)), weights=None, m
 
 def plain_adamw(model, config):
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": config.weight_decay},
+        {
+            "params": [p for p in model.parameters() if p.dim() > 1],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0},
     ]
     return [torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))]
@@ -116,8 +128,13 @@ def plain_muon(model, config):
         {"params": [model.embed.weight, model.head.weight], "weight_decay": config.weight_decay},
         {"params": norms, "weight_decay": 0},
     ]
-    muon = dict(lr=0.02, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    return [torch.optim.Muon(matrices, **muon), torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))]
+    muon = dict(
+        lr=0.02, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    return [
+        torch.optim.Muon(matrices, **muon),
+        torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95)),
+    ]
 
 
 def plain_validation(model, config):
@@ -127,7 +144,8 @@ def plain_validation(model, config):
     with torch.no_grad():
         return (
             sum(
-                F.cross_entropy(model(data[None, i : i + 16])[0], data[i + 1 : i + 17]) for i in starts
+                F.cross_entropy(model(data[None, i : i + 16])[0], data[i + 1 : i + 17])
+                for i in starts
             ).item()
             / 10
         )
@@ -136,7 +154,9 @@ def plain_validation(model, config):
 def assert_plain(rows, plain):
     log, val_loss = plain
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in log], rel=1e-5)
-    assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in log], rel=1e-4)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(
+        [row["grad_norm"] for row in log], rel=1e-4
+    )
     assert rows[-1]["val_loss"] == pytest.approx(val_loss, rel=1e-5)
 
 
@@ -192,7 +212,8 @@ def test_weights_of_a_bag_reach_the_loss(run, tiny, tmp_path, knobs, weigh):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"c0": 1}', '{"c0": 1, "a": NaN, "k": 0}', '{"c0": -9, "a": 1, "k": 0}']
+    "text",
+    ["", "{", "[]", '{"c0": 1}', '{"c0": 1, "a": NaN, "k": 0}', '{"c0": -9, "a": 1, "k": 0}'],
 )
 def test_a_file_that_is_no_fit_is_one_line_and_costs_no_run(run, tmp_path, text):
     run()
@@ -203,7 +224,10 @@ def test_a_file_that_is_no_fit_is_one_line_and_costs_no_run(run, tmp_path, text)
 
 
 def test_a_run_goes_on_with_the_weights_it_began_with(run, tmp_path, monkeypatch):
-    fit, knobs = tmp_path / "fit.json", dict(bag_weights="fitted", fitted=str(tmp_path / "fit.json"))
+    fit, knobs = (
+        tmp_path / "fit.json",
+        dict(bag_weights="fitted", fitted=str(tmp_path / "fit.json")),
+    )
     fit.write_text('{"c0": 0.0, "a": 2.0, "k": -2.0}')
     ask_to_stop(monkeypatch, 3)
     with pytest.raises(SystemExit):
@@ -268,10 +292,14 @@ def test_input_of_recovery_begins_at_the_token_after_superposition(run, tmp_path
     ]  # without the two of the warm-up
     assert [bags.size(-1) for bags, _ in steps] == [3] * 3 + [1] * 7
     for bags, labels in steps:
-        assert (labels[:, :, 0] == bags[:, :, -1] + 1).all()  # the next bag: neither overlap nor gap
+        assert (
+            labels[:, :, 0] == bags[:, :, -1] + 1
+        ).all()  # the next bag: neither overlap nor gap
         assert (labels[:, :-1] == bags[:, 1:]).all()
     read = torch.cat([bags.flatten() for bags, _ in steps]).tolist()
-    assert len(set(read)) == len(read) == rows[-1]["data_tokens"]  # nothing twice, through the switch
+    assert (
+        len(set(read)) == len(read) == rows[-1]["data_tokens"]
+    )  # nothing twice, through the switch
 
 
 @pytest.mark.parametrize("bag_size, ratio", [(2, 0.3), (3, 0.4), (4, 1.0), (5, 0.0)])
@@ -279,7 +307,9 @@ def test_same_flops_and_exactly_so_much_more_text(run, tmp_path, bag_size, ratio
     """at every step the FLOPs of the baseline; at the end 1 + r(s-1) times its tokens."""
     base = run(bag_size=1, out_dir=str(tmp_path / "base"))
     tst = run(bag_size=bag_size, superposition_ratio=ratio)
-    assert column(tst, "step", "flops", "positions", "lr") == column(base, "step", "flops", "positions", "lr")
+    assert column(tst, "step", "flops", "positions", "lr") == column(
+        base, "step", "flops", "positions", "lr"
+    )
     assert base[-1]["positions"] == base[-1]["data_tokens"] == 10 * 128
     assert tst[-1]["data_tokens"] == 128 * (10 + round(10 * ratio) * (bag_size - 1))
     assert tst[-1]["data_tokens"] / base[-1]["data_tokens"] == pytest.approx(
@@ -358,12 +388,24 @@ def ask_to_stop(monkeypatch, after, number=signal.SIGTERM):
     monkeypatch.setattr(train, "rate_multiplier", interrupted)
 
 
-LEARNED = "step", "phase", "loss", "val_loss", "lr", "grad_norm", "positions", "data_tokens", "flops"
+LEARNED = (
+    "step",
+    "phase",
+    "loss",
+    "val_loss",
+    "lr",
+    "grad_norm",
+    "positions",
+    "data_tokens",
+    "flops",
+)
 
 
 @dense_and_moe
 @pytest.mark.parametrize("after", [SWITCH - 1, SWITCH, SWITCH + 1])
-def test_stopped_and_resumed_is_the_unbroken_run_bit_for_bit(run, tmp_path, monkeypatch, after, kind):
+def test_stopped_and_resumed_is_the_unbroken_run_bit_for_bit(
+    run, tmp_path, monkeypatch, after, kind
+):
     """at the switch and one step to either side."""
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     unbroken = run(out_dir=whole, **kind)
@@ -422,7 +464,12 @@ def test_changing_the_training_on_resume_must_be_asked_for(run, change):
 def test_allowed_changes_take_effect(run, tiny):
     run()
     rows = run(
-        resume=True, allow_changes=True, max_steps=12, learning_rate=0.002, weight_decay=0.3, beta2=0.99
+        resume=True,
+        allow_changes=True,
+        max_steps=12,
+        learning_rate=0.002,
+        weight_decay=0.3,
+        beta2=0.99,
     )
     assert rows[10]["step"] == 11 and rows[10]["lr"] == 0.002
     groups = load(tiny().out_dir)["optimizer"][0]["param_groups"]
@@ -480,17 +527,25 @@ def assert_same_training(rows, reference):
     for row, wanted in zip(rows, reference):
         assert row.keys() == wanted.keys()
         for key in row.keys() - {"phase", "seconds", "tokens_per_second", "mfu"}:
-            assert row[key] == pytest.approx(wanted[key], rel=1e-4 if key == "grad_norm" else 1e-5), key
+            assert row[key] == pytest.approx(
+                wanted[key], rel=1e-4 if key == "grad_norm" else 1e-5
+            ), key
 
 
 @dense_and_moe
 def test_eight_micro_steps_equal_one(run, tmp_path, kind):
     once = run(batch_size=8, balance_coef=0.1, out_dir=str(tmp_path / "1x8"), **kind)
-    assert_same_training(run(batch_size=1, balance_coef=0.1, out_dir=str(tmp_path / "8x1"), **kind), once)
-    assert_same_training(run(batch_size=0, balance_coef=0.1, out_dir=str(tmp_path / "all"), **kind), once)
+    assert_same_training(
+        run(batch_size=1, balance_coef=0.1, out_dir=str(tmp_path / "8x1"), **kind), once
+    )
+    assert_same_training(
+        run(batch_size=0, balance_coef=0.1, out_dir=str(tmp_path / "all"), **kind), once
+    )
 
 
-TWO_RANKS = dict(balance_coef=0.1, batch_size=2, eval_positions=176)  # 2 micro-steps; 11 rows do not halve
+TWO_RANKS = dict(
+    balance_coef=0.1, batch_size=2, eval_positions=176
+)  # 2 micro-steps; 11 rows do not halve
 A_RANK = """
 import json, os, sys, train
 from nanotst.machine import Machine
@@ -645,7 +700,10 @@ def test_balance_and_z_loss_are_trained_on_but_not_reported(run, tiny, coefs):
         for hook in hooks:
             hook.remove()
         probs = [z.flatten(0, 1).softmax(-1) for z in logits]
-        balance = [4 * sum(f * p for f, p in zip(share, prob.mean(0))) for share, prob in zip(shares, probs)]
+        balance = [
+            4 * sum(f * p for f, p in zip(share, prob.mean(0)))
+            for share, prob in zip(shares, probs)
+        ]
         z_loss = [z.logsumexp(-1).square().mean() for z in logits]
         model.zero_grad()
         (loss + coefs[0] * sum(balance) / 2 + coefs[1] * sum(z_loss) / 2).backward()
@@ -667,19 +725,29 @@ def command_line(monkeypatch, *argv):
 def test_command_line(run, tiny, tmp_path, monkeypatch, capsys):
     config = tmp_path / "config.py"
     config.write_text("".join(f"{key} = {value!r}\n" for key, value in vars(tiny()).items()))
-    command_line(monkeypatch, str(config), "--bag_size=4", "--max_steps=3", "--superposition_ratio=0.67")
+    command_line(
+        monkeypatch, str(config), "--bag_size=4", "--max_steps=3", "--superposition_ratio=0.67"
+    )
     rows = read_rows(tiny().out_dir)
     assert [row["data_tokens"] for row in rows] == [512, 1024, 1152]
-    assert "2 of 3 steps on bags of 4" in (out := capsys.readouterr().out) and "3.00 x the text" in out
+    assert (
+        "2 of 3 steps on bags of 4" in (out := capsys.readouterr().out) and "3.00 x the text" in out
+    )
 
 
 @pytest.mark.parametrize(
-    "argv, words", [(["--bag_sise=4"], "did you mean bag_size"), (["--out_dir=/dev/null/x"], "/dev/null")]
+    "argv, words",
+    [(["--bag_sise=4"], "did you mean bag_size"), (["--out_dir=/dev/null/x"], "/dev/null")],
 )
 def test_errors_of_the_command_line_are_one_line(run, corpus, monkeypatch, argv, words):
     with pytest.raises(SystemExit, match=f"^error: .*{words}"):
         command_line(
-            monkeypatch, f"--dataset={corpus}", "--total_batch=1024", "--batch_size=8", "--device=cpu", *argv
+            monkeypatch,
+            f"--dataset={corpus}",
+            "--total_batch=1024",
+            "--batch_size=8",
+            "--device=cpu",
+            *argv,
         )
 
 
@@ -702,8 +770,14 @@ def test_errors_of_the_command_line_are_one_line(run, corpus, monkeypatch, argv,
         (dict(optimizer="muon", matrix_learning_rate=1e308), "matrix_learning_rate takes .* up to"),
         (dict(balance_bias=True), "balance_bias belongs to a mixture of experts"),
         (dict(reinit_at_switch=","), "reinit_at_switch takes embedding, head, optimizer"),
-        (dict(reinit_at_switch="head", tie_embeddings=True), "the head is the embedding, name that"),
-        (dict(fitted="fit.json", bag_weights="power"), "fitted=fit.json belongs to bag_weights=fitted"),
+        (
+            dict(reinit_at_switch="head", tie_embeddings=True),
+            "the head is the embedding, name that",
+        ),
+        (
+            dict(fitted="fit.json", bag_weights="power"),
+            "fitted=fit.json belongs to bag_weights=fitted",
+        ),
         (dict(n_head=3), "n_embd 16 must be a multiple of n_head 3"),
         (dict(batch_size=3), "total_batch 128"),
         (dict(batch_size=16), "total_batch 128"),
@@ -784,13 +858,17 @@ def test_initial_weights_from_a_checkpoint(run, tiny, tmp_path):
     first = load(tmp_path / "first")["model"]
     run(init_from=str(tmp_path / "first" / "last.pt"), learning_rate=1e-30)
     second = load(tiny().out_dir)
-    assert second["step"] == 10 and all(torch.equal(first[name], second["model"][name]) for name in first)
+    assert second["step"] == 10 and all(
+        torch.equal(first[name], second["model"][name]) for name in first
+    )
 
 
 def test_config_json_describes_the_run(run, tiny):
     run()
     described = json.loads((Path(tiny().out_dir) / "config.json").read_text())
-    assert described["config"] == vars(tiny()) and described["versions"]["torch"] == torch.__version__
+    assert (
+        described["config"] == vars(tiny()) and described["versions"]["torch"] == torch.__version__
+    )
 
 
 @pytest.mark.parametrize(
@@ -918,13 +996,19 @@ def test_what_a_checkpoint_holds_is_taken_up(run, tiny, tmp_path):
     again."""
     run(max_steps=6, superposition_ratio=0.5)
     saved = load(tiny().out_dir)
-    saved |= {"rng": torch.Generator().manual_seed(99).get_state(), "best_val": 0.0, "seconds": 1000.0}
+    saved |= {
+        "rng": torch.Generator().manual_seed(99).get_state(),
+        "best_val": 0.0,
+        "seconds": 1000.0,
+    }
     torch.save(saved, tiny().out_dir + "/last.pt")
     os.remove(tiny().out_dir + "/best.pt")
     knobs = dict(resume=True, allow_changes=True, max_steps=12, init_from="no/such/file")
     rows = run(superposition_ratio=0.5, **knobs)
     assert torch.equal(torch.get_rng_state(), saved["rng"])
-    assert not os.path.exists(tiny().out_dir + "/best.pt") and load(tiny().out_dir)["best_val"] == 0.0
+    assert (
+        not os.path.exists(tiny().out_dir + "/best.pt") and load(tiny().out_dir)["best_val"] == 0.0
+    )
     assert rows[-1]["seconds"] > 1000
 
 
@@ -960,7 +1044,9 @@ def test_spoiled_weights_never_replace_good_ones(run, tiny, learning_rate):
     """The loss of a step is that of the weights before it; what is saved was tried first."""
     run(max_steps=5, superposition_ratio=0.4, save_interval=1)
     good = load(tiny().out_dir)
-    knobs = dict(resume=True, allow_changes=True, max_steps=8, save_interval=1, superposition_ratio=0.4)
+    knobs = dict(
+        resume=True, allow_changes=True, max_steps=8, save_interval=1, superposition_ratio=0.4
+    )
     try:
         run(learning_rate=learning_rate, warmup_steps=0, **knobs)
     except UserError as e:
@@ -994,8 +1080,14 @@ def test_every_flipped_bit_in_a_checkpoint_is_found(run, tiny, tmp_path, use):
     run()
     path = Path(tiny().out_dir, "last.pt")
     whole, rng = path.read_bytes(), np.random.default_rng(0)
-    knobs = {"resume": True} if use == "resume" else {"init_from": str(path), "out_dir": str(tmp_path / "b")}
-    with zipfile.ZipFile(path) as file:  # in what a tensor is made of, which nothing else would notice
+    knobs = (
+        {"resume": True}
+        if use == "resume"
+        else {"init_from": str(path), "out_dir": str(tmp_path / "b")}
+    )
+    with zipfile.ZipFile(
+        path
+    ) as file:  # in what a tensor is made of, which nothing else would notice
         info = max(file.infolist(), key=lambda info: info.file_size)
     for at in info.header_offset + 256 + rng.integers(0, info.file_size - 256, 10):
         damaged = bytearray(whole)
@@ -1101,8 +1193,12 @@ def test_a_damaged_log_is_one_line_that_helps(run, tiny, line):
 
 def test_a_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: done.append(("sync", os.fstat(fd).st_ino)) or fsync(fd))
-    monkeypatch.setattr(os, "replace", lambda a, b: done.append(("name", os.stat(a).st_ino)) or replace(a, b))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: done.append(("sync", os.fstat(fd).st_ino)) or fsync(fd)
+    )
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: done.append(("name", os.stat(a).st_ino)) or replace(a, b)
+    )
     checkpoint.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("text"))
     inode, folder = os.stat(tmp_path / "x").st_ino, os.stat(tmp_path).st_ino
     assert done == [("sync", inode), ("name", inode), ("sync", folder)]
@@ -1157,7 +1253,9 @@ def test_what_else_goes_wrong_in_writing_is_not_called_a_full_disk(tmp_path):
     def fail(temporary):
         raise RuntimeError("connection closed by peer")
 
-    with pytest.raises(UserError, match="cannot write .*last.pt: RuntimeError connection closed by peer$"):
+    with pytest.raises(
+        UserError, match="cannot write .*last.pt: RuntimeError connection closed by peer$"
+    ):
         checkpoint.write_safely(str(tmp_path / "last.pt"), fail)
 
 
@@ -1171,7 +1269,10 @@ def test_run_can_be_resumed_after_the_disk_was_full(run, tiny, tmp_path, monkeyp
             raise OSError(errno.ENOSPC, "No space left on device")
         real(state, path)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="make room and use --resume"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="make room and use --resume"),
+    ):
         patch.setattr(torch, "save", full_from_the_second_time_on)
         run(save_interval=3, eval_interval=100)
     assert load(tiny().out_dir)["step"] == 3
@@ -1181,7 +1282,9 @@ def test_run_can_be_resumed_after_the_disk_was_full(run, tiny, tmp_path, monkeyp
 # ---- what one had better not do at the switch
 
 
-@pytest.mark.parametrize("parts", ["embedding", "head", "optimizer", "embedding,head", "head,optimizer"])
+@pytest.mark.parametrize(
+    "parts", ["embedding", "head", "optimizer", "embedding,head", "head,optimizer"]
+)
 def test_parts_that_begin_anew_at_the_switch(run, tiny, tmp_path, monkeypatch, parts):
     """Just before the first ordinary step: the named weights are those of another draw, the others those that
     superposition left, and the optimizer has forgotten its moments or not. A run resumed there does the
@@ -1191,7 +1294,9 @@ def test_parts_that_begin_anew_at_the_switch(run, tiny, tmp_path, monkeypatch, p
     def watch(model, optimizer, *args):
         before = {name: p.clone() for name, p in model.state_dict().items()}
         forward(model, optimizer, *args)
-        changed = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
+        changed = {
+            name for name, p in model.state_dict().items() if not torch.equal(p, before[name])
+        }
         seen.append((changed, sum(len(o.state) for o in optimizer)))
 
     monkeypatch.setattr(train, "reinitialise", watch)
@@ -1202,9 +1307,9 @@ def test_parts_that_begin_anew_at_the_switch(run, tiny, tmp_path, monkeypatch, p
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         ask_to_stop(patch, 4)
         run(out_dir=str(tmp_path / "b"), reinit_at_switch=parts)
-    assert column(run(out_dir=str(tmp_path / "b"), reinit_at_switch=parts, resume=True), *LEARNED) == column(
-        rows, *LEARNED
-    )
+    assert column(
+        run(out_dir=str(tmp_path / "b"), reinit_at_switch=parts, resume=True), *LEARNED
+    ) == column(rows, *LEARNED)
 
 
 def test_bags_within_documents_equal_a_plain_loop(run, tiny, tmp_path):
@@ -1241,7 +1346,9 @@ def test_bags_within_documents_equal_a_plain_loop(run, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("mode, n_in, n_out", [("full", 3, 3), ("input", 3, 1), ("output", 1, 3)])
-def test_bags_have_the_loss_of_the_knob_in_every_mode(run, tiny, tmp_path, monkeypatch, mode, n_in, n_out):
+def test_bags_have_the_loss_of_the_knob_in_every_mode(
+    run, tiny, tmp_path, monkeypatch, mode, n_in, n_out
+):
     """And ordinary steps, as all evaluations, cross-entropy. With document_bags, bags are masked in every
     mode, too."""
     seen, forward = set(), GPT.forward
@@ -1262,7 +1369,9 @@ def test_bags_have_the_loss_of_the_knob_in_every_mode(run, tiny, tmp_path, monke
 
 def test_what_begins_anew_is_drawn_from_the_seed_of_the_run(run, tiny, monkeypatch):
     seeds, forward = [], train.reinitialise
-    monkeypatch.setattr(train, "reinitialise", lambda *args: seeds.append(args[-1]) or forward(*args))
+    monkeypatch.setattr(
+        train, "reinitialise", lambda *args: seeds.append(args[-1]) or forward(*args)
+    )
     drawn = []
     for seed in (1, 1, 2):
         model = GPT(checkpoint.model_config(vars(tiny()), {"vocab_size": 50}))
@@ -1270,7 +1379,9 @@ def test_what_begins_anew_is_drawn_from_the_seed_of_the_run(run, tiny, monkeypat
         drawn.append(model.embed.weight.detach())
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     run(seed=5, reinit_at_switch="head")
-    run(seed=5, reinit_at_switch="head", bag_size="4-2", overwrite=True)  # where ordinary training begins
+    run(
+        seed=5, reinit_at_switch="head", bag_size="4-2", overwrite=True
+    )  # where ordinary training begins
     assert seeds == [6, 6]
     run(seed=5, reinit_at_switch="head", bag_size=1, overwrite=True)  # which has no switch
     assert seeds == [6, 6]

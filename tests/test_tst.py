@@ -41,14 +41,21 @@ BAG_SIZES = [1, 2, 3, 4, 5, 8, 12, 16]
 
 def test_the_file_imports_torch_and_the_standard_library_alone():
     tree = ast.parse(Path(tst.__file__).read_text(encoding="utf-8"))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
 
 
 def test_a_copy_in_another_folder_trains_alone(tmp_path, monkeypatch):
     copy = shutil.copy(tst.__file__, tmp_path / "superposition.py")
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" in p or "python3" in p])
+    monkeypatch.setattr(
+        sys, "path", [p for p in sys.path if "site-packages" in p or "python3" in p]
+    )
     spec = importlib.util.spec_from_file_location("superposition", copy)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -82,7 +89,9 @@ def test_bag_sizes_that_step_down_share_the_steps_evenly():
     assert sum(shares) == 40 and max(shares) - min(shares) <= 1  # 40 steps do not divide by 3
 
 
-@pytest.mark.parametrize("max_steps, ratio, steps", [(10, 0.38, 4), (10, 0.32, 3), (1000, 0.2999, 300)])
+@pytest.mark.parametrize(
+    "max_steps, ratio, steps", [(10, 0.38, 4), (10, 0.32, 3), (1000, 0.2999, 300)]
+)
 def test_the_superposition_steps_are_rounded_to_the_nearest(max_steps, ratio, steps):
     assert phase_list(max_steps, [2], ratio)[0].stop == steps
 
@@ -110,7 +119,10 @@ def test_phases_cover_every_step_once(mode, bag_sizes, ratio):
     "arguments, message",
     [
         ((10, [4], 0.3, "both"), "unknown superposition 'both', choose one of full, input, output"),
-        ((10, [4], 0.04), "bags of 4 has no steps; use a larger superposition_ratio"),  # rounds to none
+        (
+            (10, [4], 0.04),
+            "bags of 4 has no steps; use a larger superposition_ratio",
+        ),  # rounds to none
         ((10, [8, 4, 2], 0.2), "bags of 8 has no steps"),  # two steps for three sizes
         ((10, [8, 3], 0.5), "bags of 8 tokens do not divide into bags of 3"),
         ((10, [2, 4], 0.5), "bags of 2 tokens do not divide into bags of 4"),  # stepping up
@@ -129,7 +141,10 @@ def test_an_impossible_list_of_phases_is_refused(arguments, message):
         ([Phase(0, 3, 2, 2), Phase(4, 9, 1, 1)], "before step 3, the next begins at step 4"),
         ([Phase(0, 3, 2, 2), Phase(2, 9, 1, 1)], "before step 3, the next begins at step 2"),
         ([Phase(0, 3, 2, 2), Phase(3, 3, 1, 1)], "no steps"),
-        ([Phase(0, 3, 6, 2), Phase(3, 4, 3, 7), Phase(4, 5, 2, 2)], "3 tokens do not divide into bags of 2"),
+        (
+            [Phase(0, 3, 6, 2), Phase(3, 4, 3, 7), Phase(4, 5, 2, 2)],
+            "3 tokens do not divide into bags of 2",
+        ),
     ],
 )
 def test_phases_that_do_not_follow_each_other_are_refused(phases, message):
@@ -143,13 +158,33 @@ def test_labels_need_not_divide_since_only_input_is_consumed():
 
 def test_the_phase_is_a_function_of_the_step():
     phases = phase_list(12, [4, 2], 0.5)
-    assert [phase_at(phases, step).n_in for step in range(12)] == [4, 4, 4, 2, 2, 2, 1, 1, 1, 1, 1, 1]
-    assert phase_at(phases, 12) == phase_at(phases, 10**9) == phases[-1]  # a run that is made longer
+    assert [phase_at(phases, step).n_in for step in range(12)] == [
+        4,
+        4,
+        4,
+        2,
+        2,
+        2,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert (
+        phase_at(phases, 12) == phase_at(phases, 10**9) == phases[-1]
+    )  # a run that is made longer
     assert phase_at(phase_list(6, [4], 0), 0).bag_size == 1  # no superposition at all
 
 
 def test_the_bag_size_of_a_phase_is_the_larger_one_and_a_phase_cannot_be_changed():
-    assert [Phase(0, 1, *sizes).bag_size for sizes in ((4, 4), (4, 1), (1, 4), (1, 1))] == [4, 4, 4, 1]
+    assert [Phase(0, 1, *sizes).bag_size for sizes in ((4, 4), (4, 1), (1, 4), (1, 1))] == [
+        4,
+        4,
+        4,
+        1,
+    ]
     with pytest.raises(dataclasses.FrozenInstanceError):
         Phase(0, 1, 1, 1).n_in = 2
 
@@ -178,7 +213,11 @@ def test_in_superposition_the_target_is_the_next_bag(s):
 def test_bags_and_labels_are_views_of_rows_of_any_batch():
     tokens = torch.arange(2 * 3 * 14, dtype=torch.int32).view(2, 3, 14)
     bags, labels = bags_and_labels(tokens, 4, 2)
-    assert bags.untyped_storage().data_ptr() == labels.untyped_storage().data_ptr() == tokens.data_ptr()
+    assert (
+        bags.untyped_storage().data_ptr()
+        == labels.untyped_storage().data_ptr()
+        == tokens.data_ptr()
+    )
     for i in range(2):
         for j in range(3):
             one = bags_and_labels(tokens[i, j], 4, 2)
@@ -211,8 +250,13 @@ def test_a_row_that_is_not_whole_bags_is_refused(length, n_in, n_out):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("s", BAG_SIZES)
 def test_bag_embedding_is_the_mean_in_value_and_gradient(s, dtype):
-    bags = torch.randint(5, (2, 3, s), dtype=torch.int32)  # 5 ids: many a token is in a bag more than once
-    table, upstream = torch.randn(V, C, dtype=dtype, requires_grad=True), torch.randn(2, 3, C, dtype=dtype)
+    bags = torch.randint(
+        5, (2, 3, s), dtype=torch.int32
+    )  # 5 ids: many a token is in a bag more than once
+    table, upstream = (
+        torch.randn(V, C, dtype=dtype, requires_grad=True),
+        torch.randn(2, 3, C, dtype=dtype),
+    )
     out = embed_bags(bags, table)
     out.backward(upstream)
     assert out.dtype == dtype
@@ -240,7 +284,9 @@ def test_bag_of_one_is_an_embedding_look_up_bit_for_bit(dtype):
     tokens, table = torch.randint(V, (2, 5)), torch.randn(V, C, dtype=dtype)
     assert torch.equal(embed_bags(tokens[..., None], table), F.embedding(tokens, table))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(embed_bags(tokens[..., None], table), F.embedding(tokens, table).bfloat16())
+        assert torch.equal(
+            embed_bags(tokens[..., None], table), F.embedding(tokens, table).bfloat16()
+        )
 
 
 @pytest.mark.parametrize("s", BAG_SIZES)
@@ -249,7 +295,9 @@ def test_identical_tokens_give_the_single_tokens_embedding(s):
     table = torch.randn(V, C)
     bags = torch.arange(V)[None, :, None].expand(1, V, s)
     assert torch.equal(embed_bags(bags, table.bfloat16())[0], table.bfloat16())
-    assert_close(embed_bags(bags, table)[0], table, rtol=s * 2**-23, atol=0)  # the float32 sum itself rounds
+    assert_close(
+        embed_bags(bags, table)[0], table, rtol=s * 2**-23, atol=0
+    )  # the float32 sum itself rounds
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(embed_bags(bags, table)[0], table.bfloat16())
 
@@ -272,11 +320,16 @@ def random_shares(*shape):
 @pytest.mark.parametrize("s", [1, 2, 3, 8])
 def test_tokens_that_count_unequally_are_a_weighted_mean(s, dtype):
     bags, share = torch.randint(5, (2, 3, s)), random_shares(2, 3, s)
-    table, upstream = torch.randn(V, C, dtype=dtype, requires_grad=True), torch.randn(2, 3, C, dtype=dtype)
+    table, upstream = (
+        torch.randn(V, C, dtype=dtype, requires_grad=True),
+        torch.randn(2, 3, C, dtype=dtype),
+    )
     out = embed_bags(bags, table, share)
     out.backward(upstream)
     assert out.dtype == dtype
-    tolerance = dict(rtol=2**-7, atol=2**-7) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
+    tolerance = (
+        dict(rtol=2**-7, atol=2**-7) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
+    )
     grad = torch.zeros(V, C, dtype=torch.float64)
     for b in range(2):
         for j in range(3):
@@ -285,7 +338,9 @@ def test_tokens_that_count_unequally_are_a_weighted_mean(s, dtype):
             assert_close(out[b, j].double(), mean, **tolerance)
             for token, w in pairs:
                 grad[token] += w * upstream[b, j].double()
-    assert_close(table.grad.double(), grad, rtol=10 * tolerance["rtol"], atol=10 * tolerance["atol"])
+    assert_close(
+        table.grad.double(), grad, rtol=10 * tolerance["rtol"], atol=10 * tolerance["atol"]
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert embed_bags(bags, table, share).dtype == torch.bfloat16
 
@@ -300,12 +355,18 @@ def test_even_shares_are_the_plain_mean():
 
 @pytest.mark.parametrize("n_in, n_out", [(1, 1), (4, 4), (3, 1), (1, 3), (2, 5)])
 @pytest.mark.parametrize("often", [0.1, 0.5])
-def test_within_documents_bags_and_labels_are_of_the_document_of_the_bags_last_token(n_in, n_out, often):
+def test_within_documents_bags_and_labels_are_of_the_document_of_the_bags_last_token(
+    n_in, n_out, often
+):
     """A document begins with its separator, 0, and ends before the next."""
     tokens = torch.randint(1, V, (3, 8 * n_in + n_out)) * (torch.rand(3, 8 * n_in + n_out) > often)
     bags, plain_labels = bags_and_labels(tokens, n_in, n_out)
     share, labels = within_documents(tokens, n_in, n_out, 0)
-    assert share.shape == bags.shape and share.dtype == torch.float32 and labels.shape == plain_labels.shape
+    assert (
+        share.shape == bags.shape
+        and share.dtype == torch.float32
+        and labels.shape == plain_labels.shape
+    )
     for row in range(3):
         document, documents = 0, []  # of each token in the row
         for token in tokens[row].tolist():
@@ -349,7 +410,8 @@ def test_bag_weights_refuse_another_kind_and_take_the_constants_of_the_fit():
     with pytest.raises(ValueError, match="uniform, power"):
         bag_weights("unifrom", 4)
     assert_close(
-        bag_weights("fitted", 2, c0=0.0)[1] / bag_weights("fitted", 2, c0=0.0)[0], torch.tensor(2**-1.25)
+        bag_weights("fitted", 2, c0=0.0)[1] / bag_weights("fitted", 2, c0=0.0)[0],
+        torch.tensor(2**-1.25),
     )
     assert_close(bag_weights("fitted", 2, c0=1.0, a=3.0, k=-1.0), torch.tensor([4.0, 2.5]) / 6.5)
 
@@ -409,7 +471,9 @@ every_loss = pytest.mark.parametrize("loss", REFERENCES, ids=LOSSES)
 
 
 def test_every_loss_of_the_table_has_its_reference_here():
-    assert list(LOSSES) == ["mce", "mce_alt", "bce", "hinge"] and list(LOSSES.values()) == list(REFERENCES)
+    assert list(LOSSES) == ["mce", "mce_alt", "bce", "hinge"] and list(LOSSES.values()) == list(
+        REFERENCES
+    )
 
 
 def operands(s, dtype=torch.float64):
@@ -502,7 +566,9 @@ def test_losses_stay_finite_for_extreme_logits(loss):
 @pytest.mark.parametrize("s", BAG_SIZES)
 @pytest.mark.parametrize("kind", BAG_WEIGHTS)
 def test_weighted_loss_equals_the_loop_of_cross_entropies(kind, s):
-    assert_same(multi_hot_cross_entropy, loop_of_cross_entropies, *operands(s), bag_weights(kind, s))
+    assert_same(
+        multi_hot_cross_entropy, loop_of_cross_entropies, *operands(s), bag_weights(kind, s)
+    )
 
 
 def test_weights_are_uniform_by_default():
@@ -519,7 +585,9 @@ def test_weights_are_uniform_by_default():
 @pytest.mark.parametrize("s", BAG_SIZES)
 def test_zero_logits_cost_log_v(kind, s):
     """Not log V / s, not log V - log s."""
-    loss = multi_hot_cross_entropy(torch.zeros(N, V), torch.randint(V, (N, s)), bag_weights(kind, s))
+    loss = multi_hot_cross_entropy(
+        torch.zeros(N, V), torch.randint(V, (N, s)), bag_weights(kind, s)
+    )
     assert_close(loss.item(), math.log(V), rtol=1e-6, atol=0)
 
 
@@ -535,7 +603,9 @@ def test_one_label_is_ordinary_cross_entropy(loss):
 
 def test_one_label_is_ordinary_cross_entropy_bit_for_bit():
     logits, labels = torch.randn(64, V), torch.randint(V, (64, 1))
-    assert torch.equal(multi_hot_cross_entropy(logits, labels), F.cross_entropy(logits, labels[:, 0]))
+    assert torch.equal(
+        multi_hot_cross_entropy(logits, labels), F.cross_entropy(logits, labels[:, 0])
+    )
 
 
 def test_a_label_that_occurs_twice_counts_twice():
@@ -552,7 +622,9 @@ def test_a_label_that_occurs_twice_counts_twice():
 @pytest.mark.parametrize("s", BAG_SIZES)
 def test_ignored_labels_leave_the_mean_of_their_own_offset(kind, s):
     """Each place in the bag has its own number of valid labels."""
-    assert_same(multi_hot_cross_entropy, loop_of_cross_entropies, *with_holes(s), bag_weights(kind, s))
+    assert_same(
+        multi_hot_cross_entropy, loop_of_cross_entropies, *with_holes(s), bag_weights(kind, s)
+    )
 
 
 def test_an_offset_without_labels_counts_zero():
@@ -560,7 +632,9 @@ def test_an_offset_without_labels_counts_zero():
     logits, labels = with_holes(4)
     labels[:, 0] = -100  # with weights "first" nothing is left
     for kind in ("power", "first"):
-        assert_same(multi_hot_cross_entropy, loop_of_cross_entropies, logits, labels, bag_weights(kind, 4))
+        assert_same(
+            multi_hot_cross_entropy, loop_of_cross_entropies, logits, labels, bag_weights(kind, 4)
+        )
 
 
 # ---- the other losses
@@ -571,7 +645,9 @@ def test_bce_and_hinge_at_zero_logits_by_hand():
     logits, labels = torch.zeros(1, V), torch.tensor([[3, 3, 5]])
     assert binary_cross_entropy(logits, labels).item() == pytest.approx(V * math.log(2))
     assert multi_label_hinge(logits, labels).item() == pytest.approx(V - 2)
-    assert summed_probability(logits, labels[:, 1:]).item() == pytest.approx(math.log(V) - math.log(2))
+    assert summed_probability(logits, labels[:, 1:]).item() == pytest.approx(
+        math.log(V) - math.log(2)
+    )
 
 
 def test_a_hinge_that_is_satisfied_is_zero_up_to_its_margin_of_one():

@@ -54,13 +54,17 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto is on for cuda
     shape: str = ""  # of step and nanogpt, a file of config/; empty: gpt2_124m, for nanogpt curves
-    rows: int = 0  # of a micro-batch in step and nanogpt; 0: as in the config, on a CPU see CPU_CONTEXT
+    rows: int = (
+        0  # of a micro-batch in step and nanogpt; 0: as in the config, on a CPU see CPU_CONTEXT
+    )
     bag_sizes: str = "1,2,4,8,16"  # of step
     positions: int = 0  # of loss; 0: 8192 on cuda, else 4096
     losses: str = ""  # of loss: further ones of tst.LOSSES, such as mce_alt,bce,hinge
     repeats: int = 7  # of each variant; in nanogpt, runs of each trainer, at most 3
     threads: int = 0  # CPU threads; 0: PyTorch's choice
-    profile: str = ""  # write a trace of steps at all bag sizes here, for chrome://tracing or Perfetto
+    profile: str = (
+        ""  # write a trace of steps at all bag sizes here, for chrome://tracing or Perfetto
+    )
     json: str = ""  # write all figures to this file
     nanogpt: str = ""  # folder of a clone of karpathy/nanoGPT
 
@@ -85,7 +89,9 @@ class Bench:
         self.machine = Machine.start(c)
         self.device, self.cuda = self.machine.device, self.machine.device_type == "cuda"
         self.dtype = getattr(torch, self.machine.dtype)
-        self.compiled = c.compile == "on" or c.compile == "auto" and self.cuda and self.compiler_works()
+        self.compiled = (
+            c.compile == "on" or c.compile == "auto" and self.cuda and self.compiler_works()
+        )
         name = self.machine.name
         if not self.cuda:
             amx = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
@@ -147,7 +153,11 @@ class Bench:
         """Bytes that may still be allocated, as far as can be told."""
         if self.cuda:
             return torch.cuda.mem_get_info()[0]
-        return memory_of("/proc/meminfo", "MemAvailable") if os.path.exists("/proc/meminfo") else math.inf
+        return (
+            memory_of("/proc/meminfo", "MemAvailable")
+            if os.path.exists("/proc/meminfo")
+            else math.inf
+        )
 
     def table(self, title, rows):
         """Print rows, dicts of column to number or text, under a title, and keep them as figures."""
@@ -176,7 +186,9 @@ def read_shape(b, name, **changes):
         )
     knobs = read_file(str(path)) | changes
     if knobs["dataset"] not in VOCAB_SIZES:
-        raise UserError(f"{path}: add the vocabulary of {knobs['dataset']} to VOCAB_SIZES in tools/bench.py")
+        raise UserError(
+            f"{path}: add the vocabulary of {knobs['dataset']} to VOCAB_SIZES in tools/bench.py"
+        )
     shape = model_config(knobs, {"vocab_size": VOCAB_SIZES[knobs["dataset"]]})
     rows = knobs.get("batch_size") or knobs["total_batch"] // knobs["block_size"]
     if not b.cuda and shape.block_size > CPU_CONTEXT:
@@ -229,7 +241,9 @@ def loss(b):
     variants = {("products", 1): products}
     for name, f in kinds.items():
         for s in (1,) if name == "cross-entropy" else (1, 8, 16):
-            needed = (s + 10) * 4 * N * V  # bytes of the paper's loop, as measured: mostly a softmax a label
+            needed = (
+                (s + 10) * 4 * N * V
+            )  # bytes of the paper's loop, as measured: mostly a softmax a label
             if name == "paper's loop" and not b.compiled and needed > b.free_memory():
                 print(f"  left out: {name} at s = {s}, which needs {needed / 1e9:.0f} GB")
                 continue
@@ -314,10 +328,16 @@ def moe(b):
     if b.cuda:
         base, wide, variants = ("gpt2_124m", dict(qk_norm=True)), 2048, ((16, 2), (64, 8), (128, 8))
     else:
-        base, wide, variants = ("curves", dict(n_head=2, n_embd=128, qk_norm=True)), 384, ((8, 2), (32, 4))
+        base, wide, variants = (
+            ("curves", dict(n_head=2, n_embd=128, qk_norm=True)),
+            384,
+            ((8, 2), (32, 4)),
+        )
     rows, kinds = 32, {"dense": dict(ff_dim=wide)}
     for n_expert, top_k in variants:
-        kinds[f"{n_expert} experts, top {top_k}"] = dict(ff_dim=wide // top_k, n_expert=n_expert, top_k=top_k)
+        kinds[f"{n_expert} experts, top {top_k}"] = dict(
+            ff_dim=wide // top_k, n_expert=n_expert, top_k=top_k
+        )
     models = {}
     for name, changes in kinds.items():
         shape, _ = read_shape(b, base[0], **base[1], **changes)
@@ -341,7 +361,9 @@ def loader(b):
         reads = {}
         for s in (1, 4, 16):
             phases, number = phase_list(10**6, [s], 1.0), itertools.count()
-            stream = TokenStream([(tokens, Fraction(1))], L, phases, rows, range(rows), device=b.device)
+            stream = TokenStream(
+                [(tokens, Fraction(1))], L, phases, rows, range(rows), device=b.device
+            )
             reads[s] = lambda stream=stream, number=number: stream.read(next(number)).to(b.device)
         t = b.seconds(reads, repeats=20)
         rate = lambda s: rows * L * s / t[s] / 1e6
@@ -395,7 +417,9 @@ def nanogpt(b):
     name = b.c.shape or "curves"
     shape, rows = read_shape(b, name)
     if shape.vocab_size > 2**16:
-        raise UserError(f"nanoGPT reads uint16 tokens, and {name} has a vocabulary of {shape.vocab_size:,}")
+        raise UserError(
+            f"nanoGPT reads uint16 tokens, and {name} has a vocabulary of {shape.vocab_size:,}"
+        )
     layers, heads, width, context = shape.n_layer, shape.n_head, shape.n_embd, shape.block_size
     times, memory = {"nanoGPT": [], "nanoTST": []}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -431,20 +455,31 @@ def nanogpt(b):
     b.table(f"against nanoGPT's train.py, {name}: {shape}", table)
 
 
-PARTS = {"roofline": roofline, "loss": loss, "step": steps, "moe": moe, "loader": loader, "nanogpt": nanogpt}
+PARTS = {
+    "roofline": roofline,
+    "loss": loss,
+    "step": steps,
+    "moe": moe,
+    "loader": loader,
+    "nanogpt": nanogpt,
+}
 
 
 def main(config):
     for key in ("repeats", "rows", "positions"):
         if getattr(config, key) < (key == "repeats"):
-            raise UserError(f"{key} must be at least {int(key == 'repeats')}, got {getattr(config, key)}")
+            raise UserError(
+                f"{key} must be at least {int(key == 'repeats')}, got {getattr(config, key)}"
+            )
     parts = config.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         raise UserError(f"parts are {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     if unknown := set(config.losses.split(",")) - {"", *LOSSES}:
         raise UserError(f"losses are {', '.join(LOSSES)}, got {', '.join(sorted(unknown))}")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){,7}", config.bag_sizes):
-        raise UserError(f"bag_sizes are at most eight numbers like 1,8,16, got {config.bag_sizes!r}")
+        raise UserError(
+            f"bag_sizes are at most eight numbers like 1,8,16, got {config.bag_sizes!r}"
+        )
     sys.stdout.reconfigure(
         line_buffering=True
     )  # a table is there as soon as it is known, through a pipe, too

@@ -60,7 +60,9 @@ class Config:
     out_dir: str = "out/compare"  # each run gets a folder in it; table.md, runs.csv, compare.png
     jobs: int = 0  # runs at a time; 0: one per GPU, or one
     threads: int = 0  # CPU threads of a run; 0: its share of the cores
-    gpus: str = "auto"  # numbers of the GPUs to share out among the runs, such as 0,2; auto: all; none
+    gpus: str = (
+        "auto"  # numbers of the GPUs to share out among the runs, such as 0,2; auto: all; none
+    )
     train: bool = True  # False: only tabulate what is there
     plot: bool = True  # write compare.png (needs matplotlib)
 
@@ -105,17 +107,25 @@ class Plan:
     """Makes the members: TST, and baselines of any number of steps."""
 
     def __init__(self, config, trainer):
-        self.knobs, self.out_dir, self.rate = knobs_of(trainer), config.out_dir, config.baseline_learning_rate
+        self.knobs, self.out_dir, self.rate = (
+            knobs_of(trainer),
+            config.out_dir,
+            config.baseline_learning_rate,
+        )
         self.settings, self.files, grid = read_arguments(config.arguments, self.knobs, Config)
         if several := [key for key, values in grid.items() if len(values) > 1]:
-            raise UserError(f"--{several[0]} takes one value here; python -m tools.sweep compares several")
+            raise UserError(
+                f"--{several[0]} takes one value here; python -m tools.sweep compares several"
+            )
         if "seed" in grid:
             raise UserError("give --seeds, not --seed")
         self.given = {key: values[0] for key, values in grid.items()}
         self.settings |= self.given
         self.seeds = numbers(config.seeds, int, "seeds")
         if is_ordinary(self.settings):
-            raise UserError("the settings have no superposition to compare: give a --bag_size above 1")
+            raise UserError(
+                "the settings have no superposition to compare: give a --bag_size above 1"
+            )
 
     def members(self, **knobs):
         """One for each seed, named by what tells them apart."""
@@ -144,10 +154,14 @@ def baseline_steps(text, steps):
     if not all(0 < length < math.inf for length in lengths) or round(lengths[0] * steps) < 1:
         raise UserError(f"--lengths takes finite numbers that make a step or more, got {text}")
     if 1 not in lengths or len(lengths) < 2:
-        raise UserError(f"--lengths needs 1, for equal FLOPs, and another, for equal loss; got {text}")
+        raise UserError(
+            f"--lengths needs 1, for equal FLOPs, and another, for equal loss; got {text}"
+        )
     baselines = [round(length * steps) for length in lengths]
     if any(close(*pair) for pair in itertools.pairwise(baselines)):
-        raise UserError(f"--lengths must be more than 1 % apart; of {steps:,} steps {text} are {baselines}")
+        raise UserError(
+            f"--lengths must be more than 1 % apart; of {steps:,} steps {text} are {baselines}"
+        )
     return baselines
 
 
@@ -168,7 +182,9 @@ def train_sides(config, trainer):
     equal_data = None
     if config.equal_data:
         end = next(end for end in (member.end() for member in tst) if end)
-        wanted = round(steps * end["data_tokens"] / end["positions"])  # a baseline reads a token a position
+        wanted = round(
+            steps * end["data_tokens"] / end["positions"]
+        )  # a baseline reads a token a position
         nearest = min(baselines, key=lambda length: abs(length - wanted))
         equal_data = nearest if close(nearest, wanted) else wanted
         if equal_data not in baselines:
@@ -192,7 +208,10 @@ def possible_means(sides, rng):
     """What the true means of sides of one variance could be, given their seeds: a list of (DRAWS,)."""
     squares = sum(((np.array(side.losses) - side.group.mean) ** 2).sum() for side in sides)
     sd = np.sqrt(squares / rng.chisquare(freedom(sides), DRAWS))
-    return [side.group.mean + sd * rng.standard_normal(DRAWS) / math.sqrt(len(side.losses)) for side in sides]
+    return [
+        side.group.mean + sd * rng.standard_normal(DRAWS) / math.sqrt(len(side.losses))
+        for side in sides
+    ]
 
 
 @dataclass
@@ -209,7 +228,9 @@ def factors(own, ends, flops):
     """The FLOPs at which a baseline would end at TST's loss `own` (D,), linear in loss over log FLOPs between
     neighbours of the losses `ends` (n, D) at ascending `flops` (n,) -> (D,); 0 or inf where none does."""
     out = np.full_like(own, np.inf)
-    for f0, f1, l0, l1 in reversed(list(zip(flops, flops[1:], ends, ends[1:]))):  # the shortest one counts
+    for f0, f1, l0, l1 in reversed(
+        list(zip(flops, flops[1:], ends, ends[1:]))
+    ):  # the shortest one counts
         share = np.clip((l0 - own) / np.where(l0 > l1, l0 - l1, 1), 0, 1)
         out = np.where((l0 >= own) & (own >= l1), f0 * (f1 / f0) ** share, out)
     return np.where(own > ends[0], 0.0, out)
@@ -226,7 +247,9 @@ def results_of(tst, baselines, seed=0):
         (own,), ends = possible_means([tst], rng), np.array(possible_means(sides, rng))
         draws = [*(own - ends), factors(own, ends, flops)]
     bounds = [np.quantile(draw, (0.025, 0.975), method="nearest") for draw in draws]
-    *against, gain = [Result(float(mean[0]), *map(float, pair)) for mean, pair in zip(means, bounds)]
+    *against, gain = [
+        Result(float(mean[0]), *map(float, pair)) for mean, pair in zip(means, bounds)
+    ]
     return dict(zip(baselines, against)), gain
 
 
@@ -263,11 +286,20 @@ def table(tst, baselines, equal_data, against):
     """One line for TST and for each length of the baseline."""
     cells = [["run", "steps", "FLOPs", "data", "val loss", "TST minus it"]]
     for side in (tst, *baselines.values()):
-        is_for = ["equal FLOPs"] * (side.steps == tst.steps) + ["equal data"] * (side.steps == equal_data)
+        is_for = ["equal FLOPs"] * (side.steps == tst.steps) + ["equal data"] * (
+            side.steps == equal_data
+        )
         name = tst.name if side is tst else ", ".join([side.name, *is_for])
         ratio = lambda key, side=side: f"{side.of(key) / tst.of(key):.3g}x" if side.ends else "-"
         minus = f"{against[side.steps].value:+.4f}" if side is not tst and side.ends else ""
-        line = [name, f"{side.steps:,}", ratio("flops"), ratio("data_tokens"), side.group.text(), minus]
+        line = [
+            name,
+            f"{side.steps:,}",
+            ratio("flops"),
+            ratio("data_tokens"),
+            side.group.text(),
+            minus,
+        ]
         cells.append(line)
     return markdown_table(cells)
 
@@ -280,7 +312,9 @@ def draw(tst, baselines, equal_data, gain, path):
     fig, (left, middle, right) = new_figure((14, 4.6), 1, 3)
     draw_curves(left, [tst, baselines[tst.steps]], "flops", tst)
     left.set(
-        title="Equal FLOPs", xlabel="FLOPs, in those of TST's run", ylabel="validation loss (nats per token)"
+        title="Equal FLOPs",
+        xlabel="FLOPs, in those of TST's run",
+        ylabel="validation loss (nats per token)",
     )
     draw_ends(middle, tst, baselines, gain)
     if equal_data in baselines:
@@ -304,7 +338,9 @@ def draw_curves(ax, sides, key, unit):
     handles, labels = ax.get_legend_handles_labels()
     names = [f"{side.name} ({len(side.losses)} seeds)" for side in sides]
     known = dict(zip(labels, handles))
-    ax.legend([known[side.name] for side in sides], names, fontsize=9, edgecolor="none", framealpha=0.8)
+    ax.legend(
+        [known[side.name] for side in sides], names, fontsize=9, edgecolor="none", framealpha=0.8
+    )
 
 
 def draw_ends(ax, tst, baselines, gain):
@@ -316,24 +352,39 @@ def draw_ends(ax, tst, baselines, gain):
     ]:
         sd = np.nan_to_num(side.group.sd)
         known = label in ax.get_legend_handles_labels()[1]
-        look = dict(fmt=marker, ms=6, capsize=3, color=color, label=None if known else label, zorder=3)
+        look = dict(
+            fmt=marker, ms=6, capsize=3, color=color, label=None if known else label, zorder=3
+        )
         ax.errorbar(at, side.group.mean, sd, **look)
         ax.plot([at] * len(side.losses), side.losses, "_", color=color, alpha=0.5, zorder=2)
     ax.plot(x, [side.group.mean for side in baselines.values()], color=COLORS[0], lw=1.4, zorder=1)
     loss, end = tst.group.mean, min(gain.value, max(x))
     if gain.value == 0:
         ax.annotate(
-            f"less than {min(x):.2f}x", (1, loss), (12, -4), textcoords="offset points", color=COLORS[1]
+            f"less than {min(x):.2f}x",
+            (1, loss),
+            (12, -4),
+            textcoords="offset points",
+            color=COLORS[1],
         )
     else:
-        ax.annotate("", (end, loss), (1, loss), arrowprops=dict(arrowstyle="->", color=COLORS[1], lw=1.4))
+        ax.annotate(
+            "", (end, loss), (1, loss), arrowprops=dict(arrowstyle="->", color=COLORS[1], lw=1.4)
+        )
         said = f"{gain.value:.2f}x" if gain.value < math.inf else f"more than {end:.2f}x"
         ax.annotate(
-            said, (math.sqrt(end), loss), (0, -14), textcoords="offset points", color=COLORS[1], ha="center"
+            said,
+            (math.sqrt(end), loss),
+            (0, -14),
+            textcoords="offset points",
+            color=COLORS[1],
+            ha="center",
         )
     low, high = np.clip((gain.low, gain.high), min(x), max(x))
     if low < high:
-        ax.axvspan(low, high, color=COLORS[1], alpha=0.1, lw=0, zorder=0, label="95 % of the speed-up")
+        ax.axvspan(
+            low, high, color=COLORS[1], alpha=0.1, lw=0, zorder=0, label="95 % of the speed-up"
+        )
     ax.set_xscale("log")
     ax.set_xticks(x, [f"{at:.3g}" for at in x])
     ax.minorticks_off()
@@ -346,7 +397,9 @@ def main(config, trainer=TRAINER):
     tst, baselines, equal_data, failed = train_sides(config, trainer)
     done = {steps: side for steps, side in baselines.items() if side.ends}
     against, gain = results_of(tst, done)
-    own, other = (side.members[0].settings.get("learning_rate") for side in (tst, baselines[tst.steps]))
+    own, other = (
+        side.members[0].settings.get("learning_rate") for side in (tst, baselines[tst.steps])
+    )
     same_rate = f"Learning rate: TST {own:g}, baseline {other:g}." if own else ""
     text = table(tst, baselines, equal_data, against)
     text += "\n\n" + "\n\n".join(sentences(tst, done, equal_data, against, gain, same_rate))

@@ -48,9 +48,13 @@ class Config:
     checkpoints: list[str]  # as train.py writes them, best.pt or last.pt
     labels: str = ""  # one for each checkpoint, comma-separated; equal labels are seeds of one side
     baseline: str = ""  # label of the side to compare with; empty: the first one of bag size 1
-    dataset: str = ""  # a corpus of the same vocabulary; empty: the one that the first was trained on
+    dataset: str = (
+        ""  # a corpus of the same vocabulary; empty: the one that the first was trained on
+    )
     by_position: bool = False  # show the loss by the number of tokens of context, too
-    block_size: int = 0  # positions of a row; 0: as in training; more asks for what was never trained
+    block_size: int = (
+        0  # positions of a row; 0: as in training; more asks for what was never trained
+    )
     eval_positions: int = 2**19  # of the validation split, spread evenly over it, at most
     out: str = ""  # draw the loss by context to this file; its ending sets the format
     json: str = ""  # keep all numbers in this file
@@ -165,7 +169,9 @@ def open_text(c, sides):
     for path, checkpoint in (each for side in sides.values() for each in side):
         check_vocabulary(text, checkpoint["meta"], path)
     notes = [corpus.note for _, corpus, _ in text.parts if corpus.note]
-    same = lambda side: all(saved["meta"].get("fingerprint") == text.fingerprint for _, saved in side)
+    same = lambda side: all(
+        saved["meta"].get("fingerprint") == text.fingerprint for _, saved in side
+    )
     if strange := [label for label, side in sides.items() if not same(side)]:
         notes.append(f"Trained on another corpus than {spec}: {', '.join(strange)}.")
     return [(name or spec, corpus) for name, corpus, _ in text.parts], notes
@@ -210,7 +216,11 @@ def evaluate(sides, baseline, corpus, block_size, positions, device):
         if label != baseline:
             difference, text, seeds = compare(losses, measured[baseline])
             known = [each for each in (label, baseline) if len(sides[each]) > 1]
-            entry["difference"] = {"loss": difference, "error_of_text": text, "error_of_seeds": seeds}
+            entry["difference"] = {
+                "loss": difference,
+                "error_of_text": text,
+                "error_of_seeds": seeds,
+            }
             entry["difference"]["seeds_known_of"] = known
         result["sides"][label] = entry
     return plain(result)
@@ -232,7 +242,9 @@ def plain(value):
 
 def with_error(entry, i, sign=""):
     """A loss and its standard error, of text and of seeds together, in one bucket."""
-    errors = [entry[key][i] for key in ("error_of_text", "error_of_seeds") if entry[key][i] is not None]
+    errors = [
+        entry[key][i] for key in ("error_of_text", "error_of_seeds") if entry[key][i] is not None
+    ]
     return f"{entry['loss'][i]:{sign}.4f}" + (f" ± {math.hypot(*errors):.4f}" if errors else "")
 
 
@@ -245,7 +257,13 @@ def table(result, by_position):
         bpb = f"{side['bits_per_byte'][-1]:.4f}" if "bits_per_byte" in side else "-"
         steps = " to ".join(f"{n:,}" for n in sorted({min(side["steps"]), max(side["steps"])}))
         difference = with_error(side["difference"], -1, "+") if "difference" in side else ""
-        row = [label, str(len(side["checkpoints"])), str(side["bag_size"]), steps, with_error(side, -1)]
+        row = [
+            label,
+            str(len(side["checkpoints"])),
+            str(side["bag_size"]),
+            steps,
+            with_error(side, -1),
+        ]
         cells.append([*row, bpb, difference][: len(cells[0])])
     text = markdown_table(cells)
     if by_position:
@@ -254,14 +272,18 @@ def table(result, by_position):
         for i, (first, last) in enumerate(result["context"][:-1]):
             row = [f"{first:,}" if first == last else f"{first:,}-{last:,}"]
             row += [with_error(side, i) for side in sides.values()]
-            cells.append([*row, *(with_error(sides[label]["difference"], i, "+") for label in others)])
+            cells.append(
+                [*row, *(with_error(sides[label]["difference"], i, "+") for label in others)]
+            )
         text += "\n\n" + markdown_table(cells)
     return text
 
 
 def about_errors(sides, n_rows):
     """What ± holds, and of whom it does not hold how far seeds spread, as sentences."""
-    paired = "; that of a difference is of both sides' losses on the same rows" if len(sides) > 1 else ""
+    paired = (
+        "; that of a difference is of both sides' losses on the same rows" if len(sides) > 1 else ""
+    )
     yield f"± is one standard error{paired}."
     single = [label for label, side in sides.items() if len(side) == 1]
     if len(single) < len(sides):
@@ -309,7 +331,9 @@ def draw(result, title, trained):
         if trained < buckets[-1][1]:
             ax.axvline(trained, color="0.4", ls=":", lw=1.3, label="longest in training")
         ax.set(xscale="log", xlabel="tokens of context")
-        ax.set_xticks([last for _, last in buckets], [f"{last:,}" for _, last in buckets], fontsize=8)
+        ax.set_xticks(
+            [last for _, last in buckets], [f"{last:,}" for _, last in buckets], fontsize=8
+        )
         ax.minorticks_off()
         tidy(ax)
         ax.legend(frameon=False)
@@ -335,14 +359,20 @@ def main(config):
         notes.append(f"Rows of {block_size:,} tokens are longer than in training, {trained:,}.")
     results = {}
     for name, corpus in parts:
-        results[name] = result = evaluate(sides, baseline, corpus, block_size, c.eval_positions, device)
-        print(f"{name}: {result['rows']:,} rows of {block_size:,} tokens, spread over its validation split\n")
+        results[name] = result = evaluate(
+            sides, baseline, corpus, block_size, c.eval_positions, device
+        )
+        print(
+            f"{name}: {result['rows']:,} rows of {block_size:,} tokens, spread over its validation split\n"
+        )
         print(table(result, c.by_position) + "\n")
     notes = [*about_errors(sides, min(result["rows"] for result in results.values())), *notes]
     for note in notes:
         print(note)
     if c.json:
-        text = json.dumps({"command": sys.argv, "notes": notes, "corpora": results}, indent=1) + "\n"
+        text = (
+            json.dumps({"command": sys.argv, "notes": notes, "corpora": results}, indent=1) + "\n"
+        )
         write_safely(c.json, lambda path: Path(path).write_text(text, encoding="utf-8"))
         print(f"wrote {c.json}")
     if c.out:

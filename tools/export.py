@@ -42,7 +42,9 @@ class Config:
     checkpoint: str  # such as out/run/best.pt
     folder: str  # where the Hugging Face model goes
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in the files
-    data: str = ""  # folder of the corpus if it has moved since; only a vocabulary in a rank file needs it
+    data: str = (
+        ""  # folder of the corpus if it has moved since; only a vocabulary in a rank file needs it
+    )
     overwrite: bool = False  # replace the export that is in the folder
 
 
@@ -77,7 +79,11 @@ def hf_config(c, dtype="float32", separator=None, balance_coef=0.001):
     if kind == "llama":
         config |= {"attention_bias": False, "mlp_bias": False}
     elif c.qk_norm:
-        config |= {"attention_bias": False, "use_sliding_window": bool(window), "max_window_layers": 0}
+        config |= {
+            "attention_bias": False,
+            "use_sliding_window": bool(window),
+            "max_window_layers": 0,
+        }
     if kind != "llama":
         config |= {"sliding_window": window}
     if kind == "mixtral":
@@ -102,7 +108,9 @@ def hf_config(c, dtype="float32", separator=None, balance_coef=0.001):
 # ------------------------------------------------------------------------------------------------ to a folder
 
 
-def save_hf(state, c, folder, dtype="float32", overwrite=False, extra=None, shard_bytes=5 * 10**9, **options):
+def save_hf(
+    state, c, folder, dtype="float32", overwrite=False, extra=None, shard_bytes=5 * 10**9, **options
+):
     """Write a Hugging Face model. state: a GPT's state_dict, c: its GPTConfig, extra: {file name: dict} of
     further JSON files, options: of hf_config. Raises UserError for a model that transformers has no like of,
     and for a folder that holds anything else than an earlier export."""
@@ -110,7 +118,8 @@ def save_hf(state, c, folder, dtype="float32", overwrite=False, extra=None, shar
     check_weights(state, c)
     kind, table = getattr(torch, dtype), {hf: (us, view) for hf, us, view in tensor_table(c)}
     shapes = {
-        hf: torch.empty(view(state[us]).shape, dtype=kind, device="meta") for hf, (us, view) in table.items()
+        hf: torch.empty(view(state[us]).shape, dtype=kind, device="meta")
+        for hf, (us, view) in table.items()
     }
     plan = hub.split_torch_state_dict_into_shards(shapes, max_shard_size=shard_bytes)
     files = dict(extra or {})
@@ -127,8 +136,12 @@ def save_hf(state, c, folder, dtype="float32", overwrite=False, extra=None, shar
             shard = {}
             for hf in tensors:
                 us, view = table[hf]
-                shard[hf] = view(state[us]).to(kind, copy=True, memory_format=torch.contiguous_format)
-            safetensors.torch.save_file(shard, os.path.join(folder, name), metadata={"format": "pt"})
+                shard[hf] = view(state[us]).to(
+                    kind, copy=True, memory_format=torch.contiguous_format
+                )
+            safetensors.torch.save_file(
+                shard, os.path.join(folder, name), metadata={"format": "pt"}
+            )
         for name, value in files.items():
             write_json(folder, name, value)
     except (OSError, safetensors.SafetensorError) as e:
@@ -174,7 +187,9 @@ def make_room(folder, n_bytes, overwrite):
     if there and not overwrite:
         raise UserError(f"{folder} already holds an export: choose another folder or --overwrite")
     os.makedirs(folder, exist_ok=True)
-    free = shutil.disk_usage(folder).free + sum(os.path.getsize(os.path.join(folder, name)) for name in there)
+    free = shutil.disk_usage(folder).free + sum(
+        os.path.getsize(os.path.join(folder, name)) for name in there
+    )
     if free < n_bytes:
         raise UserError(
             f"the model takes {n_bytes / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free"
@@ -207,11 +222,15 @@ def hf_tokenizer(tokenizer):
         raise UserError(f"it needs: {INSTALL}") from None
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
     n, pattern = tokenizer.separator, LLAMA3_PATTERN
-    if tokenizer.name == "bytes":  # NUL is the separator. It takes the place of the byte, which no text holds
+    if (
+        tokenizer.name == "bytes"
+    ):  # NUL is the separator. It takes the place of the byte, which no text holds
         tokens[0], n = b"<|endoftext|>", 256
     elif not tokenizer.rank_file:
         from tiktoken_ext.openai_public import r50k_pat_str as pattern
-    elif tokens[n] == b"<|end_of_text|>":  # of Llama 3, whose first special token is <|begin_of_text|>
+    elif (
+        tokens[n] == b"<|end_of_text|>"
+    ):  # of Llama 3, whose first special token is <|begin_of_text|>
         n -= 1
     converter = TikTokenConverter({token: i for i, token in enumerate(tokens[:n])}, pattern)
     converter.load_tiktoken_bpe = lambda ranks: (
@@ -219,7 +238,9 @@ def hf_tokenizer(tokenizer):
     )  # by a path, it might get an older vocabulary from a cache
     theirs = converter.converted()
     special = tokens[n:] or tokens[:1]
-    theirs.add_special_tokens([AddedToken(name.decode(), normalized=False, special=True) for name in special])
+    theirs.add_special_tokens(
+        [AddedToken(name.decode(), normalized=False, special=True) for name in special]
+    )
     text = tokenizer.decode(range(1, n))  # every token once
     if (
         theirs.get_vocab_size() != tokenizer.vocab_size
@@ -234,11 +255,15 @@ def tokenizer_files(path, saved, block_size, data=""):
     try:
         tokenizer = tokenizer_of(path, saved, data)
         theirs = hf_tokenizer(tokenizer)
-    except UserError as e:  # a rank file that is not where it was, a package that is not installed ...
+    except (
+        UserError
+    ) as e:  # a rank file that is not where it was, a package that is not installed ...
         return {}, [f"no tokenizer is written: {e}"]
     if not theirs:
         return {}, [f"no tokenizer is written: the rules of {tokenizer.name} are not known here"]
-    name = next(token["content"] for token in theirs["added_tokens"] if token["id"] == tokenizer.separator)
+    name = next(
+        token["content"] for token in theirs["added_tokens"] if token["id"] == tokenizer.separator
+    )
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": name,
@@ -252,7 +277,9 @@ def tokenizer_files(path, saved, block_size, data=""):
             "llama.cpp's converter does not know a vocabulary of bytes: no GGUF file can be made of this"
         )
     elif tokenizer.rank_file and tokenizer.vocab_size != 128256:
-        notes.append("llama.cpp's converter does not know this vocabulary: no GGUF file can be made of this")
+        notes.append(
+            "llama.cpp's converter does not know this vocabulary: no GGUF file can be made of this"
+        )
     return {"tokenizer.json": theirs, "tokenizer_config.json": settings}, notes
 
 
@@ -261,13 +288,18 @@ def main(config):
     saved = load_checkpoint(c.checkpoint)
     shape, meta = model_config(saved["config"], saved["meta"]), saved["meta"]
     files, notes = tokenizer_files(c.checkpoint, saved, shape.block_size, c.data)
-    options = {"separator": meta.get("separator"), "balance_coef": saved["config"].get("balance_coef")}
+    options = {
+        "separator": meta.get("separator"),
+        "balance_coef": saved["config"].get("balance_coef"),
+    }
     if shape.n_expert and type(options["balance_coef"]) is not float:
         raise UserError(f"{c.checkpoint}: its configuration has no balance_coef")
     save_hf(saved["model"], shape, c.folder, c.dtype, c.overwrite, files, **options)
     for note in notes:
         print(note)
-    print(f"{c.folder}: {KINDS[kind_of(shape)][2]}, {c.dtype}, for texts of up to {shape.block_size} tokens")
+    print(
+        f"{c.folder}: {KINDS[kind_of(shape)][2]}, {c.dtype}, for texts of up to {shape.block_size} tokens"
+    )
 
 
 if __name__ == "__main__":

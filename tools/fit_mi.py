@@ -52,7 +52,9 @@ from tools.picture import COLORS, new_figure, save_picture, tidy
 
 BLOCKS = 10  # of contiguous text; one of them is left out at a time
 T_QUANTILE = 2.262  # of 95 % of Student's t with BLOCKS - 1 degrees of freedom
-SEGMENT = 64  # tokens that stay together where the text is mixed: keeps repetitions, leaves many to mix
+SEGMENT = (
+    64  # tokens that stay together where the text is mixed: keeps repetitions, leaves many to mix
+)
 DENSE = 2**22  # cells of a joint distribution up to which they are counted in a table
 
 
@@ -62,7 +64,9 @@ class Config:
 
     dataset: str = "python_source"  # a folder in data/, or the path of one
     out: str = "out/fitted.json"  # for train.py's --fitted, with all measurements; a picture goes beside it
-    tokens: int = 10_000_000  # of the training text, in ten blocks from all over it; fewer where it has fewer
+    tokens: int = (
+        10_000_000  # of the training text, in ten blocks from all over it; fewer where it has fewer
+    )
     max_distance: int = 32  # d = 1 .. max_distance
     plot: bool = True  # draw the picture (needs matplotlib)
 
@@ -77,7 +81,9 @@ def grassberger(n):
 
 def entropy(counts, plain=False):
     """Nats, from how often each outcome was seen: Grassberger's estimate, or the plain one, -sum p log p."""
-    of_count = np.bincount(counts)  # how many outcomes were seen n times, for each n: far fewer than outcomes
+    of_count = np.bincount(
+        counts
+    )  # how many outcomes were seen n times, for each n: far fewer than outcomes
     n = np.flatnonzero(of_count)
     n = n[n > 0]
     total = (n * of_count[n]).sum()
@@ -108,7 +114,9 @@ def estimates(x, y, blocks, vocab_size):
     sides = count(x, blocks, vocab_size), count(y, blocks, vocab_size)
     found = []
     for first, second, both in zip(*map(leave_one_out, (*sides, joint))):
-        found.append([entropy(first, p) + entropy(second, p) - entropy(both, p) for p in (False, True)])
+        found.append(
+            [entropy(first, p) + entropy(second, p) - entropy(both, p) for p in (False, True)]
+        )
     return np.array(found).T
 
 
@@ -205,13 +213,25 @@ def draw(result, path):
     fig, ax = new_figure((7, 4.8))
     curve = np.geomspace(d[0], d[-1], 200)
     ax.plot(d, result["plain"], "s", color="0.6", ms=4, mfc="none", label="as counted")
-    ax.axhline(result["plain_far_apart"], color="0.6", ls=":", lw=1.2, label="tokens far apart, as counted")
+    ax.axhline(
+        result["plain_far_apart"], color="0.6", ls=":", lw=1.2, label="tokens far apart, as counted"
+    )
     ax.errorbar(
-        d, y, error, fmt="o", color=COLORS[2], ms=4, capsize=2, lw=1, label="corrected, with 95 % intervals"
+        d,
+        y,
+        error,
+        fmt="o",
+        color=COLORS[2],
+        ms=4,
+        capsize=2,
+        lw=1,
+        label="corrected, with 95 % intervals",
     )
     label = f"{c0:.3g} + {a:.3g} $d^{{{k:.3g}}}$"
     ax.plot(curve, c0 + a * curve**k, color=COLORS[1], lw=1.6, label=label, zorder=1)
-    ax.set(xscale="log", yscale="log", xlabel="distance d (tokens)", ylabel="mutual information (nats)")
+    ax.set(
+        xscale="log", yscale="log", xlabel="distance d (tokens)", ylabel="mutual information (nats)"
+    )
     positive = np.concatenate([y, result["plain"], [result["plain_far_apart"]], c0 + a * curve**k])
     ax.set_ylim(positive[positive > 0].min() / 1.6, positive.max() * 1.4)
     ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if d[0] <= t <= d[-1]]
@@ -219,13 +239,17 @@ def draw(result, path):
     ax.minorticks_off()
     tidy(ax)
     ax.legend(frameon=False)
-    ax.set_title(f"{result['dataset']}: {result['tokens']:,} tokens of {result['vocab_size']:,}", fontsize=11)
+    ax.set_title(
+        f"{result['dataset']}: {result['tokens']:,} tokens of {result['vocab_size']:,}", fontsize=11
+    )
     save_picture(fig, path)
 
 
 def main(config):
     if config.max_distance < 4:
-        raise UserError(f"max_distance must be at least 4 to fit three numbers, got {config.max_distance}")
+        raise UserError(
+            f"max_distance must be at least 4 to fit three numbers, got {config.max_distance}"
+        )
     corpus = open_corpus(config.dataset)
     parts = text_blocks(corpus.train, config.tokens, config.max_distance)
     distances = list(range(1, config.max_distance + 1))
@@ -271,7 +295,9 @@ def main(config):
 def describe(result):
     """The result as lines for people."""
     yield "   d  information (95 %)    as counted"
-    for row in zip(*(result[key] for key in ("distances", "information", "standard_error", "plain"))):
+    for row in zip(
+        *(result[key] for key in ("distances", "information", "standard_error", "plain"))
+    ):
         d, y, error, plain = row
         if d & (d - 1) == 0 or d == result["distances"][-1]:  # powers of two; the file has all
             yield f"{d:4d}  {y:.4f} ± {T_QUANTILE * error:.4f}      {plain:.4f}"

@@ -47,7 +47,9 @@ class Config:
     parts: str = "pair"  # comma-separated, done in the order above; all: every part
     val: str = ""  # held-out text; empty: some of TEXT's documents are held out
     nanogpt: str = ""  # folder of a clone of karpathy/nanoGPT, for bench
-    minutes: float = 0.0  # stop after so long, with a checkpoint; the same command then goes on; 0: never
+    minutes: float = (
+        0.0  # stop after so long, with a checkpoint; the same command then goes on; 0: never
+    )
     dry_run: str = ""  # a folder: try every step on the CPU in tiny settings, with all files there
 
 
@@ -130,7 +132,9 @@ class Session:
         left = self.started + 60 * self.c.minutes - time.monotonic() if self.c.minutes else math.inf
         status = launch(command, self.say, left) if left > 0 else 1
         if status and self.c.minutes and time.monotonic() >= self.started + 60 * self.c.minutes:
-            raise TimeIsUp(f"stopped after {self.c.minutes:g} minutes; the same command goes on from there")
+            raise TimeIsUp(
+                f"stopped after {self.c.minutes:g} minutes; the same command goes on from there"
+            )
         if status:
             raise UserError(f"{' '.join(command[:2])} failed, see above or {self.results}/log.txt")
 
@@ -146,7 +150,9 @@ class Session:
         """The Run of a config, in `part` of its steps, with some knobs changed."""
         knobs = read_file(str(ROOT / f"config/{config}.py")) | knobs
         steps = round(knobs["max_steps"] * part / (TINY_STEPS if self.dry else 1))
-        return Run(config, knobs["bag_size"], steps, knobs["learning_rate"], knobs.get("seed", 1337))
+        return Run(
+            config, knobs["bag_size"], steps, knobs["learning_rate"], knobs.get("seed", 1337)
+        )
 
     def train(self, run):
         """Train a run, or go on with it, and keep it, unless it is kept already. -> the run"""
@@ -159,8 +165,12 @@ class Session:
         knobs = [f"--{key}={value}" for key, value in changed.items()]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"] * run.fsdp
         knobs += ["--parallel=fsdp"] * run.fsdp
-        self.call(*torchrun, "train.py", f"config/{run.config}.py", f"--out_dir={folder}", begin, *knobs)
-        self.call("-m", "tools.keep", str(folder), f"--out_dir={self.results}", f"--labels={run.label}")
+        self.call(
+            *torchrun, "train.py", f"config/{run.config}.py", f"--out_dir={folder}", begin, *knobs
+        )
+        self.call(
+            "-m", "tools.keep", str(folder), f"--out_dir={self.results}", f"--labels={run.label}"
+        )
         return run
 
     def losses(self):
@@ -178,7 +188,9 @@ class Session:
         files = [f"--out={self.results / name}.png", f"--table={self.results / name}.md"]
         self.call("-m", "tools.plot", *runs, *files, *how)
         if how:
-            self.say(f"no matplotlib here: the command above, without --no_plot, draws {name}.png later")
+            self.say(
+                f"no matplotlib here: the command above, without --no_plot, draws {name}.png later"
+            )
 
     def best(self, bagged):
         """The kept short run of lowest loss, on bags or not; what the config says if there is none yet."""
@@ -276,7 +288,9 @@ def seeds(g):
 
 def long(g):
     best = g.best(bagged=False)
-    baselines = [g.train(replace(best, max_steps=g.run(part=part).max_steps)) for part in (1, 1.5, 2)]
+    baselines = [
+        g.train(replace(best, max_steps=g.run(part=part).max_steps)) for part in (1, 1.5, 2)
+    ]
     tst = g.train(replace(g.best(bagged=True), max_steps=g.run().max_steps))
     g.draw("long", [*baselines, tst])
 
@@ -315,7 +329,9 @@ def bench(g):
         raise UserError(f"{', '.join(failed)} failed, see {g.results}/log.txt")
 
 
-PARTS = dict(pair=pair, sweep=sweep, bags=bags, seeds=seeds, long=long, moe=moe, fsdp=fsdp, bench=bench)
+PARTS = dict(
+    pair=pair, sweep=sweep, bags=bags, seeds=seeds, long=long, moe=moe, fsdp=fsdp, bench=bench
+)
 
 
 def main(config):

@@ -33,14 +33,22 @@ class Config:
 
     runs: list[str]  # run folders, each with metrics.jsonl and config.json
     out_dir: str = ""  # results/NAME, where runs.csv and curves.csv are
-    labels: str = ""  # one for all runs, or one each, comma-separated; equal labels are seeds of one side
+    labels: str = (
+        ""  # one for all runs, or one each, comma-separated; equal labels are seeds of one side
+    )
     curves: str = "all"  # whose curves are kept: all, none, or names and labels, comma-separated
     points: int = 60  # of a curve, at most, but for what stands around a switch
 
 
 CURVE = ("run", "step", "bag_size", "positions", "data_tokens", "flops", "seconds")
 CURVE += ("loss", "val_loss", "val_bpb")
-FORGOTTEN = ("out_dir", "resume", "allow_changes", "overwrite", "wandb_project")  # these made no difference
+FORGOTTEN = (
+    "out_dir",
+    "resume",
+    "allow_changes",
+    "overwrite",
+    "wandb_project",
+)  # these made no difference
 
 
 def names_of(paths):
@@ -111,7 +119,9 @@ def columns_of(runs):
     metrics = [key for key in known if key.startswith(METRICS)]
     where = (*finished.WHERE, *finished.CORPUS, *finished.MODEL)
     knobs = [key for key in known if key not in (*finished.WHO, *OUTCOME, *metrics, *where)]
-    differ = [key for key in knobs if key not in finished.FREE and len({run.get(key) for run in runs}) > 1]
+    differ = [
+        key for key in knobs if key not in finished.FREE and len({run.get(key) for run in runs}) > 1
+    ]
     columns = [*finished.WHO, *differ, *OUTCOME, *metrics, *where]
     return [key for key in columns if key in known] + [key for key in knobs if key not in differ]
 
@@ -156,14 +166,20 @@ def main(config):
     for folder, name, label in zip(config.runs, names, labels):
         rows = finished.load_metrics(folder)
         line = summary(folder, name, label, rows)
-        print(f"{name}: {'replaced' if name in runs else 'added'}, {label}, val_loss {line['val_loss']}")
+        print(
+            f"{name}: {'replaced' if name in runs else 'added'}, {label}, val_loss {line['val_loss']}"
+        )
         runs[name] = line
         curves.pop(name, None)
         if chosen & {name, label}:
-            keys = [*CURVE[1:], *dict.fromkeys(key for row in rows for key in row if key.startswith(METRICS))]
+            keys = [
+                *CURVE[1:],
+                *dict.fromkeys(key for row in rows for key in row if key.startswith(METRICS)),
+            ]
             points = thinned(rows, config.points)
             curves[name] = [
-                {"run": name} | {key: cell(row[key]) for key in keys if key in row} for row in points
+                {"run": name} | {key: cell(row[key]) for key in keys if key in row}
+                for row in points
             ]
     out_dir.mkdir(parents=True, exist_ok=True)
     write_table(out_dir / "runs.csv", columns_of(runs.values()), runs.values())

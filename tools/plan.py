@@ -50,7 +50,9 @@ from tst import bags_and_labels, phase_list
 
 ENOUGH = 8192  # positions of a micro-batch that fill a GPU: where they fit, nothing is recomputed
 
-MARGIN = 1.05  # a micro-batch fits if so many times what is planned fits: plans were off by some percent
+MARGIN = (
+    1.05  # a micro-batch fits if so many times what is planned fits: plans were off by some percent
+)
 
 
 @dataclass
@@ -72,7 +74,9 @@ class Config:
 
     # Output
     json: bool = False  # everything as JSON
-    measure: bool = False  # instead: a few steps here, their peak memory, and what was planned for it
+    measure: bool = (
+        False  # instead: a few steps here, their peak memory, and what was planned for it
+    )
 
 
 @dataclass(frozen=True)
@@ -111,13 +115,17 @@ class Model:
         moments, scratch = 0, 0
         for optimizer in make_optimizer(gpt, knobs, "meta"):
             sizes = [p.numel() for group in optimizer.param_groups for p in group["params"]]
-            if isinstance(optimizer, torch.optim.Muon):  # one matrix after the other is orthogonalised
+            if isinstance(
+                optimizer, torch.optim.Muon
+            ):  # one matrix after the other is orthogonalised
                 moments += 4 * sum(sizes)
                 scratch = 12 * max(sizes)  # its mean gradient, and copies in bfloat16
             else:
                 moments += 8 * sum(sizes)
         block = dict(gpt.blocks[0].named_parameters())
-        matrices = {name: p.numel() for name, p in block.items() if p.dim() > 1 and "router" not in name}
+        matrices = {
+            name: p.numel() for name, p in block.items() if p.dim() > 1 and "router" not in name
+        }
         return cls(gpt.config, sum(p.numel() for p in gpt.parameters()),
                    sum(p.numel() for p in block.values()), matrices, gpt.embed.weight.numel(), moments,
                    scratch)  # fmt: skip
@@ -150,7 +158,9 @@ def kept_by_attention(c, way):
     e, q, kv = way.width, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     n_bytes = norm(c.n_embd, way) + e * c.n_embd  # the input of qkv
     if way.device == "cpu" and c.block_size <= 512:  # kernels.ShortAttention
-        n_bytes += e * (4 * q + c.n_head * c.block_size) + 4 * c.n_head  # q, k, v, result, numerators, sums
+        n_bytes += (
+            e * (4 * q + c.n_head * c.block_size) + 4 * c.n_head
+        )  # q, k, v, result, numerators, sums
         through = 4 * (q + 2 * kv) if c.qk_norm and e == 4 and not way.compiled else 0
     else:
         through = e * (q + 2 * kv)  # qkv, of which v is a part
@@ -172,7 +182,9 @@ def expert_rows(c, positions, way):
 def kept_by_mlp(c, positions, way):
     """Bytes a position, from the first sum to the block's output."""
     e, C, F = way.width, c.n_embd, c.ff_dim
-    swiglu = e * (3 if way.compiled else 5) * F  # gate, up, result; eager: the sigmoid and a product, too
+    swiglu = (
+        e * (3 if way.compiled else 5) * F
+    )  # gate, up, result; eager: the sigmoid and a product, too
     n_bytes = norm(C, way)
     if not c.n_expert:
         return n_bytes + e * C + swiglu
@@ -210,14 +222,18 @@ def loss_bytes(m, positions, bag, way):
     """Bytes that kernels.LinearMCE makes in its forward pass: of a chunk of logits, and beside it."""
     e, C = way.width, m.config.n_embd
     V = m.table // C
-    table = SimpleNamespace(device=torch.device(way.device), size=lambda dim: V)  # all that is asked of it
+    table = SimpleNamespace(
+        device=torch.device(way.device), size=lambda dim: V
+    )  # all that is asked of it
     n = min(rows_of_chunk(table), positions)
     chunks = math.ceil(positions / n)
     softmax = 0  # fused
     if not way.compiled:
         block = n if way.device == "cuda" else min(n, max(1, 2**20 // V))
         softmax = block * V * (4 if e == 4 else 8)
-    later = 0 if e == 4 else V * C * (2 + (4 if way.device == "cpu" else 0))  # a product, added in float32
+    later = (
+        0 if e == 4 else V * C * (2 + (4 if way.device == "cpu" else 0))
+    )  # a product, added in float32
     product = tall(n, V, C, way) if chunks == 1 else max(tall(n, V, C, way), 4 * V * C + later)
     waiting = 4 * V * C if chunks > 1 else 0
     weight = e * V * C if e == 2 and way.parallel != "fsdp" else 0
@@ -235,7 +251,9 @@ def moments(m, rows, way, bag=1):
     # gradients are in DDP's buckets, or of the micro-steps before; or they come during the backward pass
     stay = way.micro_steps > 1 or way.parallel == "ddp"
     all_gradients = 4 * m.parameters / shards
-    of_first = m.block + (0 if c.tie_embeddings else m.table)  # block, and the embedding: the last to come
+    of_first = m.block + (
+        0 if c.tie_embeddings else m.table
+    )  # block, and the embedding: the last to come
     gradients, of_head, but_first = 0, 4 * m.table / shards, all_gradients - 4 * of_first / shards
     at_end = all_gradients
     if stay:  # DDP sums those of several micro-steps before they go into its buckets
@@ -243,8 +261,15 @@ def moments(m, rows, way, bag=1):
         sums = all_gradients * (2 if twice else 1)
         gradients, of_head, but_first, at_end = sums, sums, sums, sums
         if way.compiled and not sharded:  # a graph gives all gradients at its end, to be added then
-            but_first, at_end = sums + 4 * (m.parameters - of_first), sums + 4 * (m.parameters - m.table)
-    of_mlp = 0 if stay or sharded else 4 * sum(n for name, n in m.matrices.items() if name.startswith("mlp"))
+            but_first, at_end = (
+                sums + 4 * (m.parameters - of_first),
+                sums + 4 * (m.parameters - m.table),
+            )
+    of_mlp = (
+        0
+        if stay or sharded
+        else 4 * sum(n for name, n in m.matrices.items() if name.startswith("mlp"))
+    )
     new_table = 0 if sharded else 4 * m.table  # while it is made, or added to what is there
     states = {"weights": 4 * m.parameters / shards, "moments": m.moments / shards}
     if sharded:
@@ -254,13 +279,19 @@ def moments(m, rows, way, bag=1):
             states["gathered"] += 4 * max(m.block, m.table) / shards
 
     inputs = N * e * c.n_embd  # of a block
-    casts = 2 * sum(m.matrices.values()) if e == 2 and not sharded else 0  # weights of a block in bfloat16
+    casts = (
+        2 * sum(m.matrices.values()) if e == 2 and not sharded else 0
+    )  # weights of a block in bfloat16
     attention = N * kept_by_attention(c, way) + casts
     block = attention + N * kept_by_mlp(c, N, way)
     kept = c.n_layer * (inputs if way.checkpointing else block)
     last = N * (norm(c.n_embd, way) + 12)  # the last norm, token ids
-    if way.checkpointing and way.device == "cuda" and not way.compiled and casts:  # autocast's cache of them
-        cached = 2 * c.n_layer * sum(n for name, n in m.matrices.items() if name.endswith(".weight"))
+    if (
+        way.checkpointing and way.device == "cuda" and not way.compiled and casts
+    ):  # autocast's cache of them
+        cached = (
+            2 * c.n_layer * sum(n for name, n in m.matrices.items() if name.endswith(".weight"))
+        )
     else:
         cached = 0
     # inside a block: in its MLP, and in its attention, when the MLP is done
@@ -303,7 +334,9 @@ def read_knobs(arguments):
     settings, files, grid = read_arguments(arguments, knobs_of(TRAINER), Config)
     if several := [key for key, values in grid.items() if len(values) > 1 and key != "dataset"]:
         raise UserError(f"{several[0]}: one value, please; a plan is of one run")
-    given = {key: ",".join(values) if key == "dataset" else values[0] for key, values in grid.items()}
+    given = {
+        key: ",".join(values) if key == "dataset" else values[0] for key, values in grid.items()
+    }
     return SimpleNamespace(**settings | given), files, given
 
 
@@ -368,20 +401,31 @@ def make_plan(c):
 
     def need(way, rows):
         at, parts = peak(m, rows, replace(way, micro_steps=rank_rows // rows), labels)
-        return {"way": way.name, "rows": rows, "peak_at": at, "bytes": sum(parts.values()), "parts": parts}
+        return {
+            "way": way.name,
+            "rows": rows,
+            "peak_at": at,
+            "bytes": sum(parts.values()),
+            "parts": parts,
+        }
 
     options, sizes = [], [n for n in range(1, rank_rows + 1) if rank_rows % n == 0]
     for way in ways(c, knobs):
         needs = [need(way, rows) for rows in sizes]
         fitting = [n for n in needs if MARGIN * n["bytes"] <= limit]
-        option = {"fits": bool(fitting), **(fitting[-1] if fitting else needs[0]), "settings": asdict(way)}
+        option = {
+            "fits": bool(fitting),
+            **(fitting[-1] if fitting else needs[0]),
+            "settings": asdict(way),
+        }
         if knobs.batch_size in sizes:
             option["as_configured"] = need(way, knobs.batch_size)["bytes"]
         options.append(option)
     enough = min(rank_rows, math.ceil(ENOUGH / L))
     fitting = [o for o in options if o["fits"]]
     best = next(
-        (o for o in fitting if o["rows"] >= enough), max(fitting, key=lambda o: o["rows"], default=None)
+        (o for o in fitting if o["rows"] >= enough),
+        max(fitting, key=lambda o: o["rows"], default=None),
     )
     return {
         "arguments": c.arguments, "gpus": c.gpus, "gpu": c.gpu, "gpu_memory": c.gpu_memory, "mfu": c.mfu,
@@ -412,14 +456,18 @@ def command(c, knobs, files, given, best):
         chosen |= {"shard_size": way["shards"]} if way["shards"] != c.gpus else {}
     from_files = vars(read_knobs(files)[0])
     changed = {key: value for key, value in chosen.items() if from_files.get(key) != value}
-    return " ".join([start, "train.py", *files, *(f"--{key}={value}" for key, value in changed.items())])
+    return " ".join(
+        [start, "train.py", *files, *(f"--{key}={value}" for key, value in changed.items())]
+    )
 
 
 def show(plan):
     """The plan as text."""
     gb = lambda n: f"{n / 1e9:.1f}" if n >= 5e7 else "0" if n == 0 else f"{n / 1e9:.2f}"
     active = (
-        f", {plan['active_parameters']:,} active" if plan["active_parameters"] != plan["parameters"] else ""
+        f", {plan['active_parameters']:,} active"
+        if plan["active_parameters"] != plan["parameters"]
+        else ""
     )
     bagged = [p for p in plan["phases"] if max(p["n_in"], p["n_out"]) > 1]
     on_bags = (f", {sum(p['stop'] - p['start'] for p in bagged):,} of them on bags of "
@@ -443,16 +491,22 @@ def show(plan):
     for part in parts:
         values = [o["parts"].get(part, 0) for o in options]
         if any(values):
-            table.append([part if part != "kept" else "kept for the backward pass", *map(gb, values)])
+            table.append(
+                [part if part != "kept" else "kept for the backward pass", *map(gb, values)]
+            )
     table.append(["reserve", *[gb(plan["reserve"] * 1e9)] * len(options)])
-    totals = [gb(o["bytes"] + plan["reserve"] * 1e9) + ("" if o["fits"] else " too much") for o in options]
+    totals = [
+        gb(o["bytes"] + plan["reserve"] * 1e9) + ("" if o["fits"] else " too much") for o in options
+    ]
     table += [["total", *totals], ["the peak is at", *(o["peak_at"] for o in options)]]
     if all("as_configured" in o for o in options):
         table.append([f"total with batch_size={plan['batch_size']}",
                       *(gb(o["as_configured"] + plan["reserve"] * 1e9) for o in options)])  # fmt: skip
     widths = [max(len(row[i]) for row in table) for i in range(len(options) + 1)]
     for row in table:
-        lines.append("  ".join([row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:]))]))
+        lines.append(
+            "  ".join([row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:]))])
+        )
     lines.append("")
     if plan["best"]:
         best = plan["best"]
@@ -460,7 +514,9 @@ def show(plan):
         lines += [f"recommended: {best['way']}, {best['rows']} rows of a micro-batch, {micro} micro-steps",
                   f"  {plan['command']}"]  # fmt: skip
     else:
-        lines.append("nothing fits, not even one row: take more GPUs, larger ones, or a shorter block_size")
+        lines.append(
+            "nothing fits, not even one row: take more GPUs, larger ones, or a shorter block_size"
+        )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -531,8 +587,12 @@ def measure(c):
     if machine.device_type == "cuda":
         measured = torch.cuda.max_memory_allocated()
     else:
-        events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-        changes = [event.nbytes() for event in events if event.name() == "[memory]"]  # freed: negative
+        events = sorted(
+            profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()
+        )
+        changes = [
+            event.nbytes() for event in events if event.name() == "[memory]"
+        ]  # freed: negative
         measured = there + max(itertools.accumulate(changes))
     with torch.device("meta"):
         m = Model.of(GPT(shape), knobs)

@@ -33,7 +33,9 @@ class Config:
     runs: list[str]  # run folders, metrics.jsonl files, kept folders, or KEPT/NAME, KEPT/LABEL
     out: str = "curves.png"  # the picture; its ending sets the format
     table: str = ""  # write the table to this file, too, as markdown
-    labels: str = ""  # one label for each run, comma-separated; equal labels are seeds of one configuration
+    labels: str = (
+        ""  # one label for each run, comma-separated; equal labels are seeds of one configuration
+    )
     baseline: str = ""  # name or label of the baselines; empty: the runs of bag size 1
     title: str = ""  # heading of the picture
     no_plot: bool = False  # print the table alone, which needs no matplotlib
@@ -55,7 +57,9 @@ def superposition_ratio(rows):
     # Data per position is exactly 1 + r(s-1), whatever the logging interval; the steps of logged rows only
     # bracket r. Bags in the output alone read no extra data, and bags that shrink read less: these go by
     # steps.
-    last = next((row for row in reversed(rows) if row.get("positions") and "data_tokens" in row), None)
+    last = next(
+        (row for row in reversed(rows) if row.get("positions") and "data_tokens" in row), None
+    )
     sizes = {row.get("bag_size", 1) for row in rows} - {1}
     if last and last["data_tokens"] > last["positions"] and len(sizes) == 1:
         return (last["data_tokens"] / last["positions"] - 1) / (bag_size - 1)
@@ -76,7 +80,9 @@ def mean_run(runs):
         rows = [run[step] for run in by_step]
         keys = ("val_loss", "val_bpb", "positions", "data_tokens", "flops", "seconds")
         keys = [key for key in keys if all(key in row for row in rows)]
-        mean.append({"step": step} | {key: sum(row[key] for row in rows) / len(rows) for key in keys})
+        mean.append(
+            {"step": step} | {key: sum(row[key] for row in rows) / len(rows) for key in keys}
+        )
     return mean
 
 
@@ -115,9 +121,7 @@ def speedup(tst, baselines, y="val_loss"):
         if start == len(points):
             return "not reached", None
         flops, loss = points[start]
-        if (
-            start
-        ):  # before the first validation row nothing is known: then its own FLOPs are the cautious answer
+        if start:  # before the first validation row nothing is known: then its own FLOPs are the cautious answer
             f0, l0 = points[start - 1]
             flops = f0 + (flops - f0) * (l0 - target) / (l0 - loss)
         return ">=", base_flops / flops
@@ -179,7 +183,12 @@ def table_line(name, rows, run, baselines, y, spread=""):
     gain = {"unknown": "-", "=": ""}.get(relation, relation) + (f" {factor:.2f}x" if factor else "")
     show = lambda key, text, scale=1: text.format(end[key] / scale) if key in end else "-"
     bags = dict.fromkeys(str(row["bag_size"]) for row in run["rows"] if row.get("bag_size", 1) > 1)
-    cells = [name, "-".join(bags) or "1", f"{superposition_ratio(run['rows']):.3g}", f"{end['step']:,}"]
+    cells = [
+        name,
+        "-".join(bags) or "1",
+        f"{superposition_ratio(run['rows']):.3g}",
+        f"{end['step']:,}",
+    ]
     cells += [show("val_loss", "{:.4f}") + spread, show("val_bpb", "{:.4f}")]
     cells += [
         show("data_tokens", "{:,.2f}M", 1e6),
@@ -197,9 +206,14 @@ def switch_line(group, baselines, y):
     jumps = []
     for pairs in zip(*seeds):  # of one switch
         old, new = (np.mean([pair[i]["loss"] for pair in pairs]) for i in (0, 1))
-        jumps.append(f"{old:.3f} -> {new:.3f} ({new - old:+.3f}) after step {pairs[0][0]['step']:,}")
+        jumps.append(
+            f"{old:.3f} -> {new:.3f} ({new - old:+.3f}) after step {pairs[0][0]['step']:,}"
+        )
     end = final(group[0]["rows"]).get("flops", 0)
-    nearest = lambda rows: (round(abs(final(rows).get("flops", 0) / (end or 1) - 1), 2), final(rows)[y])
+    nearest = lambda rows: (
+        round(abs(final(rows).get("flops", 0) / (end or 1) - 1), 2),
+        final(rows)[y],
+    )
     baseline = min(baselines, key=nearest, default=[])  # of baselines of one length the best
     relation, steps = met_again(mean_of(group), baseline, seeds[0][-1][0]["step"], y)
     said = {
@@ -213,7 +227,9 @@ def switch_line(group, baselines, y):
 def table(runs):
     """The comparison as a markdown table. `runs`: dicts of name, label, rows, facts and baseline (bool)."""
     y = measure_of(runs)
-    finite = [run for run in runs if run["baseline"] and math.isfinite(final(run["rows"])["val_loss"])]
+    finite = [
+        run for run in runs if run["baseline"] and math.isfinite(final(run["rows"])["val_loss"])
+    ]
     baselines = [mean_of(group) for group in grouped(finite)]  # seeds averaged, then the best
     header = ["run", "bag size", "r", "steps", "val loss", "bits/byte", "data tokens", "FLOPs"]
     header += ["time", "speed-up"]
@@ -250,7 +266,9 @@ def loss_limits(groups, means, y="val_loss"):
     """
     losses = []
     for group, rows in zip(groups, means):
-        switch = max((row["step"] for row in group[0]["rows"] if row.get("bag_size", 1) > 1), default=0)
+        switch = max(
+            (row["step"] for row in group[0]["rows"] if row.get("bag_size", 1) > 1), default=0
+        )
         start = switch + (rows[-1]["step"] - switch) / 3
         losses += [loss for step, loss in curve(rows, "step", y) if step >= start]
     low, high = min(losses, default=0), max(losses, default=1)
@@ -268,8 +286,12 @@ def panels_of(runs):
         ("Equal time", "seconds", "training time", times),
     ]
     ends = [final(run["rows"]) for run in runs]
-    costs = [end["flops"] / end["positions"] for end in ends if end.get("flops") and end.get("positions")]
-    if costs and max(costs) > 1.01 * min(costs):  # equal positions are equal FLOPs within one model only
+    costs = [
+        end["flops"] / end["positions"] for end in ends if end.get("flops") and end.get("positions")
+    ]
+    if costs and max(costs) > 1.01 * min(
+        costs
+    ):  # equal positions are equal FLOPs within one model only
         powers = [(10.0**n, f"10$^{{{n}}}$") for n in range(24, 5, -3)]
         panels[0] = ("Equal FLOPs", "flops", "FLOPs", powers)
     return panels
@@ -280,14 +302,18 @@ def draw_group(ax, group, mean, x_of, y, color, marker, noisy):
     training loss (one run stands for all). x_of(row): where a row stands, None if that is not known."""
 
     def line(rows, key, scale=1.0, **look):
-        points = [(x_of(row), row[key] * scale) for row in rows if key in row and x_of(row) is not None]
+        points = [
+            (x_of(row), row[key] * scale) for row in rows if key in row and x_of(row) is not None
+        ]
         points = [point for point in points if all(map(math.isfinite, point))]
         every = len(points) // 20 + 1  # at most 20 markers a curve, one of them at its end
         look |= dict(color=color, markevery=((len(points) - 1) % every, every))
         ax.plot([x for x, _ in points], [loss for _, loss in points], **look)
 
     first = group[0]["rows"]
-    bagged = [row for row in first if row.get("bag_size", 1) > 1]  # their training loss is another quantity
+    bagged = [
+        row for row in first if row.get("bag_size", 1) > 1
+    ]  # their training loss is another quantity
     ordinary = [row for row in first if row.get("bag_size", 1) == 1]
     per_nat = 1.0 if y == "val_loss" else final(first)[y] / final(first)["val_loss"]
     if noisy:
@@ -309,7 +335,9 @@ def label_ends(ax, ends, width, low, high):
                 y = max(y, other_y + 0.045 * (high - low))
         placed.append((x, y))
         box = dict(boxstyle="round,pad=0.1", fc="white", ec="none", alpha=0.7)
-        look = dict(textcoords="offset points", va="center", color=color, fontsize=9, bbox=box, zorder=4)
+        look = dict(
+            textcoords="offset points", va="center", color=color, fontsize=9, bbox=box, zorder=4
+        )
         ax.annotate(f"{loss:.3f}", (x, y), (7, 0), **look)
 
 
@@ -322,7 +350,9 @@ def draw(runs, title=""):
     means = [mean_of(group) for group in groups]
     low, high = loss_limits(groups, means, y)
     noisy = len(runs) <= 2  # more curves are drawn without the training loss, which would hide them
-    labels = list(dict.fromkeys(run["label"] for run in sorted(runs, key=lambda run: not run["baseline"])))
+    labels = list(
+        dict.fromkeys(run["label"] for run in sorted(runs, key=lambda run: not run["baseline"]))
+    )
     style = {}
     for i, label in enumerate(labels):
         style[label] = COLORS[i % len(COLORS)], MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
@@ -339,7 +369,9 @@ def draw(runs, title=""):
         label_ends(ax, ends, width, low, high)
         ax.set(title=heading, xlabel=f"{quantity} ({unit})", xlim=(0, width), ylim=(low, high))
         tidy(ax)
-    axes[0].set_ylabel(f"validation loss ({'nats per token' if y == 'val_loss' else 'bits per byte'})")
+    axes[0].set_ylabel(
+        f"validation loss ({'nats per token' if y == 'val_loss' else 'bits per byte'})"
+    )
 
     handles = []
     for label, (color, marker) in style.items():
@@ -350,8 +382,15 @@ def draw(runs, title=""):
         handles.append(Line2D([], [], color="0.6", lw=0.8, label="training loss, ordinary steps"))
     if any(bag_size_of(run["rows"]) > 1 for run in runs):
         handles.append(Line2D([], [], color="0.4", lw=1.3, ls=":", label="end of superposition"))
-    wide = sum(len(handle.get_label()) + 8 for handle in handles) > 150  # characters that fit in a line
-    fig.legend(handles=handles, loc="outside lower center", ncols=4 if wide else len(handles), frameon=False)
+    wide = (
+        sum(len(handle.get_label()) + 8 for handle in handles) > 150
+    )  # characters that fit in a line
+    fig.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=4 if wide else len(handles),
+        frameon=False,
+    )
     if title:
         fig.suptitle(title)
     return fig
@@ -359,12 +398,16 @@ def draw(runs, title=""):
 
 def main(config):
     runs = read_runs(config.runs)
-    labels = config.labels.split(",") if config.labels else [run["label"] or run["name"] for run in runs]
+    labels = (
+        config.labels.split(",") if config.labels else [run["label"] or run["name"] for run in runs]
+    )
     if len(labels) != len(runs):
         raise UserError(f"--labels has {len(labels)} labels for {len(runs)} runs")
     names = [run["name"] for run in runs] + labels
     if config.baseline and config.baseline not in names:
-        raise UserError(f"--baseline={config.baseline} is none of {', '.join(dict.fromkeys(names))}")
+        raise UserError(
+            f"--baseline={config.baseline} is none of {', '.join(dict.fromkeys(names))}"
+        )
     for run, label in zip(runs, labels):
         run["label"] = label
         named = config.baseline in (run["name"], label)

@@ -27,13 +27,25 @@ from tools.runs import FREE, load_metrics
 
 TRAINER = Path(__file__).resolve().parents[1] / "train.py"
 # without superposition, these knobs change nothing
-SUPERPOSITION = {"bag_size", "superposition_ratio", "superposition", "loss", "bag_weights", "fitted"}
+SUPERPOSITION = {
+    "bag_size",
+    "superposition_ratio",
+    "superposition",
+    "loss",
+    "bag_weights",
+    "fitted",
+}
 SUPERPOSITION |= {"document_bags", "reinit_at_switch"}
 # and these where another knob has another value: {knob: (the other, that value, what to take it for)}
 IDLE = {"fitted": ("bag_weights", "fitted", ""), "matrix_learning_rate": ("optimizer", "muon", 0.0)}
 COMMAS = {"dataset", "reinit_at_switch"}  # one value of these may hold commas
 OURS = {"resume", "overwrite", "allow_changes"}  # a member's folder decides these
-SHORT = {"bag_size": "s", "superposition_ratio": "r", "learning_rate": "lr", "seed": "seed"}  # in names
+SHORT = {
+    "bag_size": "s",
+    "superposition_ratio": "r",
+    "learning_rate": "lr",
+    "seed": "seed",
+}  # in names
 
 
 @dataclass(eq=False)
@@ -56,7 +68,10 @@ class Member:
     def end(self):
         """Its last row of metrics.jsonl, or None while it is not done."""
         try:
-            return next((row for row in self.rows() if row["step"] >= self.steps and "val_loss" in row), None)
+            return next(
+                (row for row in self.rows() if row["step"] >= self.steps and "val_loss" in row),
+                None,
+            )
         except UserError:
             return None  # damaged, of which the trainer tells when it is to go on
 
@@ -78,21 +93,28 @@ def knobs_of(trainer):
     """{name: field} of the trainer's Config. Its source is read, not run: it is a program of its own. Choices
     that the source does not spell out are left for the trainer to check."""
     tree = ast.parse(Path(trainer).read_bytes(), str(trainer))
-    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    config = next(
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"
+    )
     kinds = {"int": int, "float": float, "bool": bool, "int | str": int | str}
     fields = []
     for node in config.body:
         if isinstance(node, ast.AnnAssign) and node.value is not None:
             kind = kinds.get(ast.unparse(node.annotation), str)
             fields.append((node.target.id, kind, dataclasses.field(default=evaluate(node.value))))
-    return {field.name: field for field in dataclasses.fields(dataclasses.make_dataclass("Knobs", fields))}
+    return {
+        field.name: field
+        for field in dataclasses.fields(dataclasses.make_dataclass("Knobs", fields))
+    }
 
 
 def places(argv, config):
     """A command line with the trainer's --key=value turned into places: the dataclass `config`, which reads
     it, knows the tool's own knobs only, and takes the rest as a list."""
     own = {field.name for field in dataclasses.fields(config)} | {"help"}
-    is_own = lambda arg: not arg.startswith("--") or arg[2:].partition("=")[0].replace("-", "_") in own
+    is_own = lambda arg: (
+        not arg.startswith("--") or arg[2:].partition("=")[0].replace("-", "_") in own
+    )
     return [arg if is_own(arg) else arg[2:] for arg in argv]
 
 
@@ -116,7 +138,9 @@ def read_arguments(arguments, knobs, own):
         key, equals, text = arg.partition("=")
         key, where = key.replace("-", "_"), f"--{arg}"
         if key in OURS:
-            raise UserError(f"{where}: runs go on, or start anew, as their folders say; leave --{key} out")
+            raise UserError(
+                f"{where}: runs go on, or start anew, as their folders say; leave --{key} out"
+            )
         if key in knobs and not equals and knobs[key].type is not bool:
             raise UserError(f"{where}: write --{key}=VALUE")
         values = alternatives(key, text) if equals else [True]
@@ -139,9 +163,14 @@ def make_member(settings, files, chosen, varied, out_dir):
         idle |= SUPERPOSITION
         full = {k: v for k, v in full.items() if k not in SUPERPOSITION} | ordinary
     chosen = {k: v for k, v in chosen.items() if k not in idle}
-    point = (ordinary if SUPERPOSITION & set(varied) else {}) | {k: chosen[k] for k in varied if k in chosen}
+    point = (ordinary if SUPERPOSITION & set(varied) else {}) | {
+        k: chosen[k] for k in varied if k in chosen
+    }
     chosen |= ordinary
-    words = [f"{SHORT.get(k, k + '=')}{shown(v).rstrip('/').rpartition('/')[2]}" for k, v in point.items()]
+    words = [
+        f"{SHORT.get(k, k + '=')}{shown(v).rstrip('/').rpartition('/')[2]}"
+        for k, v in point.items()
+    ]
     name = re.sub(r"[^\w.+=-]", "-", "_".join(words)) or "run"
     arguments = [*files, *(f"--{k}={v}" for k, v in chosen.items())]
     return Member(name, point, full, arguments, Path(out_dir) / name)
@@ -160,7 +189,10 @@ def differences(old, new, knobs):
 def find_folders(members, out_dir, knobs):
     """Give each member the folder in out_dir that holds its settings, if there is one. UserError if another
     run is where it would go."""
-    there = {path.parent: json.loads(path.read_text()) for path in sorted(Path(out_dir).glob("*/sweep.json"))}
+    there = {
+        path.parent: json.loads(path.read_text())
+        for path in sorted(Path(out_dir).glob("*/sweep.json"))
+    }
     for member in members:
         same = [path for path, old in there.items() if not differences(old, member.settings, knobs)]
         if same:
@@ -207,7 +239,9 @@ def find_gpus(text):
         return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True)
-    return [] if done.returncode else done.stdout.split()  # without its driver it prints a message there
+    return (
+        [] if done.returncode else done.stdout.split()
+    )  # without its driver it prints a message there
 
 
 def start(member, trainer, threads, gpu):
@@ -215,7 +249,13 @@ def start(member, trainer, threads, gpu):
     this one."""
     folder = member.folder
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(trainer), *member.arguments, f"--out_dir={folder}", f"--threads={threads}"]
+    command = [
+        sys.executable,
+        str(trainer),
+        *member.arguments,
+        f"--out_dir={folder}",
+        f"--threads={threads}",
+    ]
     if (folder / "last.pt").exists():
         command.append("--resume")
     elif (folder / "metrics.jsonl").exists():  # it never came to a checkpoint
@@ -259,7 +299,9 @@ def signals_as_interrupts():
     def interrupt(number, frame):
         raise KeyboardInterrupt
 
-    wanted = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup
+    wanted = [
+        n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN
+    ]  # nohup
     old = {number: signal.signal(number, interrupt) for number in wanted}
     try:
         yield
@@ -295,7 +337,9 @@ class Progress:
         left = [m.steps - self.steps[m.name] for m in self.members if m.name not in self.failed]
         parts = [f"{done} of {len(self.members)} done"]
         parts += [f"{len(self.failed)} failed"] * bool(self.failed)
-        parts += [", ".join(f"{m.name} {self.steps[m.name] / m.steps:.0%}" for m in running)] * bool(running)
+        parts += [
+            ", ".join(f"{m.name} {self.steps[m.name] / m.steps:.0%}" for m in running)
+        ] * bool(running)
         if not self.made:
             return " | ".join([*parts, "eta unknown"])
         # all of it at the pace of all runs together, but the longest one at that of one run
@@ -310,7 +354,9 @@ class Progress:
         if event or terminal and late:
             line = self.line(running)
             if terminal:
-                print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+                print(
+                    f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True
+                )
             else:
                 print(line, flush=True)
         elif late:
@@ -341,7 +387,9 @@ def run_members(members, jobs=0, threads=0, gpus="none", trainer=TRAINER):
                     member, code, end = job.member, job.process.returncode, job.member.end()
                     if end is None or code:
                         progress.failed[member.name] = why = job.last_line()
-                        event = f"{member.name} failed (exit {code}, {member.folder}/log.txt): {why}"
+                        event = (
+                            f"{member.name} failed (exit {code}, {member.folder}/log.txt): {why}"
+                        )
                     else:
                         event = f"{member.name}: val loss {end['val_loss']:.4f}"
                     progress.say([job.member for job in running], event)

@@ -12,16 +12,46 @@ from nanotst import UserError
 
 # The columns of a kept runs.csv; all others are knobs of train.py.
 WHO = ("run", "label")
-OUTCOME = ("steps", "val_loss", "val_bpb", "best_val_loss", "best_step", "positions", "data_tokens", "flops")
+OUTCOME = (
+    "steps",
+    "val_loss",
+    "val_bpb",
+    "best_val_loss",
+    "best_step",
+    "positions",
+    "data_tokens",
+    "flops",
+)
 OUTCOME += ("seconds", "tokens_per_second")
 WHERE = ("machine", "precision", "ranks", "torch", "python", "command")
-METRICS = ("val_loss_", "max_violation", "router_entropy", "dead_experts")  # how further measurements begin
+METRICS = (
+    "val_loss_",
+    "max_violation",
+    "router_entropy",
+    "dead_experts",
+)  # how further measurements begin
 CORPUS = ("encoding", "vocab_size", "bytes_per_token", "train_tokens", "val_tokens", "fingerprint")
 MODEL = ("parameters", "active_parameters")
 
 # No note is made of what the table shows, and of knobs that do not change what is learned.
-SHOWN = ("bag_size", "superposition_ratio", "max_steps", "seed", "active_parameters", "dataset", *CORPUS[:-1])
-FREE = ("out_dir", "resume", "allow_changes", "overwrite", "eval_interval", "log_interval", "save_interval")
+SHOWN = (
+    "bag_size",
+    "superposition_ratio",
+    "max_steps",
+    "seed",
+    "active_parameters",
+    "dataset",
+    *CORPUS[:-1],
+)
+FREE = (
+    "out_dir",
+    "resume",
+    "allow_changes",
+    "overwrite",
+    "eval_interval",
+    "log_interval",
+    "save_interval",
+)
 FREE += ("batch_size", "wandb_project", "device", "compile", "threads", "checkpoint_activations")
 
 
@@ -97,10 +127,14 @@ def read_kept(folder, wanted=None):
     for line in read_table(folder / "curves.csv"):
         name = line.pop("run")
         try:
-            numbers = {key: int(text) if text.isdigit() else float(text) for key, text in line.items()}
+            numbers = {
+                key: int(text) if text.isdigit() else float(text) for key, text in line.items()
+            }
             rows.setdefault(name, []).append({"step": numbers.pop("step")} | numbers)
         except (ValueError, KeyError):
-            raise UserError(f"{folder / 'curves.csv'}: a row of {name} does not hold numbers") from None
+            raise UserError(
+                f"{folder / 'curves.csv'}: a row of {name} does not hold numbers"
+            ) from None
     if unknown := rows.keys() - known.keys():
         raise UserError(f"{folder}: {min(unknown)} is in curves.csv and not in runs.csv")
     chosen = [line for line in known.values() if wanted in (None, line["run"], line.get("label"))]
@@ -116,7 +150,9 @@ def read_kept(folder, wanted=None):
     for line in drawn:
         measured = [key for key in line if key in WHO + OUTCOME + WHERE or key.startswith(METRICS)]
         facts = {key: value for key, value in line.items() if key not in measured}
-        runs.append(dict(name=line["run"], label=line.get("label"), rows=rows[line["run"]], facts=facts))
+        runs.append(
+            dict(name=line["run"], label=line.get("label"), rows=rows[line["run"]], facts=facts)
+        )
     return runs
 
 
@@ -127,13 +163,23 @@ def read_runs(paths):
         if (path / "curves.csv").exists():
             runs += read_kept(path)
             continue
-        kept = [parent for parent in path.parents if not path.exists() and (parent / "curves.csv").exists()]
+        kept = [
+            parent
+            for parent in path.parents
+            if not path.exists() and (parent / "curves.csv").exists()
+        ]
         if kept:
             runs += read_kept(kept[0], path.relative_to(kept[0]).as_posix())
             continue
         rows, folder = load_metrics(path), path.parent if path.is_file() else path
         runs.append(
-            dict(name=folder.resolve().name, path=folder, label=None, rows=rows, facts=describe(folder))
+            dict(
+                name=folder.resolve().name,
+                path=folder,
+                label=None,
+                rows=rows,
+                facts=describe(folder),
+            )
         )
     names = [run["name"] for run in runs]
     for run in runs:
@@ -190,11 +236,16 @@ def differences(runs):
         values.pop(None, None)  # not known, such as a knob that is younger than the run
         if len(values) > 1:
             few = sum(map(len, values.values())) < 5
-            said = [f"{value} ({', '.join(labels)})" if few else value for value, labels in values.items()]
+            said = [
+                f"{value} ({', '.join(labels)})" if few else value
+                for value, labels in values.items()
+            ]
             found.append(f"{what} {', '.join(said)}")
     notes = [f"Not the same in all runs: {'; '.join(found)}."] if found else []
     if measure_of(runs) == "val_bpb":
-        notes.append("Nats per token of different tokenizers do not compare: bits per byte count here.")
+        notes.append(
+            "Nats per token of different tokenizers do not compare: bits per byte count here."
+        )
     blind = list(dict.fromkeys(run["name"] for run in runs if not run["facts"]))
     if blind and len(runs) > 1:
         notes.append(

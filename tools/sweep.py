@@ -58,13 +58,17 @@ class Config:
     out_dir: str = "out/sweep"  # each run gets a folder in it
     jobs: int = 0  # runs at a time; 0: one per GPU, or one
     threads: int = 0  # CPU threads of a run; 0: its share of the cores
-    gpus: str = "auto"  # numbers of the GPUs to share out among the runs, such as 0,2; auto: all; none
+    gpus: str = (
+        "auto"  # numbers of the GPUs to share out among the runs, such as 0,2; auto: all; none
+    )
     train: bool = True  # False: only tabulate what is there
 
     # Table and picture
     rows: str = ""  # the knob that varies along the rows; empty: superposition_ratio if it varies
     columns: str = ""  # and along the columns; empty: bag_size if it varies
-    best_of: str = "learning_rate"  # each cell takes the best of this knob's values; none: no choice
+    best_of: str = (
+        "learning_rate"  # each cell takes the best of this knob's values; none: no choice
+    )
     plot: bool = True  # write sweep.png (needs matplotlib)
 
 
@@ -85,10 +89,14 @@ def plan(arguments, out_dir, trainer=TRAINER):
     members = list(distinct.values())
     names = [member.name for member in members]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"two runs would be called {twice.pop()}: a folder's name cannot tell them apart")
+        raise UserError(
+            f"two runs would be called {twice.pop()}: a folder's name cannot tell them apart"
+        )
     find_folders(members, out_dir, knobs)
     if len(members) < (combinations := math.prod(map(len, grid.values()))):
-        print(f"{combinations} combinations are {len(members)} runs: some differ in what does nothing there")
+        print(
+            f"{combinations} combinations are {len(members)} runs: some differ in what does nothing there"
+        )
     return members, [k for k in varied if any(k in member.point for member in members)]
 
 
@@ -119,7 +127,9 @@ class Group:
     def text(self):
         if not self.losses:
             return "not done"
-        n = f"{len(self.losses)}" + ("" if len(self.losses) == self.planned else f" of {self.planned}")
+        n = f"{len(self.losses)}" + (
+            "" if len(self.losses) == self.planned else f" of {self.planned}"
+        )
         spread = f" ± {self.sd:.4f}" if len(self.losses) > 1 else ""
         return f"{self.mean:.4f}{spread} ({n}{', ' + self.note if self.note else ''})"
 
@@ -148,7 +158,9 @@ def take_best(groups, knob):
         best = min(candidates, key=lambda g: (not g.whole, g.mean if g.losses else math.inf))
         values = [g.point[knob] for g in candidates if knob in g.point]
         note = f"{SHORT.get(knob, knob)} {shown(best.point[knob])}" if knob in best.point else ""
-        edges += len(values) > 1 and is_scale(values) and best.point[knob] in (min(values), max(values))
+        edges += (
+            len(values) > 1 and is_scale(values) and best.point[knob] in (min(values), max(values))
+        )
         chosen.append(dataclasses.replace(best, point=json.loads(rest), note=note))
     return chosen, edges
 
@@ -180,7 +192,11 @@ class Table:
     def limits(self):
         """(lowest, highest) loss to show: all but what lies far above most, which would press the rest
         together."""
-        means = [group.mean for group in [*self.cells.values(), *self.baselines] if math.isfinite(group.mean)]
+        means = [
+            group.mean
+            for group in [*self.cells.values(), *self.baselines]
+            if math.isfinite(group.mean)
+        ]
         low, most = np.quantile(means, (0, 0.75)) if means else (0, 1)
         baselines = [group.mean for group in self.baselines if math.isfinite(group.mean)]
         return low, max([min(max(means, default=1), low + 3 * (most - low)), *baselines])
@@ -196,17 +212,32 @@ def axes_of(varied, config):
     """(rows, columns, others): which of the varied knobs, seed and best_of apart, stand where."""
     for key in (config.rows, config.columns):
         if key and key not in varied:
-            raise UserError(f"{key} does not vary here; what varies: {', '.join(varied) or 'nothing'}")
+            raise UserError(
+                f"{key} does not vary here; what varies: {', '.join(varied) or 'nothing'}"
+            )
         if key == "seed":
             raise UserError("seed is no axis: a cell is the mean of the seeds")
     if config.rows and config.rows == config.columns:
         raise UserError("rows and columns must be two knobs")
-    free = [k for k in varied if k != "seed" and (k != config.best_of or k in (config.rows, config.columns))]
-    if not free and config.best_of in varied:  # nothing else varies: then it is what the table is about
+    free = [
+        k
+        for k in varied
+        if k != "seed" and (k != config.best_of or k in (config.rows, config.columns))
+    ]
+    if (
+        not free and config.best_of in varied
+    ):  # nothing else varies: then it is what the table is about
         free = [config.best_of]
-    first = lambda k: (k != config.columns, k == config.rows, k != "bag_size", k == "superposition_ratio")
+    first = lambda k: (
+        k != config.columns,
+        k == config.rows,
+        k != "bag_size",
+        k == "superposition_ratio",
+    )
     columns, *free = sorted(free, key=first) or [""]
-    rows, *others = sorted(free, key=lambda k: (k != config.rows, k != "superposition_ratio")) or [""]
+    rows, *others = sorted(free, key=lambda k: (k != config.rows, k != "superposition_ratio")) or [
+        ""
+    ]
     return rows, columns, others
 
 
@@ -218,7 +249,11 @@ def everywhere(groups, knobs):
         old, groups = groups, []
         for g in old:
             stays = knob in g.point or knob in SUPERPOSITION and g.point.get("bag_size") == 1
-            groups += [g] if stays else [dataclasses.replace(g, point=g.point | {knob: v}) for v in values]
+            groups += (
+                [g]
+                if stays
+                else [dataclasses.replace(g, point=g.point | {knob: v}) for v in values]
+            )
     return groups
 
 
@@ -233,14 +268,18 @@ def tables_of(members, varied, config):
     axes = {rows, columns} - {""}
     whole = [group for group in groups if {*axes, *others} <= group.point.keys()]
     tables = []
-    for combination in dict.fromkeys([tuple(group.point[k] for k in others) for group in whole] or [()]):
+    for combination in dict.fromkeys(
+        [tuple(group.point[k] for k in others) for group in whole] or [()]
+    ):
         here = dict(zip(others, combination))
         # ordinary training has no knobs of superposition, and belongs to every table
         mine = [g for g in groups if all(g.point.get(k, v) == v for k, v in here.items())]
         grid = [g for g in mine if axes <= g.point.keys()]
         cells = {(g.point.get(rows, ""), g.point.get(columns, "")): g for g in grid}
         baselines, across, down = [g for g in mine if not axes <= g.point.keys()], columns, rows
-        if rows and len(values := {column for _, column in cells}) == 1:  # then the rows stand side by side
+        if (
+            rows and len(values := {column for _, column in cells}) == 1
+        ):  # then the rows stand side by side
             here |= {columns: values.pop()}
             cells, across, down = {("", row): g for (row, _), g in cells.items()}, rows, ""
         title = ", ".join(f"{k} {shown(v)}" for k, v in here.items())
@@ -253,26 +292,35 @@ def markdown(tables, edges, config):
     lines = []
     for table in tables:
         lines += [f"**{table.title}**", ""] * bool(table.title)
-        lowest = table.best and table.best.mean  # of a whole group, which may stand in several cells
+        lowest = (
+            table.best and table.best.mean
+        )  # of a whole group, which may stand in several cells
         is_best = lambda group, lowest=lowest: group.whole and group.mean == lowest
-        mark = lambda group, is_best=is_best: f"**{group.text()}**" if is_best(group) else group.text()
+        mark = lambda group, is_best=is_best: (
+            f"**{group.text()}**" if is_best(group) else group.text()
+        )
         for group in table.baselines:
             about = {k: v for k, v in group.point.items() if k != "bag_size"}
             name = "".join(f", {k} {shown(v)}" for k, v in about.items())
             lines += [f"ordinary training{name}: {mark(group)}", ""]
         corner = " \\ ".join(k for k in (table.rows, table.columns) if k) or "run"
-        cells = [[corner, *(shown(v) if table.columns else "val loss" for v in table.column_values)]]
+        cells = [
+            [corner, *(shown(v) if table.columns else "val loss" for v in table.column_values)]
+        ]
         for row in table.row_values:
             found = [table.cells.get((row, column)) for column in table.column_values]
-            cells.append([shown(row) if table.rows else "val loss", *(mark(g) if g else "-" for g in found)])
+            cells.append(
+                [shown(row) if table.rows else "val loss", *(mark(g) if g else "-" for g in found)]
+            )
         lines += [markdown_table(cells), ""]
     lines.append(
         "Validation loss at the end in nats per token: mean ± standard deviation of the seeds (how many); "
         "the lowest mean in bold."
     )
     if any(g.note for table in tables for g in [*table.cells.values(), *table.baselines]):
-        beyond = f"; for {edges} that is the lowest or highest tried, and a better one may lie beyond" * bool(
-            edges
+        beyond = (
+            f"; for {edges} that is the lowest or highest tried, and a better one may lie beyond"
+            * bool(edges)
         )
         lines.append(f"Each cell at its best {config.best_of}{beyond}.")
     return "\n".join(lines)
@@ -281,7 +329,16 @@ def markdown(tables, edges, config):
 def write_csv(members, path):
     """One line a run: the knobs that vary, then how it ended."""
     knobs = list(dict.fromkeys(k for member in members for k in member.point))
-    results = ["val_loss", "val_bpb", "loss", "step", "positions", "data_tokens", "flops", "seconds"]
+    results = [
+        "val_loss",
+        "val_bpb",
+        "loss",
+        "step",
+        "positions",
+        "data_tokens",
+        "flops",
+        "seconds",
+    ]
     with open(path, "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["run", *knobs, *results])
@@ -304,7 +361,9 @@ def write_results(tool, config, text, members, draw, failed):
         draw(out_dir / f"{tool}.png")
     print(f"\nwrote {out_dir}/table.md, runs.csv{f', {tool}.png' if config.plot else ''}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(members)} runs failed; the same command tries them again")
+        raise UserError(
+            f"{len(failed)} of {len(members)} runs failed; the same command tries them again"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ the picture
@@ -355,7 +414,9 @@ def draw_curves(ax, table):
         else:
             ax.errorbar(x, mean, sd, fmt="none", color=color, capsize=3, zorder=2)
         for at, group in groups.items() if len(rows) <= 3 else ():  # few enough to show each seed
-            ax.plot([at] * len(group.losses), group.losses, "_", color=color, alpha=0.7, ms=7, zorder=2)
+            ax.plot(
+                [at] * len(group.losses), group.losses, "_", color=color, alpha=0.7, ms=7, zorder=2
+            )
     # where bag sizes vary alone, ordinary training is that of 1
     ones = [table.cells.get((row, 1)) for row in rows if table.columns == "bag_size"]
     ordinary = table.baselines or [group for group in ones if group]
@@ -363,7 +424,9 @@ def draw_curves(ax, table):
         (g for g in ordinary if math.isfinite(g.mean)), itertools.cycle(("--", ":", "-."))
     ):
         about = "".join(f", {k} {shown(v)}" for k, v in group.point.items() if k != "bag_size")
-        ax.axhline(group.mean, color="black", ls=style, lw=1.3, label=f"ordinary training{about}", zorder=1)
+        ax.axhline(
+            group.mean, color="black", ls=style, lw=1.3, label=f"ordinary training{about}", zorder=1
+        )
         sd = np.nan_to_num(group.sd)
         ax.axhspan(group.mean - sd, group.mean + sd, color="black", alpha=0.08, lw=0, zorder=0)
     if numbers and min(columns) > 0 and max(columns) / min(columns) > 20:
@@ -403,7 +466,10 @@ def draw_map(fig, ax, table):
         if math.isfinite(group.mean):
             red, green, blue, _ = image.to_rgba(group.mean - (baseline or 0))
             look = dict(
-                weight="bold" if group is table.best else "normal", ha="center", va="center", fontsize=9
+                weight="bold" if group is table.best else "normal",
+                ha="center",
+                va="center",
+                fontsize=9,
             )
             look["color"] = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"
             ax.text(columns.index(column), rows.index(row), f"{group.mean:.3f}", **look)
@@ -416,7 +482,9 @@ def main(config, trainer=TRAINER):
     members, varied = plan(config.arguments, config.out_dir, trainer)
     axes_of(varied, config)  # before hours of training
     if config.best_of not in {"none", *knobs_of(trainer)} - {"seed"}:
-        raise UserError(f"--best_of takes a knob of train.py but the seed, or none, got {config.best_of!r}")
+        raise UserError(
+            f"--best_of takes a knob of train.py but the seed, or none, got {config.best_of!r}"
+        )
     failed = {}
     if config.train:
         failed = run_members(members, config.jobs, config.threads, config.gpus, trainer)

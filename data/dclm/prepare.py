@@ -29,7 +29,9 @@ class Config:
     seed: int = 0  # order of files and documents
     shard_tokens: str = "100M"  # tokens of a file of the corpus
     workers: int = 0  # tokenising threads; 0: one a core
-    keep: bool = False  # leave the files in the hub's cache instead of removing each when it is done
+    keep: bool = (
+        False  # leave the files in the hub's cache instead of removing each when it is done
+    )
     out_dir: str = str(HERE)  # folder to write to
 
 

@@ -24,12 +24,16 @@ class Config:
     tokens: str = "10B"  # to train on; 0: all there are
     val_tokens: str = "10M"  # to validate on
     encoding: str = "gpt2"  # bytes, a name that tiktoken knows, or the path of a rank file
-    folder: str = "sample/100BT"  # of the repository: sample/10BT, sample/100BT, sample/350BT or data
+    folder: str = (
+        "sample/100BT"  # of the repository: sample/10BT, sample/100BT, sample/350BT or data
+    )
     revision: str = ""  # commit, branch or tag of the repository; empty: the newest
     seed: int = 0  # order of files and documents
     shard_tokens: str = "100M"  # tokens of a file of the corpus
     workers: int = 0  # tokenising threads; 0: one a core
-    keep: bool = False  # leave the files in the hub's cache instead of removing each when it is done
+    keep: bool = (
+        False  # leave the files in the hub's cache instead of removing each when it is done
+    )
     out_dir: str = str(HERE)  # folder to write to
 
 

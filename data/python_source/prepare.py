@@ -39,7 +39,10 @@ WORDS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_# \t\r\n"
 MAX_TABLE = 0.45  # share of other bytes than those: above, a file is mostly numbers
 VAL_FRACTION = 0.015  # of the files
 LONG_LINE = 30  # bytes: shorter lines ("else:", "import os") repeat everywhere
-MAX_SEEN = {"train": 0.5, "val": 0.2}  # of the long lines of a file may stand in training files before it
+MAX_SEEN = {
+    "train": 0.5,
+    "val": 0.2,
+}  # of the long lines of a file may stand in training files before it
 
 
 @dataclass
@@ -56,17 +59,47 @@ class Config:
     what is left out beyond --max_mb.
     """
 
-    source: Literal["wheels", "installed"] = "wheels"  # the pinned wheels, or what is installed here
+    source: Literal["wheels", "installed"] = (
+        "wheels"  # the pinned wheels, or what is installed here
+    )
     max_mb: float = 200.0  # stop at this many MB of source
     out_dir: str = str(HERE)  # folder to write to
 
 
 def fetch_wheels(folder):
     """The wheels of wheels.txt, by pip, which checks the hashes. -> "" or why there is no network."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--platform", "any", "--implementation", "py", "--abi", "none"]
-    command += ["--python-version", "3.12"]  # or pip would refuse wheels that this Python is too old for
-    command += ["--retries", "1", "--require-hashes", "--requirement", str(WHEELS), "--dest", folder]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
+    command += [
+        "--only-binary",
+        ":all:",
+        "--platform",
+        "any",
+        "--implementation",
+        "py",
+        "--abi",
+        "none",
+    ]
+    command += [
+        "--python-version",
+        "3.12",
+    ]  # or pip would refuse wheels that this Python is too old for
+    command += [
+        "--retries",
+        "1",
+        "--require-hashes",
+        "--requirement",
+        str(WHEELS),
+        "--dest",
+        folder,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode == 0:
         return ""
@@ -86,9 +119,17 @@ def fetch_wheels(folder):
         )
     missing = "No matching distribution found for" in result.stderr
     if not re.search(r"\(from versions: (?!none\))", result.stderr):  # or an index answers
-        if missing and os.environ.get("PIP_NO_INDEX", "").lower() not in ("", "0", "no", "off", "false"):
+        if missing and os.environ.get("PIP_NO_INDEX", "").lower() not in (
+            "",
+            "0",
+            "no",
+            "off",
+            "false",
+        ):
             return "pip is told to ask no package index (PIP_NO_INDEX)"
-        broken = re.search(r"connection broken by '(\w+)|(\w+Error)\(.*Max retries exceeded", result.stderr)
+        broken = re.search(
+            r"connection broken by '(\w+)|(\w+Error)\(.*Max retries exceeded", result.stderr
+        )
         if broken:
             return f"the package index cannot be reached ({broken[1] or broken[2]})"
     if missing:
@@ -104,14 +145,20 @@ def wheel_files(folder):
         archive = zipfile.ZipFile(path)  # stays open for `read`
         for name in archive.namelist():
             if name.endswith(".py"):
-                yield path.name.split("-")[0], name, lambda archive=archive, name=name: archive.read(name)
+                yield (
+                    path.name.split("-")[0],
+                    name,
+                    lambda archive=archive, name=name: archive.read(name),
+                )
 
 
 def source_roots():
     """(label, folder) pairs: the standard library, then the package folders of this interpreter and, in a
     virtual environment, of the one it was made from."""
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
-    packages = [sysconfig.get_path(kind, vars=v) for kind in ("purelib", "platlib") for v in ({}, base)]
+    packages = [
+        sysconfig.get_path(kind, vars=v) for kind in ("purelib", "platlib") for v in ({}, base)
+    ]
     packages += [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
     roots = {os.path.realpath(sysconfig.get_path("stdlib")): "standard library"}
     for path in packages:
@@ -212,7 +259,9 @@ def main(config, roots=None):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         pinned = config.source == "wheels"
         if pinned and (problem := fetch_wheels(folder)):
-            print(f"warning: {problem}. Taking the packages of this machine instead: LOSSES WILL DIFFER")
+            print(
+                f"warning: {problem}. Taking the packages of this machine instead: LOSSES WILL DIFFER"
+            )
             pinned = False
         if pinned:
             files, of = wheel_files(folder), f"the wheels in {WHEELS.name}"
@@ -222,7 +271,8 @@ def main(config, roots=None):
             print(*(f"reading {label or 'packages'}: {root}" for label, root in roots), sep="\n")
         n_files, total = write(config, files, of, pinned, dropped)
     print(
-        "files left out: " + (", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common()) or "none")
+        "files left out: "
+        + (", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common()) or "none")
     )
     if total < 5e6:
         print(
@@ -246,7 +296,8 @@ def write(config, files, of, pinned, dropped):
         made_of = f"{n_files.total():,} Python files, {total / 1e6:.1f} MB, of {of}: {len(packages)} packages"
         out.source = [
             made_of if pinned else OTHER + made_of,
-            "largest: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in packages.most_common(8)),
+            "largest: "
+            + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in packages.most_common(8)),
         ]
         out.close_shard()
         if pinned and config.max_mb == Config.max_mb and out.sha256() != SHA256:

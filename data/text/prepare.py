@@ -15,7 +15,9 @@ from nanotst import UserError  # noqa: E402
 from nanotst.configurator import run  # noqa: E402
 from nanotst.tokenizer import get_tokenizer  # noqa: E402
 
-FEW_DOCUMENTS = 20  # with fewer than these, text is cut into documents by itself; to be held out at least
+FEW_DOCUMENTS = (
+    20  # with fewer than these, text is cut into documents by itself; to be held out at least
+)
 MANY_DOCUMENTS = 4000  # from here on --val_fraction as it is holds out enough of them
 CUT_AT = "empty lines", "line ends"  # the first of these that a text has enough of, or else words
 CUT = 2_000, 64_000  # bytes of such a document, at least and at most
@@ -38,7 +40,9 @@ class Config:
     """
 
     inputs: list[str]  # files and folders
-    encoding: str = "bytes"  # bytes, a name that tiktoken knows such as gpt2, or the path of a rank file
+    encoding: str = (
+        "bytes"  # bytes, a name that tiktoken knows such as gpt2, or the path of a rank file
+    )
     out_dir: str = str(HERE)  # folder to write to
     val: str = ""  # files and folders to validate on, separated by commas
     val_fraction: float = 0.005  # of documents to validate on, without --val; of few, 20 or 10 %
@@ -71,7 +75,11 @@ def find_files(arguments):
                 elif not os.path.isfile(path):
                     why = "a broken link" if os.path.islink(path) else "not a regular file"
                 else:
-                    why = "this program" if os.path.realpath(path) == os.path.realpath(__file__) else ""
+                    why = (
+                        "this program"
+                        if os.path.realpath(path) == os.path.realpath(__file__)
+                        else ""
+                    )
                 if why:
                     left_out.setdefault(why, []).append(path)
                 elif not is_folder:
@@ -136,7 +144,11 @@ def look_at(files, options):
 
 def can_be_cut(files, options):
     """Few files of plain text may be books; other files say themselves where a document ends."""
-    return not options.cut and len(files) < FEW_DOCUMENTS and all(kind(f.name) == "text" for f in files)
+    return (
+        not options.cut
+        and len(files) < FEW_DOCUMENTS
+        and all(kind(f.name) == "text" for f in files)
+    )
 
 
 def main(config):
@@ -152,16 +164,23 @@ def main(config):
         print(f"left out, {why}: {len(some_paths):,}: {some(some_paths)}")
     for arguments, some_paths in ((config.inputs, paths), (config.val.split(","), val_paths)):
         if arguments != [""] and not some_paths:
-            raise UserError(f"no text files in {' '.join(arguments)} (looked for {' '.join(SUFFIXES)})")
+            raise UserError(
+                f"no text files in {' '.join(arguments)} (looked for {' '.join(SUFFIXES)})"
+            )
     if other := [p for p in paths + val_paths if not p.lower().endswith(SUFFIXES)]:  # named by hand
         print(f"{some(other)}: read as plain text")
-    kinds = ", ".join(f"{n:,} {k} file{'s' * (n > 1)}" for k, n in Counter(map(kind, paths)).items())
+    kinds = ", ".join(
+        f"{n:,} {k} file{'s' * (n > 1)}" for k, n in Counter(map(kind, paths)).items()
+    )
     print(f"reading {kinds}: {some(paths)}" + f"; held out: {some(val_paths)}" * bool(val_paths))
 
     tokenizer = get_tokenizer(config.encoding)
     options, val_fraction = Options(config.separator, config.field), config.val_fraction
     files, val_files = (
-        [File(os.path.abspath(p), os.path.getsize(p), str(os.stat(p).st_mtime_ns)) for p in some_paths]
+        [
+            File(os.path.abspath(p), os.path.getsize(p), str(os.stat(p).st_mtime_ns))
+            for p in some_paths
+        ]
         for some_paths in (paths, val_paths)
     )
     groups = [Group("val", val_files), Group("train", files)] if val_files else [Group("", files)]

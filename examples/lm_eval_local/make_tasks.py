@@ -92,7 +92,9 @@ def write_task(name, items, folder):
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as f:
         f.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     task = string.Template((Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8"))
-    place = json.dumps(folder.as_posix(), ensure_ascii=False)[1:-1]  # in YAML's quotes it looks the same
+    place = json.dumps(folder.as_posix(), ensure_ascii=False)[
+        1:-1
+    ]  # in YAML's quotes it looks the same
     (folder / f"{name}.yaml").write_text(task.substitute(folder=place), encoding="utf-8")
 
 
