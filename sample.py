@@ -11,7 +11,7 @@ import torch
 
 from nanotst import UserError
 from nanotst.checkpoint import load_model
-from nanotst.configurator import run
+from nanotst.configurator import entry_point
 from nanotst.machine import pick_device
 from nanotst.vocabulary import tokenizer_of
 
@@ -87,4 +87,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    entry_point(main, Config)

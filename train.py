@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from nanotst import UserError
 from nanotst.checkpoint import Saver, load_initial, model_config, resume
-from nanotst.configurator import run, validate
+from nanotst.configurator import Bags, Free, entry_point, marked, validate
 from nanotst.huggingface import load_hf
 from nanotst.log import RunFolder, describe_run, knobs_of_run, progress, router_metrics, warn
 from nanotst.machine import Machine, StopSignals, as_one
@@ -55,27 +55,35 @@ class Config:
     """Usage: python train.py [CONFIG.py ...] [--key=value ...]"""
 
     # Run
-    out_dir: str = "out/run"  # metrics.jsonl, config.json and checkpoints go here
-    dataset: str = "python_source"  # a corpus, in data/ or elsewhere, or several, A:0.5,B:0.5
-    resume: bool = (
+    out_dir: Free[str] = "out/run"  # metrics.jsonl, config.json and checkpoints go here
+    dataset: Free[str] = "python_source"  # a corpus, in data/ or elsewhere, or several, A:0.5,B:0.5
+    resume: Free[bool] = (
         False  # go on from out_dir's last checkpoint, exactly; knobs not given are the run's
     )
-    allow_changes: bool = False  # with --resume: let knobs differ that change the training
-    overwrite: bool = False  # start anew in an out_dir that holds a run
-    init_from: str = ""  # initial weights: a checkpoint of ours, or hf:FOLDER of Hugging Face's
+    allow_changes: Free[bool] = False  # with --resume: let knobs differ that change the training
+    overwrite: Free[bool] = False  # start anew in an out_dir that holds a run
+    init_from: Free[str] = (
+        ""  # initial weights: a checkpoint of ours, or hf:FOLDER of Hugging Face's
+    )
     seed: int = 1337  # of initial weights and of the order of the text
 
     # Token superposition: the first superposition_ratio of the steps train on bags of bag_size tokens
-    bag_size: int | str = 1  # s; 1 is ordinary training, 8-4-2 steps down
-    superposition_ratio: float = 0.3  # r
-    superposition: Literal[MODES] = (
+    bag_size: Bags[int | str] = 1  # s; 1 is ordinary training, 8-4-2 steps down
+    superposition_ratio: Bags[float] = 0.3  # r
+    superposition: Bags[Literal[MODES]] = (
         "full"  # bags in the input and the target, or in one of them alone
     )
-    loss: Literal[tuple(LOSSES)] = "mce"  # of bags; ordinary steps always use cross-entropy
-    bag_weights: Literal[BAG_WEIGHTS] = "uniform"  # of the tokens of a bag in the loss mce
-    document_bags: bool = False  # bags mix no documents: only that of a bag's last token counts
-    reinit_at_switch: str = ""  # drawn anew at the switch: embedding,head,optimizer (it hurts)
-    fitted: str = ""  # file of tools.fit_mi with c0, a, k of c0 + a i^k; empty: the paper's
+    loss: Bags[Literal[tuple(LOSSES)]] = (
+        "mce"  # loss of bags; ordinary steps always use cross-entropy
+    )
+    bag_weights: Bags[Literal[BAG_WEIGHTS]] = "uniform"  # of the tokens of a bag in the loss mce
+    document_bags: Bags[bool] = (
+        False  # bags mix no documents: only that of a bag's last token counts
+    )
+    reinit_at_switch: Bags[str] = (
+        ""  # drawn anew at the switch: embedding,head,optimizer (it hurts)
+    )
+    fitted: Bags[str] = ""  # file of tools.fit_mi with c0, a, k of c0 + a i^k; empty: the paper's
 
     # Model
     n_layer: int = 2  # blocks
@@ -89,13 +97,13 @@ class Config:
     rope_theta: float = 10000.0  # base of the rotary angles
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     attention_window: int = 0  # positions that a position sees, itself included; 0: all before it
-    checkpoint_activations: bool = False  # less memory for a third more FLOPs
+    checkpoint_activations: Free[bool] = False  # less memory for a third more FLOPs
 
     # Mixture of experts
     n_expert: int = 0  # 0: dense
     top_k: int = 0  # experts per position
     balance_coef: float = 0.001  # of the load-balancing loss, which is top_k when balanced
-    z_coef: float = 0.0  # of the router's z-loss
+    router_z_coef: float = 0.0  # of the router's z-loss
     balance_bias: bool = (
         False  # choose experts by probability plus a bias that evens out their load
     )
@@ -104,7 +112,7 @@ class Config:
     # Batch and schedule
     block_size: int = 128  # L, positions in a row
     total_batch: int = 8192  # positions per optimizer step over all ranks; a bag is one position
-    batch_size: int = (
+    batch_size: Free[int] = (
         0  # rows per micro-batch of a rank, accumulation follows from it; 0: all rows at once
     )
     max_steps: int = 2000  # of the whole run; schedule and phases follow from it
@@ -123,34 +131,27 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
 
     # Evaluation and logs
-    eval_interval: int = 100  # steps between validation losses
+    eval_interval: Free[int] = 100  # steps between validation losses
     eval_positions: int = 131072  # of the fixed validation rows; of each corpus at most
-    log_interval: int = 20  # steps between rows of metrics.jsonl
-    save_interval: int = 500  # steps between checkpoints; 0: only at the end
-    wandb_project: str = ""  # log to Weights & Biases, too
+    log_interval: Free[int] = 20  # steps between rows of metrics.jsonl
+    save_interval: Free[int] = 500  # steps between checkpoints; 0: only at the end
+    wandb_project: Free[str] = ""  # log to Weights & Biases, too
 
     # Machine
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    device: Free[str] = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "bfloat16", "float32"] = (
         "auto"  # of matrix products; weights are float32
     )
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto is on for cuda
-    threads: int = 0  # CPU threads of a rank; 0: PyTorch's choice, or a rank's share of the cores
-    parallel: Literal["auto", "ddp", "fsdp"] = (
+    compile: Free[Literal["auto", "on", "off"]] = "auto"  # torch.compile; auto is on for cuda
+    threads: Free[int] = (
+        0  # CPU threads of a rank; 0: PyTorch's choice, or a rank's share of the cores
+    )
+    parallel: Free[Literal["auto", "ddp", "fsdp"]] = (
         "auto"  # fsdp spreads the model over the ranks; auto: ddp
     )
-    shard_size: int = (
+    shard_size: Free[int] = (
         0  # fsdp: ranks that share one set of weights, such as those of a node; 0: all
     )
-
-
-# knobs that may differ when a run is resumed: they do not change what is learned (what counts of the dataset
-# is what is in it, which is checked)
-FREE_ON_RESUME = {
-    "out_dir", "dataset", "resume", "allow_changes", "overwrite", "init_from", "batch_size", "eval_interval",
-    "log_interval", "save_interval", "wandb_project", "device", "compile", "threads",
-    "checkpoint_activations", "parallel", "shard_size",
-}  # fmt: skip
 
 
 def read_fit(path):
@@ -178,6 +179,13 @@ def reinitialise(model, optimizer, parts, seed):
         init_weights(model, names)
     if "optimizer" in parts:
         optimizer.forget()
+
+
+def name_of(phase, phases):
+    """What metrics.jsonl calls a phase."""
+    if phase.bag_size > 1:
+        return "superposition"
+    return "recovery" if any(p.bag_size > 1 for p in phases) else "ordinary"
 
 
 def check(c, world_size):
@@ -314,7 +322,7 @@ def main(c):
     if c.n_expert:
         load_shares = torch.full((c.n_layer, c.n_expert), c.top_k / c.n_expert, device=device)
     if c.resume:
-        saved = resume(folder.newest(), model, optimizer, c, corpus, FREE_ON_RESUME)
+        saved = resume(folder.newest(), model, optimizer, c, corpus, marked(Config, Free))
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
         load_shares = saved["shares"].to(device) if c.n_expert else None
         stream = TokenStream(
@@ -361,7 +369,8 @@ def main(c):
         if routing is None:
             return loss, loss, None
         balance = (
-            c.balance_coef * routing["balance_loss"].mean() + c.z_coef * routing["z_loss"].mean()
+            c.balance_coef * routing["balance_loss"].mean()
+            + c.router_z_coef * routing["z_loss"].mean()
         )
         return loss + balance, loss, routing
 
@@ -428,11 +437,11 @@ def main(c):
             (step - logged_at) * c.total_batch / elapsed
         )  # positions per second since the last row
         row = {
-            "step": step, "phase": "superposition" if phase.bag_size > 1 else "recovery",
+            "step": step, "phase": name_of(phase, phases),
             "bag_size": phase.bag_size, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm.item(), "positions": step * c.total_batch,
             "data_tokens": stream.tokens_at(step), "epoch": stream.tokens_at(step) / stream.epoch_tokens,
-            "flops": step * flops_per_step, "seconds": seconds, "tokens_per_second": rate,
+            "flops": step * flops_per_step, "seconds": seconds, "positions_per_second": rate,
         }  # fmt: skip
         if machine.peak_flops:
             row["mfu"] = rate * raw_model.flops_per_position() / (machine.peak_flops * world_size)
@@ -487,7 +496,7 @@ def main(c):
 
 if __name__ == "__main__":
     try:
-        run(as_one(main), Config, known=knobs_of_run)
+        entry_point(as_one(main), Config, known=knobs_of_run)
     except (
         MemoryError,
         RuntimeError,

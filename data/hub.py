@@ -15,7 +15,7 @@ from data.documents import Options, needs
 from data.pipeline import File, Group, prepare, token_count, vocabulary
 from data.token_files import FETCHED, UNFINISHED
 from nanotst import UserError
-from nanotst.corpus import differences
+from nanotst.corpus import differing
 from nanotst.tokenizer import get_tokenizer
 
 
@@ -119,7 +119,7 @@ def prepared_already(out_dir, knobs):
         return False
     except ValueError:  # damaged
         saved = {}
-    if different := differences(knobs, saved, knobs):
+    if different := differing(knobs, saved, knobs):
         raise UserError(
             f"{out_dir} holds a corpus of other knobs ({different}): choose another --out_dir, or remove its "
             "meta.json"

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from nanotst import UserError
-from nanotst.configurator import run
+from nanotst.configurator import entry_point
 from nanotst.kernels import linear_multi_hot_cross_entropy
 from nanotst.machine import pick_device
 from nanotst.stream import TokenStream
@@ -171,4 +171,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    entry_point(main, Config)

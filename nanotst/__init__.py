@@ -17,4 +17,4 @@ train.py can be followed without reading any of them.
 
 class UserError(Exception):
     """Something the user can act on, said in one line. Raised by libraries; an entry point prints it and
-    exits with 1 (nanotst.configurator.run). Whatever else is raised is a bug, and gives its traceback."""
+    exits with 1 (configurator.entry_point). Whatever else is raised is a bug, and gives its traceback."""

@@ -179,7 +179,7 @@ def load_weights(model, state, path):
     """Put the weights of a checkpoint, whole or not yet read, into a model, sharded or not. Raises UserError
     if they are others, or not finite."""
     own, later = model.state_dict(), {}
-    kinds = [{name: kind_of(t) for name, t in x.items()} for x in (state, own)]
+    kinds = [{name: describe_tensor(t) for name, t in x.items()} for x in (state, own)]
     if wrong := [name for name in kinds[0] | kinds[1] if kinds[0].get(name) != kinds[1].get(name)]:
         name = min(wrong, key=str)
         there, here = (x.get(name, "missing") for x in kinds)
@@ -193,7 +193,7 @@ def load_weights(model, state, path):
         raise UserError(f"the weights in {path} are not finite; use another checkpoint")
 
 
-def kind_of(t):
+def describe_tensor(t):
     """Dtype and shape in words."""
     return (
         f"{t.dtype} {list(t.shape)}".removeprefix("torch.")
@@ -292,6 +292,8 @@ def resume(path, model, optimizer, c, corpus, free):
         raise UserError(
             f"{path} cannot be resumed: its shares of experts are missing, not finite, or others"
         )
+    if "z_coef" in saved["config"]:  # its name until November 2026
+        saved["config"]["router_z_coef"] = saved["config"].pop("z_coef")
     changed = [
         f"{key} {saved['config'][key]} -> {value}"
         for key, value in dataclasses.asdict(c).items()

@@ -24,7 +24,7 @@ import signal
 import sys
 import textwrap
 import tokenize
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, TypeVar, get_args, get_origin
 
 from nanotst import UserError
 
@@ -36,11 +36,16 @@ ARITHMETIC = {
     ast.FloorDiv: operator.floordiv,
     ast.Pow: operator.pow,
 }
+T = TypeVar("T")
+Free = Annotated[
+    T, "free"
+]  # Free[int]: may differ when a run is resumed; changes nothing that is learned
+Bags = Annotated[T, "bags"]  # Bags[int]: does nothing without superposition
 LARGEST_FILE = 2**20  # bytes of a config file
 LARGEST = 1e30  # number of a knob: float32 ends at 3.4e38
 
 
-def run(main, cls, argv=None, known=None):
+def entry_point(main, cls, argv=None, known=None):
     """An entry point: main(the knobs of the command line), with what a user can act on printed as one line,
     exit 1. known(knobs): values of the knobs that the command line does not give, a dict."""
     for stream in (
@@ -95,7 +100,7 @@ def parse(cls, argv, known=()):
             key, equals, value = arg[2:].partition("=")
             key = key.replace("-", "_")
             field = fields.get(key)
-            if field and not equals and field.type is not bool:
+            if field and not equals and type_of(field) is not bool:
                 raise UserError(f"{arg}: write --{key}=VALUE")
             values[key] = typed(field, key, value if equals else True, arg, fields)
         elif places:
@@ -108,11 +113,11 @@ def parse(cls, argv, known=()):
     for name in places:
         if name in values:
             raise UserError(f"{name} is given by its place, without --{name}=, see --help")
-        takes = len(positional) if fields[name].type == list[str] else 1
+        takes = len(positional) if type_of(fields[name]) == list[str] else 1
         taken, positional = positional[:takes], positional[takes:]
         if not taken:
             raise UserError(f"{name.upper()} is missing, see --help")
-        values[name] = taken if fields[name].type == list[str] else taken[0]
+        values[name] = taken if type_of(fields[name]) == list[str] else taken[0]
     if positional:
         raise UserError(f"do not know what to do with {positional[0]!r}, see --help")
     return cls(**values)
@@ -123,6 +128,17 @@ def validate(config):
     fields = {field.name: field for field in dataclasses.fields(config)}
     for key, field in fields.items():
         typed(field, key, getattr(config, key), "config", fields)
+
+
+def marked(cls, mark):
+    """Names of the fields of a dataclass that carry a mark, Free or Bags."""
+    name = mark.__metadata__
+    return {f.name for f in dataclasses.fields(cls) if getattr(f.type, "__metadata__", ()) == name}
+
+
+def type_of(field):
+    """The type of a field, without its mark."""
+    return get_args(field.type)[0] if get_origin(field.type) is Annotated else field.type
 
 
 def is_place(field):
@@ -139,11 +155,11 @@ def typed(field, key, value, where, fields):
             f"{where}: unknown key {key!r}"
             + (f", did you mean {' or '.join(close)}?" if close else ", see --help")
         )
-    kind = field.type
+    kind = type_of(field)
     if get_origin(kind) is Literal:
         if value not in get_args(kind) or type(value) is not str:
             raise UserError(
-                f"{where}: {key} must be one of {', '.join(get_args(kind))}, got {shown(value)}"
+                f"{where}: {key} must be one of {', '.join(get_args(kind))}, got {abbreviated(value)}"
             )
         return value
     if kind == int | str:  # such as bag_size, 4 or "8-4-2"
@@ -151,7 +167,7 @@ def typed(field, key, value, where, fields):
             type(value) is int or type(value) is str and re.fullmatch(r"[+-]?\d+", value.strip())
         )
         kind = int if number else str
-    wrong = UserError(f"{where}: {key} takes {kind.__name__}, got {shown(value)}")
+    wrong = UserError(f"{where}: {key} takes {kind.__name__}, got {abbreviated(value)}")
     if isinstance(value, str) and kind is not str:
         text = value.strip().replace("_", "")
         try:
@@ -179,11 +195,11 @@ def typed(field, key, value, where, fields):
         raise wrong
     if kind is int and abs(value) >= 2**63 or kind is float and not abs(value) <= LARGEST:
         what = "of 64 bits" if kind is int else f"up to {LARGEST:g}"
-        raise UserError(f"{where}: {key} takes a finite number {what}, got {shown(value)}")
+        raise UserError(f"{where}: {key} takes a finite number {what}, got {abbreviated(value)}")
     return value
 
 
-def shown(value):
+def abbreviated(value):
     """The beginning of a value, for people."""
     try:
         return f"{value!r:.60}"
@@ -212,7 +228,7 @@ def read_file(path):
             continue  # a docstring
         try:
             (target,) = node.targets
-            values[target.id] = evaluate(node.value)
+            values[target.id] = value_of(node.value)
         except (
             AttributeError,
             ValueError,
@@ -228,11 +244,11 @@ def read_file(path):
     return values
 
 
-def evaluate(node):
+def value_of(node):
     """Value of a literal, or of arithmetic on numbers. Raises ValueError for anything else, and for huge
     powers."""
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        left, right = evaluate(node.left), evaluate(node.right)
+        left, right = value_of(node.left), value_of(node.right)
         if not all(type(x) in (int, float) for x in (left, right)):
             raise ValueError("arithmetic is for numbers")
         if isinstance(node.op, ast.Pow) and abs(right) * math.log2(abs(left) + 2) > 1024:
@@ -258,7 +274,7 @@ def help_text(cls):
     }
     lines, kinds = (
         [inspect.getdoc(cls)],
-        {field.name: field.type for field in dataclasses.fields(cls)},
+        {field.name: type_of(field) for field in dataclasses.fields(cls)},
     )
     for n in sorted(comments | fields):
         if node := fields.get(n):

@@ -94,7 +94,7 @@ def check_same(corpus, saved, where):
     """UserError unless `saved`, the meta of the checkpoint `where`, is that of the same tokens."""
     if corpus.fingerprint != saved.get("fingerprint"):
         keys = ("vocabulary", "vocab_size", "train_tokens", "val_tokens", "separator")
-        what = differences(corpus.meta, saved, keys) or "as many tokens, but others"
+        what = differing(corpus.meta, saved, keys) or "as many tokens, but others"
         raise UserError(f"{corpus.folder} does not hold the corpus of {where}: {what}")
 
 
@@ -102,7 +102,7 @@ def check_vocabulary(corpus, saved, where):
     """UserError unless ids mean the same in a corpus and in the checkpoint `where`, whose meta is `saved`."""
     if corpus.fingerprint == saved.get("fingerprint"):
         return
-    if what := differences(corpus.meta, saved, ("vocabulary", "vocab_size")):
+    if what := differing(corpus.meta, saved, ("vocabulary", "vocab_size")):
         raise UserError(f"{corpus.folder} has another vocabulary than {where}: {what}")
     if corpus.meta["vocabulary"] is None:
         raise UserError(
@@ -110,7 +110,7 @@ def check_vocabulary(corpus, saved, where):
         )
 
 
-def differences(meta, saved, keys):
+def differing(meta, saved, keys):
     different = [key for key in keys if saved.get(key) != meta.get(key)]
     return ", ".join(f"{key} {saved.get(key)} there, {meta.get(key)} here" for key in different)
 

@@ -38,7 +38,7 @@ def import_packages():
     return safetensors, huggingface_hub
 
 
-def kind_of(c):
+def model_type_of(c):
     """The model_type of a GPTConfig."""
     if c.attention_window and not c.qk_norm and not c.n_expert:
         return "mistral"

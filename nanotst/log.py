@@ -197,6 +197,7 @@ def knobs_of_run(c):
     try:
         with open(path, encoding="utf-8") as f:
             saved = json.load(f)["config"]
+        saved.setdefault("router_z_coef", saved.get("z_coef", 0.0))  # its name until November 2026
         known = [key for key in fields if key in saved]  # an older run lacks the latest ones
         return {key: typed(fields[key], key, saved[key], path, fields) for key in known}
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -227,7 +228,7 @@ def progress(row, max_steps, seconds_per_step):
         f"lr {row['lr']:.2e}",
         f"norm {row['grad_norm']:.2f}",
         f"{seconds_per_step * 1e3:.1f} ms",
-        f"{row['tokens_per_second'] / 1e3:.1f}k pos/s",
+        f"{row['positions_per_second'] / 1e3:.1f}k pos/s",
     ]
     if "mfu" in row:
         parts.append(f"mfu {row['mfu']:.1%}")

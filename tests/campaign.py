@@ -1015,4 +1015,4 @@ def table(counts, where, costs):
 
 
 if __name__ == "__main__":
-    configurator.run(main, Config)
+    configurator.entry_point(main, Config)

@@ -13,7 +13,7 @@ import pytest
 
 import train
 from nanotst import UserError
-from nanotst.configurator import parse, run, validate
+from nanotst.configurator import entry_point, parse, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -273,6 +273,6 @@ def test_an_entry_point_prints_what_the_user_can_act_on_and_nothing_else(capsys)
 
     for argv, words in ((["--bag_size=1"], "error: do this"), (["--bag_size=2"], "error: .*x.bin")):
         with pytest.raises(SystemExit, match=words):
-            run(main, Knobs, argv)
+            entry_point(main, Knobs, argv)
     with pytest.raises(ZeroDivisionError):  # a bug gives its traceback
-        run(main, Knobs, ["--bag_size=3"])
+        entry_point(main, Knobs, ["--bag_size=3"])

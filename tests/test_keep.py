@@ -32,7 +32,7 @@ def rows_of(steps=200, every=1, switch=60, bag_size=4, validate=20):
             max_violation=0.25,
         )
         row |= dict(positions=64 * step, data_tokens=data, flops=step * 10**13, seconds=step / 7)
-        row["tokens_per_second"] = 100.0 + (step == steps) * 10**6
+        row["positions_per_second"] = 100.0 + (step == steps) * 10**6
         if step % validate == 0:
             row |= dict(
                 val_loss=4.9 - step / 100, val_bpb=(4.9 - step / 100) / 3, val_loss_code=2.0
@@ -85,7 +85,7 @@ def test_a_row_says_how_the_run_ended_and_all_that_made_it(pair, tmp_path):
     assert (tst["steps"], float(tst["val_loss"]), float(tst["val_loss_code"])) == ("200", 2.9, 2.0)
     assert (tst["positions"], tst["data_tokens"]) == (str(64 * 200), str(64 * (4 * 60 + 140)))
     assert tst["flops"] == "2000000000000000"  # counts are exact
-    assert tst["tokens_per_second"] == "100"  # the median: one odd row does not count
+    assert tst["positions_per_second"] == "100"  # the median: one odd row does not count
     assert (tst["torch"], tst["machine"], tst["precision"]) == (
         "2.13",
         "x86_64, 1 threads",
@@ -243,7 +243,7 @@ def test_kept_runs_are_chosen_by_name_or_label(pair, tmp_path):
     )  # beside the run itself: nothing differs
     for run in both:
         run["label"] = run["label"] or "again"
-    assert runs.differences(both) == []
+    assert runs.notes_on_differences(both) == []
     with pytest.raises(UserError, match="no curve of nothing is kept there"):
         runs.read_runs([f"{tmp_path}/kept/nothing"])
 

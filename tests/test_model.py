@@ -736,7 +736,7 @@ def test_balancing_bias_chooses_experts_but_does_not_weigh_them():
 @dense_and_moe
 def test_bfloat16_autocast_is_close_to_float32(kind):
     model, x, y = gpt(**kind), tokens(2, 12, 3), tokens(2, 12, 3)
-    if kind:  # decided routers: a position that rounding sends to another expert would say nothing about precision
+    if kind:  # decided routers: rounding must not send a position to another expert
         with torch.no_grad():
             for block in model.blocks:
                 block.mlp.router.weight *= 5

@@ -635,7 +635,7 @@ BREAKS = """
 import os, signal, sys
 sys.path.insert(0, os.getcwd())
 import train
-from nanotst.configurator import run
+from nanotst.configurator import entry_point
 from nanotst.machine import as_one
 
 def breaks(step, c, multiplier=train.rate_multiplier):

@@ -245,7 +245,7 @@ def test_runs_of_one_configuration_differ_in_nothing():
             out_dir="y",
         )
     ]
-    assert runs.differences(same) == []
+    assert runs.notes_on_differences(same) == []
 
 
 def test_a_note_names_the_knobs_and_the_corpus_that_differ(tmp_path, capsys):
@@ -277,7 +277,7 @@ def test_a_knob_that_is_younger_than_a_run_is_no_difference():
         run_of(rows_of([3.0]), "old", n_layer="2"),
         run_of(rows_of([3.0]), "new", n_layer="2", loss="mce"),
     )
-    assert runs.differences([old, new]) == []
+    assert runs.notes_on_differences([old, new]) == []
 
 
 def test_runs_of_one_folder_name_are_told_apart_by_their_paths(tmp_path):

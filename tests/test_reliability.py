@@ -216,7 +216,7 @@ def test_a_picture_of_no_known_kind_is_one_line(tmp_path):
 
 
 def test_knobs_of_a_mixture_of_experts_do_nothing_to_a_dense_model(run):
-    assert len(run(balance_rate=0.1, z_coef=0.1)) == 10
+    assert len(run(balance_rate=0.1, router_z_coef=0.1)) == 10
 
 
 def test_deep_nesting_in_a_log_is_one_line(tmp_path):
@@ -282,13 +282,13 @@ def test_an_error_is_one_line_whatever_a_path_holds(capsys):
         raise UserError("no a\nb\r\nc")
 
     with pytest.raises(SystemExit, match="^error: no a b c$"):
-        configurator.run(main, train.Config, [])
+        configurator.entry_point(main, train.Config, [])
 
     def main(config):
         os.remove("/no/such\nfile")
 
     with pytest.raises(SystemExit, match="^error: /no/such file: No such file or directory$"):
-        configurator.run(main, train.Config, [])
+        configurator.entry_point(main, train.Config, [])
 
 
 def test_interrupted_imports_print_nothing():
@@ -321,7 +321,7 @@ def test_interrupted_after_the_imports_is_130(monkeypatch):
 
     try:
         with pytest.raises(SystemExit) as e:
-            configurator.run(main, train.Config, [])
+            configurator.entry_point(main, train.Config, [])
         assert e.value.code == 130
     finally:
         signal.signal(signal.SIGINT, before)

@@ -13,8 +13,8 @@ from conftest import write_corpus
 import sample
 from nanotst import UserError
 from nanotst.checkpoint import load_model
+from nanotst.configurator import entry_point as run_entry
 from nanotst.configurator import parse
-from nanotst.configurator import run as run_entry
 from nanotst.vocabulary import character_tokenizer, tokenizer_of
 
 TEXT = b"the cat sat on the mat. " * 300

@@ -316,9 +316,9 @@ def test_ctrl_c_stops_the_runs_at_a_checkpoint_and_the_next_start_goes_on(swept,
     code = f"""
 import sys
 from functools import partial
-from nanotst.configurator import run
+from nanotst.configurator import entry_point
 from tools import runner, sweep
-run(partial(sweep.main, trainer={str(trainer)!r}), sweep.Config, runner.places(sys.argv[1:], sweep.Config))
+entry_point(partial(sweep.main, trainer={str(trainer)!r}), sweep.Config, runner.places(sys.argv[1:], sweep.Config))
 """
     command = [sys.executable, "-c", code, *arguments, f"--out_dir={tmp_path}/sweep"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -333,7 +333,7 @@ def test_rows_of_both_phases(run):
         "data_tokens",
         "flops",
         "seconds",
-        "tokens_per_second",
+        "positions_per_second",
     }
     assert all(always <= row.keys() for row in rows)
     assert [row["step"] for row in rows if "val_loss" in row] == [5, 10]
@@ -526,7 +526,7 @@ def assert_same_training(rows, reference):
     assert len(rows) == len(reference)
     for row, wanted in zip(rows, reference):
         assert row.keys() == wanted.keys()
-        for key in row.keys() - {"phase", "seconds", "tokens_per_second", "mfu"}:
+        for key in row.keys() - {"phase", "seconds", "positions_per_second", "mfu"}:
             assert row[key] == pytest.approx(
                 wanted[key], rel=1e-4 if key == "grad_norm" else 1e-5
             ), key
@@ -608,7 +608,7 @@ def test_two_ranks_equal_one(run, two_ranks, name, monkeypatch):
     for rows, ranks in ((two_ranks[name], 2), (one, 1)):  # MFU is that of all devices
         flops = rows[0]["flops"] / rows[0]["positions"]
         for row in rows:
-            assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / (ranks * 1e9))
+            assert row["mfu"] == pytest.approx(row["positions_per_second"] * flops / (ranks * 1e9))
 
 
 def test_ddp_is_gone_before_its_process_group(run, monkeypatch):
@@ -683,7 +683,7 @@ def test_balance_and_z_loss_are_trained_on_but_not_reported(run, tiny, coefs):
     """The loss column stays the cross-entropy, comparable with a dense run's. Both are means over the layers;
     in the second step the shares of experts are those of the first."""
     knobs = dict(n_layer=2, n_expert=4, top_k=2, max_steps=2, bag_size=1, warmup_steps=0)
-    rows = run(balance_coef=coefs[0], z_coef=coefs[1], learning_rate=1e-30, **knobs)
+    rows = run(balance_coef=coefs[0], router_z_coef=coefs[1], learning_rate=1e-30, **knobs)
     torch.manual_seed(tiny().seed)
     model = GPT(GPTConfig(50, 16, 2, 2, 16, ff_dim=32, n_expert=4, top_k=2))
     data = np.fromfile(tiny().dataset + "/train.bin", dtype=np.uint16).astype(np.int64)
@@ -954,7 +954,7 @@ def test_the_clock_counts_what_was_trained_since_the_last_row(run, monkeypatch):
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
     rows = run(log_interval=4, eval_interval=100)
     assert column(rows, "step", "seconds") == [[1, 1.0], [4, 4.0], [5, 5.0], [8, 8.0], [10, 10.0]]
-    assert {row["tokens_per_second"] for row in rows} == {128.0}
+    assert {row["positions_per_second"] for row in rows} == {128.0}
 
 
 def test_epochs_are_of_what_an_epoch_reads(run):

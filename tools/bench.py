@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from model import GPT
 from nanotst import UserError
 from nanotst.checkpoint import model_config
-from nanotst.configurator import read_file, run
+from nanotst.configurator import entry_point, read_file
 from nanotst.kernels import linear_loss, linear_multi_hot_cross_entropy
 from nanotst.machine import Machine
 from nanotst.stream import TokenStream
@@ -493,4 +493,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    entry_point(main, Config)

@@ -24,11 +24,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanotst import UserError
-from nanotst.configurator import run
+from nanotst.configurator import entry_point
 from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
 from tools.plot import draw_group, loss_limits, mean_of
 from tools.runner import (
     TRAINER,
+    as_text,
     find_folders,
     is_ordinary,
     knobs_of,
@@ -36,7 +37,6 @@ from tools.runner import (
     places,
     read_arguments,
     run_members,
-    shown,
 )
 from tools.runs import markdown_table
 from tools.sweep import Group, write_results
@@ -191,7 +191,7 @@ def train_sides(config, trainer):
             print(f"to read as much data as TST, a baseline takes {wanted:,} steps")
             baselines[equal_data] = plan.baselines(equal_data)
             failed |= train(baselines[equal_data])
-    s, r = (shown(plan.settings[key]) for key in ("bag_size", "superposition_ratio"))
+    s, r = (as_text(plan.settings[key]) for key in ("bag_size", "superposition_ratio"))
     sides = {length: Side("baseline", members) for length, members in sorted(baselines.items())}
     return Side(f"TST, s {s}, r {r}", tst), sides, equal_data, failed
 
@@ -409,4 +409,4 @@ def main(config, trainer=TRAINER):
 
 
 if __name__ == "__main__":
-    run(main, Config, places(sys.argv[1:], Config))
+    entry_point(main, Config, places(sys.argv[1:], Config))

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from model import GPT
 from nanotst import UserError
 from nanotst.checkpoint import load_checkpoint, load_weights, model_config, write_safely
-from nanotst.configurator import run
+from nanotst.configurator import entry_point
 from nanotst.corpus import check_vocabulary
 from nanotst.machine import pick_device
 from nanotst.mixture import open_mixture
 from nanotst.stream import validation_rows
 from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
-from tools.runs import CORPUS, differences, markdown_table
+from tools.runs import CORPUS, markdown_table, notes_on_differences
 
 BLOCKS = 50  # of neighbouring rows, whose means count as independent
 LOGITS = 2**25  # at once, at most
@@ -354,7 +354,7 @@ def main(config):
     parts, notes = open_text(c, sides)
     named = [dict(name=label, label=label, facts=facts_of(saved)) for label, side in sides.items()
              for _, saved in side]  # fmt: skip
-    notes += differences(named)
+    notes += notes_on_differences(named)
     if block_size > trained:
         notes.append(f"Rows of {block_size:,} tokens are longer than in training, {trained:,}.")
     results = {}
@@ -383,4 +383,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    entry_point(main, Config)

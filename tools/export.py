@@ -23,8 +23,15 @@ import torch
 from model import GPT
 from nanotst import UserError
 from nanotst.checkpoint import all_finite, load_checkpoint, model_config
-from nanotst.configurator import run
-from nanotst.huggingface import INSTALL, KINDS, import_packages, kind_of, one_line, tensor_table
+from nanotst.configurator import entry_point
+from nanotst.huggingface import (
+    INSTALL,
+    KINDS,
+    import_packages,
+    model_type_of,
+    one_line,
+    tensor_table,
+)
 from nanotst.tokenizer import LLAMA3_PATTERN
 from nanotst.vocabulary import tokenizer_of
 
@@ -53,7 +60,7 @@ class Config:
 
 def hf_config(c, dtype="float32", separator=None, balance_coef=0.001):
     """The config.json of a GPTConfig c, a dict. separator: id of the token between documents, if known."""
-    kind = kind_of(c)
+    kind = model_type_of(c)
     config = {
         "architectures": [KINDS[kind][2]],
         "model_type": kind,
@@ -298,9 +305,9 @@ def main(config):
     for note in notes:
         print(note)
     print(
-        f"{c.folder}: {KINDS[kind_of(shape)][2]}, {c.dtype}, for texts of up to {shape.block_size} tokens"
+        f"{c.folder}: {KINDS[model_type_of(shape)][2]}, {c.dtype}, texts of up to {shape.block_size} tokens"
     )
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    entry_point(main, Config)

@@ -46,7 +46,7 @@ import numpy as np
 import torch
 
 from nanotst import UserError
-from nanotst.configurator import run
+from nanotst.configurator import entry_point
 from nanotst.corpus import open_corpus
 from tools.picture import COLORS, new_figure, save_picture, tidy
 
@@ -320,4 +320,4 @@ def describe(result):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    entry_point(main, Config)

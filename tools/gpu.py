@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from nanotst import UserError
-from nanotst.configurator import read_file, run
+from nanotst.configurator import entry_point, read_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -347,4 +347,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    entry_point(main, Config)

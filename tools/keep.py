@@ -80,7 +80,7 @@ def summary(folder, name, label, rows):
     versions, command = described.get("versions", {}), described.get("command", [])
     end = final(rows)
     best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
-    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    rates = [row["positions_per_second"] for row in rows if "positions_per_second" in row]
     out = {key: value for key, value in end.items() if key in OUTCOME or key.startswith(METRICS)}
     out |= {
         "run": name,
@@ -88,7 +88,7 @@ def summary(folder, name, label, rows):
         "steps": end["step"],
         "best_val_loss": best["val_loss"],
         "best_step": best["step"],
-        "tokens_per_second": round(statistics.median(rates)) if rates else None,
+        "positions_per_second": round(statistics.median(rates)) if rates else None,
         "machine": versions.get("device"),
         "precision": versions.get("dtype"),
         "ranks": versions.get("world_size"),
@@ -193,4 +193,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    configurator.run(main, Config)
+    configurator.entry_point(main, Config)

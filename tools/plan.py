@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from model import GPT, GPTConfig
 from nanotst import UserError
 from nanotst.checkpoint import model_config
-from nanotst.configurator import run
+from nanotst.configurator import entry_point
 from nanotst.kernels import rows_of_chunk
 from nanotst.machine import PEAK_FLOPS, Machine
 from nanotst.mixture import open_mixture
@@ -538,7 +538,7 @@ def steps_here(machine, shape, knobs, rows, micro_steps, kinds, record):
         if router is None:
             return loss
         balance = knobs.balance_coef * router["balance_loss"].mean()
-        return loss + balance + knobs.z_coef * router["z_loss"].mean()
+        return loss + balance + knobs.router_z_coef * router["z_loss"].mean()
 
     def warm_up(run):
         for kind in kinds:
@@ -619,4 +619,4 @@ def main(c):
 
 
 if __name__ == "__main__":
-    run(main, Config, places(sys.argv[1:], Config))
+    entry_point(main, Config, places(sys.argv[1:], Config))

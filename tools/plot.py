@@ -13,7 +13,7 @@ import numpy as np
 
 from nanotst import UserError, configurator
 from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
-from tools.runs import differences, final, markdown_table, measure_of, read_runs
+from tools.runs import final, markdown_table, measure_of, notes_on_differences, read_runs
 
 
 @dataclass
@@ -121,7 +121,7 @@ def speedup(tst, baselines, y="val_loss"):
         if start == len(points):
             return "not reached", None
         flops, loss = points[start]
-        if start:  # before the first validation row nothing is known: then its own FLOPs are the cautious answer
+        if start:  # before the first validation row nothing is known: take its own FLOPs
             f0, l0 = points[start - 1]
             flops = f0 + (flops - f0) * (l0 - target) / (l0 - loss)
         return ">=", base_flops / flops
@@ -250,7 +250,7 @@ def table(runs):
         how = "one baseline length, so a lower bound: where the curve reaches the baseline's final loss"
         how = how if lengths else "no baseline with FLOPs given"
     notes = [f"Validation loss in nats per token. Speed-up in FLOPs at equal loss ({how})."]
-    notes += differences(runs)
+    notes += notes_on_differences(runs)
     if switched := [line for group in grouped(runs) if (line := switch_line(group, baselines, y))]:
         notes.append("At the switch:\n\n" + "\n".join(switched))
     return "\n".join(lines) + "\n\n" + "\n\n".join(notes)
@@ -422,4 +422,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    configurator.run(main, Config)
+    configurator.entry_point(main, Config)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanotst import UserError
-from nanotst.configurator import evaluate, read_file, typed
+from nanotst.configurator import read_file, typed, value_of
 from tools.runs import FREE, load_metrics
 
 TRAINER = Path(__file__).resolve().parents[1] / "train.py"
@@ -100,8 +100,10 @@ def knobs_of(trainer):
     fields = []
     for node in config.body:
         if isinstance(node, ast.AnnAssign) and node.value is not None:
-            kind = kinds.get(ast.unparse(node.annotation), str)
-            fields.append((node.target.id, kind, dataclasses.field(default=evaluate(node.value))))
+            kind = kinds.get(
+                re.sub(r"^(Free|Bags)\[(.*)\]$", r"\2", ast.unparse(node.annotation)), str
+            )
+            fields.append((node.target.id, kind, dataclasses.field(default=value_of(node.value))))
     return {
         field.name: field
         for field in dataclasses.fields(dataclasses.make_dataclass("Knobs", fields))
@@ -168,7 +170,7 @@ def make_member(settings, files, chosen, varied, out_dir):
     }
     chosen |= ordinary
     words = [
-        f"{SHORT.get(k, k + '=')}{shown(v).rstrip('/').rpartition('/')[2]}"
+        f"{SHORT.get(k, k + '=')}{as_text(v).rstrip('/').rpartition('/')[2]}"
         for k, v in point.items()
     ]
     name = re.sub(r"[^\w.+=-]", "-", "_".join(words)) or "run"
@@ -176,11 +178,11 @@ def make_member(settings, files, chosen, varied, out_dir):
     return Member(name, point, full, arguments, Path(out_dir) / name)
 
 
-def shown(value):
+def as_text(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def differences(old, new, knobs):
+def changed_knobs(old, new, knobs):
     """What settings differ, as text. A knob that the trainer got since has had its default."""
     old = {key: old.get(key, knobs[key].default) for key in new}
     return [f"{key} {old[key]} instead of {new[key]}" for key in new if old[key] != new[key]]
@@ -194,11 +196,13 @@ def find_folders(members, out_dir, knobs):
         for path in sorted(Path(out_dir).glob("*/sweep.json"))
     }
     for member in members:
-        same = [path for path, old in there.items() if not differences(old, member.settings, knobs)]
+        same = [
+            path for path, old in there.items() if not changed_knobs(old, member.settings, knobs)
+        ]
         if same:
             member.folder = same[0]
         elif member.folder in there or (member.folder / "metrics.jsonl").exists():
-            different = differences(there.get(member.folder, {}), member.settings, knobs)
+            different = changed_knobs(there.get(member.folder, {}), member.settings, knobs)
             raise UserError(
                 f"{member.folder} holds another run"
                 + (f", with {', '.join(different)}" if member.folder in there else "")

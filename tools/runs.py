@@ -22,7 +22,7 @@ OUTCOME = (
     "data_tokens",
     "flops",
 )
-OUTCOME += ("seconds", "tokens_per_second")
+OUTCOME += ("seconds", "positions_per_second")
 WHERE = ("machine", "precision", "ranks", "torch", "python", "command")
 METRICS = (
     "val_loss_",
@@ -84,6 +84,8 @@ def load_metrics(path):
         if not isinstance(row, dict) or not isinstance(row.get("step"), (int, float)):
             raise UserError(f"{path}:{n}: not a JSON object with a step")
         row = {key: value for key, value in row.items() if value is not None}
+        if "tokens_per_second" in row:  # its name until November 2026
+            row["positions_per_second"] = row.pop("tokens_per_second")
         if rows and row["step"] < rows[-1]["step"]:
             rows = [old for old in rows if old["step"] < row["step"]]
         if rows and row["step"] == rows[-1]["step"]:
@@ -222,7 +224,7 @@ def measure_of(runs):
     return "val_bpb"
 
 
-def differences(runs):
+def notes_on_differences(runs):
     """Sentences that name what differs between the runs and is no column of the table."""
     sides = {"tokenizer": tokenizer_of, "corpus": corpus_of}
     for knob in dict.fromkeys(key for run in runs for key in run["facts"]):

@@ -27,20 +27,20 @@ from pathlib import Path
 import numpy as np
 
 from nanotst import UserError
-from nanotst.configurator import run
+from nanotst.configurator import entry_point
 from tools.picture import COLORS, new_figure, save_picture, tidy
 from tools.runner import (
     IDLE,
     SHORT,
     SUPERPOSITION,
     TRAINER,
+    as_text,
     find_folders,
     knobs_of,
     make_member,
     places,
     read_arguments,
     run_members,
-    shown,
 )
 from tools.runs import FREE, markdown_table
 
@@ -157,7 +157,7 @@ def take_best(groups, knob):
     for rest, candidates in alike.items():
         best = min(candidates, key=lambda g: (not g.whole, g.mean if g.losses else math.inf))
         values = [g.point[knob] for g in candidates if knob in g.point]
-        note = f"{SHORT.get(knob, knob)} {shown(best.point[knob])}" if knob in best.point else ""
+        note = f"{SHORT.get(knob, knob)} {as_text(best.point[knob])}" if knob in best.point else ""
         edges += (
             len(values) > 1 and is_scale(values) and best.point[knob] in (min(values), max(values))
         )
@@ -282,7 +282,7 @@ def tables_of(members, varied, config):
         ):  # then the rows stand side by side
             here |= {columns: values.pop()}
             cells, across, down = {("", row): g for (row, _), g in cells.items()}, rows, ""
-        title = ", ".join(f"{k} {shown(v)}" for k, v in here.items())
+        title = ", ".join(f"{k} {as_text(v)}" for k, v in here.items())
         tables.append(Table(title, down, across, cells, baselines))
     return tables, edges
 
@@ -301,16 +301,19 @@ def markdown(tables, edges, config):
         )
         for group in table.baselines:
             about = {k: v for k, v in group.point.items() if k != "bag_size"}
-            name = "".join(f", {k} {shown(v)}" for k, v in about.items())
+            name = "".join(f", {k} {as_text(v)}" for k, v in about.items())
             lines += [f"ordinary training{name}: {mark(group)}", ""]
         corner = " \\ ".join(k for k in (table.rows, table.columns) if k) or "run"
         cells = [
-            [corner, *(shown(v) if table.columns else "val loss" for v in table.column_values)]
+            [corner, *(as_text(v) if table.columns else "val loss" for v in table.column_values)]
         ]
         for row in table.row_values:
             found = [table.cells.get((row, column)) for column in table.column_values]
             cells.append(
-                [shown(row) if table.rows else "val loss", *(mark(g) if g else "-" for g in found)]
+                [
+                    as_text(row) if table.rows else "val loss",
+                    *(mark(g) if g else "-" for g in found),
+                ]
             )
         lines += [markdown_table(cells), ""]
     lines.append(
@@ -401,7 +404,7 @@ def draw_curves(ax, table):
     if is_scale(rows) and len(rows) > 3:  # their order can be seen
         colors = [colormaps["viridis"](0.9 * i / (len(rows) - 1)) for i in range(len(rows))]
     for i, (row, color) in enumerate(zip(rows, colors)):
-        label = f"{SHORT.get(table.rows, table.rows)} {shown(row)}" if table.rows else None
+        label = f"{SHORT.get(table.rows, table.rows)} {as_text(row)}" if table.rows else None
         aside = 0 if numbers else 0.12 * (i - (len(rows) - 1) / 2)
         places = {column: (column if numbers else j) + aside for j, column in enumerate(columns)}
         groups = {places[c]: table.cells[row, c] for c in columns if (row, c) in table.cells}
@@ -423,7 +426,7 @@ def draw_curves(ax, table):
     for group, style in zip(
         (g for g in ordinary if math.isfinite(g.mean)), itertools.cycle(("--", ":", "-."))
     ):
-        about = "".join(f", {k} {shown(v)}" for k, v in group.point.items() if k != "bag_size")
+        about = "".join(f", {k} {as_text(v)}" for k, v in group.point.items() if k != "bag_size")
         ax.axhline(
             group.mean, color="black", ls=style, lw=1.3, label=f"ordinary training{about}", zorder=1
         )
@@ -431,7 +434,7 @@ def draw_curves(ax, table):
         ax.axhspan(group.mean - sd, group.mean + sd, color="black", alpha=0.08, lw=0, zorder=0)
     if numbers and min(columns) > 0 and max(columns) / min(columns) > 20:
         ax.set_xscale("log")
-    ax.set_xticks(columns if numbers else range(len(columns)), [shown(v) for v in columns])
+    ax.set_xticks(columns if numbers else range(len(columns)), [as_text(v) for v in columns])
     ax.minorticks_off()
     ax.margins(x=0.05 if numbers else 0.15)
     low, high = table.limits
@@ -473,8 +476,8 @@ def draw_map(fig, ax, table):
             )
             look["color"] = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"
             ax.text(columns.index(column), rows.index(row), f"{group.mean:.3f}", **look)
-    ax.set_xticks(range(len(columns)), [shown(v) for v in columns])
-    ax.set_yticks(range(len(rows)), [shown(v) for v in rows])
+    ax.set_xticks(range(len(columns)), [as_text(v) for v in columns])
+    ax.set_yticks(range(len(rows)), [as_text(v) for v in rows])
     ax.set(xlabel=table.columns, ylabel=table.rows)
 
 
@@ -497,4 +500,4 @@ def main(config, trainer=TRAINER):
 
 
 if __name__ == "__main__":
-    run(main, Config, places(sys.argv[1:], Config))
+    entry_point(main, Config, places(sys.argv[1:], Config))

@@ -7,7 +7,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from data.hub import prepare_from_hub  # noqa: E402
-from nanotst.configurator import run  # noqa: E402
+from nanotst.configurator import entry_point  # noqa: E402
 
 
 @dataclass
@@ -40,4 +40,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    entry_point(main, Config)

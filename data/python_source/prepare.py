@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from data.token_files import TokenFiles  # noqa: E402
 from nanotst import UserError  # noqa: E402
-from nanotst.configurator import run  # noqa: E402
+from nanotst.configurator import entry_point  # noqa: E402
 from nanotst.tokenizer import get_tokenizer  # noqa: E402
 
 WHEELS = HERE / "wheels.txt"
@@ -312,4 +312,4 @@ def write(config, files, of, pinned, dropped):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    entry_point(main, Config)

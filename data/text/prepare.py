@@ -12,7 +12,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from data.documents import SUFFIXES, Options, kind  # noqa: E402
 from data.pipeline import File, Group, prepare, read_pieces, token_count  # noqa: E402
 from nanotst import UserError  # noqa: E402
-from nanotst.configurator import run  # noqa: E402
+from nanotst.configurator import entry_point  # noqa: E402
 from nanotst.tokenizer import get_tokenizer  # noqa: E402
 
 FEW_DOCUMENTS = (
@@ -198,4 +198,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    entry_point(main, Config)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from nanotst import UserError
-from nanotst.configurator import run
+from nanotst.configurator import entry_point
 from nanotst.corpus import open_corpus
 from nanotst.vocabulary import tokenizer_of
 
@@ -122,4 +122,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    entry_point(main, Config)
