@@ -318,7 +318,8 @@ import sys
 from functools import partial
 from nanotst.configurator import entry_point
 from tools import runner, sweep
-entry_point(partial(sweep.main, trainer={str(trainer)!r}), sweep.Config, runner.places(sys.argv[1:], sweep.Config))
+main = partial(sweep.main, trainer={str(trainer)!r})
+entry_point(main, sweep.Config, runner.places(sys.argv[1:], sweep.Config))
 """
     command = [sys.executable, "-c", code, *arguments, f"--out_dir={tmp_path}/sweep"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
