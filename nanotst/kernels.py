@@ -1,7 +1,7 @@
 """Twins: subclasses of the modules in model.py that compute the same, faster or in less memory.
 
 tst.py and model.py say what is computed, so nobody has to read this file. A twin is used only where a trial
-finds that it agrees with them: every edit there takes effect. Twins save memory (never all logits, never every
+finds that it agrees with them: every edit there takes effect. Twins save memory (never all logits or every
 expert on every position), passes over memory and, in nanotst/cpu.py, PyTorch's slow cases on a CPU.
 
 Dimensions as in model.py; n positions in a chunk, M rows of experts.

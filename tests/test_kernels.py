@@ -1,5 +1,5 @@
-"""Twins (nanotst/kernels.py, cpu.py) against the plain code and plain loops, in values and gradients; what they
-save, mostly memory; and the trial that leaves out a twin whose plain code has changed."""
+"""Twins (nanotst/kernels.py, cpu.py) against the plain code and plain loops, in values and gradients; their
+savings, mostly memory; and the trial that leaves out a twin whose plain code has changed."""
 
 import math
 from collections import Counter
