@@ -1,36 +1,31 @@
 """The language model: a Llama decoder, optionally with Qwen3's qk-norm and mixture-of-experts (MoE) layers.
 
-Parameter names are our own; the computation is exactly Llama's (dense) and Qwen3-MoE's (MoE), so a checkpoint
-can be handed to the tools that people already use. Read it top down; nothing dense depends on the class MoE.
+The computation is exactly Llama's (dense) and Qwen3-MoE's (MoE), so a checkpoint converts to formats that
+other tools read. This file is plain PyTorch, and it is the truth: Linear.forward, Attention.attend, MoE.mix,
+BagEmbedding.forward and Head.bag_loss have faster twins in nanotst/kernels.py and nanotst/cpu.py, but a twin
+runs only where it agrees with the code here. So every edit takes effect.
 
-Dimensions: B rows, L positions, C width (n_embd), H heads, K key/value heads, D head_dim, F width of the MLP
-(ff_dim), V vocabulary, s bag size (1 in ordinary training), E experts, k experts per position (top_k).
-
-Initialisation, all without biases:
-
-    parameter                 distribution               why
-    embed, head               N(0, 0.5 / sqrt(C))        0.02 at C = 576, and it follows the width
-    qkv, gate_up, router      N(0, 0.5 / sqrt(C))
-    attention out, MLP down   the same / sqrt(2 n_layer) the residual stream keeps its scale with depth
-    norms                     1
+Dimensions: B rows, L positions, N = B*L, C width (n_embd), H heads, K key/value heads, D head_dim, F width of
+the MLP (ff_dim), V vocabulary, s bag size (1 in ordinary training), E experts, k experts per position.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanotst import kernels
-from tst import LOSSES
+import tst
 
 
 @dataclass
 class GPTConfig:
-    """Shape of a model. Zeros are filled in: head_dim = n_embd / n_head, n_kv_head = n_head, ff_dim = 8/3
-    n_embd."""
+    """Shape of a model. head_dim 0 becomes n_embd / n_head, n_kv_head 0 n_head, ff_dim 0 8/3 n_embd."""
 
     vocab_size: int
     block_size: int  # L, positions the transformer sees
@@ -39,49 +34,69 @@ class GPTConfig:
     n_embd: int
     n_kv_head: int = 0  # key/value heads; fewer than n_head is grouped-query attention
     head_dim: int = 0
-    ff_dim: int = 0  # width of the MLP; of one expert in a MoE
+    ff_dim: int = 0  # width of the MLP, or of one expert in a MoE
     qk_norm: bool = False  # RMSNorm on each head's queries and keys, as in Qwen3
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    attention_window: int = 0  # positions that a position sees, itself included; 0: all before it
+    attention_window: int = 0  # positions a position sees, including itself; 0: all before it
     n_expert: int = 0  # 0: dense
     top_k: int = 0  # experts per position
-    balance_bias: bool = (
-        False  # MoE: choose experts by probability plus a bias that evens out their load
-    )
+    balance_bias: bool = False  # MoE: add a bias to the choice of experts to even out their load
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: 1/3 more FLOPs
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.ff_dim = self.ff_dim or math.ceil(8 / 3 * self.n_embd / 64) * 64
-        if self.attention_window < 0:
-            raise ValueError(f"attention_window must not be negative, got {self.attention_window}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(
-                f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"
-            )
-        if self.balance_bias and not self.n_expert:
-            raise ValueError(
-                "balance_bias belongs to a mixture of experts: give n_expert and top_k, too"
-            )
-        if self.n_expert and not 1 <= self.top_k <= self.n_expert:
-            raise ValueError(
-                f"top_k must be between 1 and n_expert {self.n_expert}, got {self.top_k}"
-            )
-        if self.n_expert and (self.ff_dim % 8 or self.n_embd % 8):
-            raise ValueError(
-                "a mixture of experts needs n_embd and ff_dim in multiples of 8 (16 bytes, for grouped_mm)"
-            )
+        E, k = self.n_expert, self.top_k
+        for wrong, message in (
+            (self.attention_window < 0, "attention_window must not be negative"),
+            (self.head_dim % 2, "head_dim must be even for rotary positions"),
+            (self.n_head % self.n_kv_head, "n_head must be a multiple of n_kv_head"),
+            (self.balance_bias and not E, "balance_bias needs a mixture: give n_expert and top_k"),
+            (E and not 1 <= k <= E, "top_k must be between 1 and n_expert"),
+            (
+                E and (self.ff_dim % 8 or self.n_embd % 8),
+                "experts need n_embd and ff_dim in multiples of 8",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"{message}, got {self}")
 
     @property
     def padded_vocab_size(self):
-        """Rows of the embedding and the head: matrix products like multiples of 64. The loss leaves them
-        out."""
+        """Rows of embedding and head: V rounded up, since matrix products like multiples of 64."""
         return math.ceil(self.vocab_size / 64) * 64
+
+    @property
+    def std(self):
+        """Standard deviation of initial weights: 0.02 at C = 576, and it follows the width."""
+        return 0.5 / math.sqrt(self.n_embd)
+
+    @property
+    def residual_std(self):
+        """The same for what is added to the residual stream, which then keeps its scale with depth."""
+        return self.std / math.sqrt(2 * self.n_layer)
+
+
+class Init(NamedTuple):
+    """How a parameter begins, and what it is. Each module names its own parameters in self.init:
+
+        self.init = {"gate": 0.5}                          a scale that begins at 0.5
+        self.init = {"mix": Init("matrix", nn.init.eye_)}  any function that fills a tensor in place
+
+    Kinds: "scale" (norms, gates: no weight decay, no FLOPs), "matrix" (Muon trains it), and "embedding",
+    "head", "router", "expert".
+    """
+
+    kind: str
+    fill: Callable
+
+
+def normal(kind, std):
+    """Initialise by N(0, std)."""
+    return Init(kind, partial(nn.init.normal_, std=std))
 
 
 def rotary(block_size, head_dim, theta):
@@ -92,7 +107,7 @@ def rotary(block_size, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + D/2]) of queries or keys by their position's angle: (B, L, H, D) ->
+    """Rotate the pairs (x[i], x[i + D/2]) of queries or keys by their position's angle: (B, L, H, D) -> the
     same."""
     a, b = x.chunk(2, dim=-1)  # (B, L, H, D/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -105,6 +120,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
+        self.init = {"weight": 1.0}
 
     def forward(self, x):
         y = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
@@ -112,13 +128,14 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """x @ weight.T, without a bias."""
+    """x @ weight.T, without a bias. std: of the initial weights."""
 
-    def __init__(self, n_in, n_out):
+    def __init__(self, n_in, n_out, std, kind="matrix"):
         super().__init__(n_in, n_out, bias=False)
+        self.init = {"weight": normal(kind, std)}
 
     def forward(self, x):
-        return kernels.linear(x, self.weight)
+        return F.linear(x, self.weight)
 
 
 class Attention(nn.Module):
@@ -128,8 +145,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.n_head, config.n_kv_head, config.n_kv_head
         self.head_dim, self.window = config.head_dim, config.attention_window
-        self.qkv = Linear(config.n_embd, sum(self.heads) * config.head_dim)
-        self.out = Linear(config.n_head * config.head_dim, config.n_embd)
+        self.qkv = Linear(config.n_embd, sum(self.heads) * config.head_dim, config.std)
+        self.out = Linear(config.n_head * config.head_dim, config.n_embd, config.residual_std)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -138,13 +155,29 @@ class Attention(nn.Module):
         q, k, v = qkv.split(self.heads, dim=2)  # (B, L, H, D), (B, L, K, D) twice
         q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # (B, H, L, D)
         k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # (B, K, L, D)
-        y = kernels.causal_attention(q, k, v.transpose(1, 2), self.window)  # (B, H, L, D)
+        y = self.attend(q, k, v.transpose(1, 2))  # (B, H, L, D)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, L, C)
+
+    def attend(self, q, k, v):
+        """q (B, H, L, D), k and v (B, K, L, D) -> (B, H, L, D). Query head h reads key/value head h*K // H;
+        with a window, a position sees itself and the window - 1 positions before it."""
+        L = q.size(2)
+        mask = visible(L, self.window, q.device) if 0 < self.window < L else None  # (L, L)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
+        )
+
+
+def visible(L, window, device):
+    """Whether position i sees position j: (L, L) bool."""
+    i = torch.arange(L, device=device)
+    back = i[:, None] - i  # (L, L)
+    return (back >= 0) & (back < (window or L))
 
 
 def swiglu(x):
-    """silu(gate) * up of both side by side, (..., 2F) -> (..., F). Written out, since the compiled backward
-    pass of F.silu takes its exponential twice."""
+    """silu(gate) * up, which lie side by side: (..., 2F) -> (..., F). Written out because the compiled
+    backward pass of F.silu computes its exponential twice."""
     gate, up = x.chunk(2, dim=-1)
     return gate * gate.sigmoid() * up
 
@@ -154,14 +187,14 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_up = Linear(config.n_embd, 2 * config.ff_dim)
-        self.down = Linear(config.ff_dim, config.n_embd)
+        self.gate_up = Linear(config.n_embd, 2 * config.ff_dim, config.std)
+        self.down = Linear(config.ff_dim, config.n_embd, config.residual_std)
 
     def forward(self, x):
         return self.down(swiglu(self.gate_up(x)))  # (B, L, C)
 
 
-class Router(nn.Linear):
+class Router(Linear):
     """Logits of the experts, in float32 (TF32 on CUDA) whatever the rest is in: (N, C) -> (N, E)."""
 
     def forward(self, x):
@@ -170,60 +203,60 @@ class Router(nn.Linear):
 
 
 class MoE(nn.Module):
-    """Mixture of experts as in Qwen3: every position goes to the k most probable of E small MLPs.
+    """Mixture of experts as in Qwen3: every position goes to the k most probable of E small MLPs, whose
+    probabilities are renormalised to 1. No expert has a capacity, no position is dropped.
 
-    Router in float32: softmax over all experts, top k, their weights renormalised to 1. No expert has a
-    capacity and no position is dropped. Positions are sorted by expert, so that two grouped matrix products
-    over the stacked weights do all experts at once: one graph whatever the routing, and an expert nobody
-    chose has a zero gradient rather than none, which is what DDP needs.
-
-    forward returns (y (B, L, C), statistics), the statistics being float32 tensors:
-        balance_loss  E * sum_e f_e P_e, which is k when balanced. P_e: mean probability of expert e here;
-                      f_e: share of positions that chose it, load_share (E,) if given, else of those here.
-                      train.py gives that of the step before, over all ranks and micro-steps, so that the
-                      loss does not depend on how a batch is cut; Qwen3 takes each micro-batch's own
+    forward returns (y (B, L, C), statistics in float32):
+        balance_loss  E * sum_e f_e P_e, which is k when balanced. P_e: mean probability of expert e in this
+                      batch; f_e: share of positions that chose it, load_share (E,) or, without, this batch's.
+                      train.py passes the previous step's, over all ranks and micro-steps, so that the loss
+                      does not depend on how a batch is split; Qwen3 uses each micro-batch's own
         z_loss        mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)
-        load          (E,) positions that chose each expert, sum B*L*k
-        entropy       mean entropy of the router's probabilities at a position, nats
+        load          (E,) positions that chose each expert, N*k in total
+        entropy       mean entropy of a position's probabilities, nats
     """
 
     def __init__(self, config):
         super().__init__()
         E, C = config.n_expert, config.n_embd
         self.top_k, self.balance_bias = config.top_k, config.balance_bias
-        self.router = Router(C, E, bias=False)
+        self.router = Router(C, E, config.std, "router")
         self.gate_up = nn.Parameter(torch.empty(E, C, 2 * config.ff_dim))
         self.down = nn.Parameter(torch.empty(E, config.ff_dim, C))
-        if (
-            self.balance_bias
-        ):  # added to the probabilities for the choice alone, see GPT.balance_experts
+        std, residual_std = config.std, config.residual_std
+        self.init = {"gate_up": normal("expert", std), "down": normal("expert", residual_std)}
+        if self.balance_bias:  # part of the choice alone, see GPT.balance_experts
             self.register_buffer("bias", torch.zeros(E))
 
     def forward(self, x, load_share=None):
-        (B, L, C), k, E = x.shape, self.top_k, self.gate_up.size(0)
-        x = x.flatten(0, 1).to(kernels.compute_dtype(x))  # (N, C)
+        shape, x = x.shape, x.flatten(0, 1)  # (N, C)
         logits = self.router(x)  # (N, E)
         probs = logits.softmax(-1)
         if self.balance_bias:
-            experts = (probs + self.bias).topk(k).indices  # (N, k)
+            experts = (probs + self.bias).topk(self.top_k).indices  # (N, k)
             weights = probs.gather(-1, experts)
         else:
-            weights, experts = probs.topk(k)  # (N, k) each
+            weights, experts = probs.topk(self.top_k)  # (N, k) each
         weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
-
-        place = kernels.place_rows(experts, E, x.dtype)
-        rows = kernels.rows_of_experts(x, place)  # (M, C), sorted by expert
-        rows = swiglu(kernels.grouped_product(rows, self.gate_up, place.offsets))  # (M, F)
-        rows = kernels.grouped_product(rows, self.down, place.offsets)  # (M, C)
-        y = kernels.sum_of_experts(rows, weights, place).view(B, L, C)
-
-        load_share = place.load / (B * L) if load_share is None else load_share  # (E,)
-        return y, {
-            "balance_loss": E * (load_share * probs.mean(0)).sum(),
+        y, load = self.mix(x, experts, weights)
+        load_share = load / len(x) if load_share is None else load_share  # (E,)
+        return y.view(shape), {
+            "balance_loss": probs.size(1) * (load_share * probs.mean(0)).sum(),
             "z_loss": logits.logsumexp(-1).square().mean(),
-            "load": place.load,
+            "load": load,
             "entropy": -(probs * probs.clamp(min=1e-20).log()).sum(-1).mean().detach(),
         }
+
+    def mix(self, x, experts, weights):
+        """Weighted sum of each position's experts: x (N, C), experts and weights (N, k) -> (N, C), load (E,).
+        Runs every expert on every position: simple, right, and slow."""
+        y, load = 0, []
+        for e, (gate_up, down) in enumerate(zip(self.gate_up, self.down)):
+            chosen = experts == e  # (N, k), true at most once per position
+            weight = (weights * chosen).sum(-1, keepdim=True)  # (N, 1), 0 if not chosen
+            y = y + weight * (swiglu(x @ gate_up) @ down)  # (N, C)
+            load.append(chosen.sum())
+        return y, torch.stack(load).float()
 
 
 class Block(nn.Module):
@@ -245,36 +278,41 @@ class Block(nn.Module):
 
 
 class BagEmbedding(nn.Embedding):
-    """Mean embedding of each bag: (B, L, s) -> (B, L, C). A bag of one token is a look-up. See
-    tst.embed_bags."""
+    """Mean embedding of each bag: (B, L, s) -> (B, L, C). A bag of one token is a look-up."""
+
+    def __init__(self, config):
+        super().__init__(config.padded_vocab_size, config.n_embd)
+        self.init = {"weight": normal("embedding", config.std)}
 
     def forward(self, bags, share=None):
-        return kernels.embed_bags(bags, self.weight, share)
+        return tst.embed_bags(bags, self.weight, share)
 
 
 class Head(Linear):
-    """Logits (B, L, V) of hidden states (B, L, C); or, with labels (B, L, s), their loss, without holding all
-    logits. Its rows beyond vocab_size are padding and get no probability."""
+    """Hidden states (B, L, C) to logits (B, L, V) or, given labels (B, L, s), to their loss. Rows of the
+    weight beyond vocab_size are padding."""
 
     def __init__(self, config):
-        super().__init__(config.n_embd, config.padded_vocab_size)
+        super().__init__(config.n_embd, config.padded_vocab_size, config.std, "head")
         self.vocab_size = config.vocab_size
 
     def forward(self, x, labels=None, weights=None, loss="mce"):
-        if labels is None:
-            return F.linear(x, self.weight)[..., : self.vocab_size]  # (B, L, V)
+        return self.logits(x) if labels is None else self.bag_loss(x, labels, weights, loss)
+
+    def logits(self, x):
+        return F.linear(x, self.weight)[..., : self.vocab_size]  # (B, L, V)
+
+    def bag_loss(self, x, labels, weights, loss):
         if loss == "mce":
-            return kernels.linear_multi_hot_cross_entropy(
-                x, self.weight, labels, weights, vocab_size=self.vocab_size
-            )
-        return kernels.linear_loss(LOSSES[loss], x, self.weight, labels, vocab_size=self.vocab_size)
+            return tst.multi_hot_cross_entropy(self.logits(x), labels, weights)
+        return tst.LOSSES[loss](self.logits(x), labels)
 
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = BagEmbedding(config.padded_vocab_size, config.n_embd)
+        self.embed = BagEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.head = Head(config)
@@ -283,25 +321,26 @@ class GPT(nn.Module):
         for name in ("cos", "sin"):  # (L, 1, D/2)
             angles = torch.empty(config.block_size, 1, config.head_dim // 2)
             self.register_buffer(name, angles, persistent=False)
-        self.init_weights()
+        for _, p, init in self.inits():
+            init.fill(p)
         self.init_buffers()
 
-    def init_weights(self):
-        """Draw all weights anew, as in the table at the top of this file."""
-        for name, p in self.named_parameters():
-            self.init_weight(name, p)
+    def inits(self):
+        """Yield (name, parameter, Init) of every parameter. Raises ValueError for one without an Init."""
+        for full_name, p in self.named_parameters():  # a tied head is the embedding
+            path, _, name = full_name.rpartition(".")
+            module = self.get_submodule(path)
+            init = getattr(module, "init", {}).get(name)
+            if init is None:
+                raise ValueError(f'{full_name} has no initial value: set self.init = {{"{name}": ...}} in '
+                                 f"{type(module).__name__}, to a number or a model.Init")  # fmt: skip
+            if not isinstance(init, Init):
+                init = Init("scale", partial(nn.init.constant_, val=init))
+            yield full_name, p, init
 
-    def init_weight(self, name, p):
-        std = 0.5 / math.sqrt(self.config.n_embd)
-        if p.dim() == 1:  # norms
-            nn.init.ones_(p)
-        elif name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.down")):
-            nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
-        else:
-            nn.init.normal_(p, std=std)
-
+    @torch.no_grad()
     def init_buffers(self):
-        """Fill all that is no parameter."""
+        """Fill everything that is not a parameter."""
         with torch.device(self.cos.device):
             angles = rotary(self.config.block_size, self.config.head_dim, self.config.rope_theta)
         for buffer, values in zip((self.cos, self.sin), angles):
@@ -315,23 +354,21 @@ class GPT(nn.Module):
     ):
         """Token ids to logits, or to the loss.
 
-        bags (B, L, s), ordinary tokens being bags of one, or (B, L) for short. Without labels: logits (B, L,
-        V). With labels (B, L, n_out): (loss, routing), where loss is one of tst.LOSSES, in nats ("mce" is the
-        usual cross-entropy for one label), and routing the statistics of the MoE layers, None for a dense
-        model. weights (n_out,) of a bag's labels, uniform if None, belong to "mce". load_shares (n_layer, E):
-        see MoE. bag_share (B, L, s): see tst.embed_bags.
+        bags (B, L, s), or (B, L) for ordinary tokens, which are bags of one. Without labels: logits (B, L,
+        V). With labels (B, L, n_out): (loss, routing), where loss is one of tst.LOSSES in nats ("mce" with
+        one label is cross-entropy) and routing the statistics of the MoE layers, None if dense. weights
+        (n_out,): label weights within a bag (mce only). load_shares (n_layer, E): see MoE. bag_share
+        (B, L, s): see tst.embed_bags.
         """
         bags = bags if bags.dim() == 3 else bags.unsqueeze(-1)  # (B, L, s)
         x = self.embed(bags, bag_share)  # (B, L, C)
         cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
-        routing = []  # of each block
         load_shares = [None] * len(self.blocks) if load_shares is None else load_shares
+        recompute, routing = self.config.checkpoint_activations and self.training, []
         for block, load_share in zip(self.blocks, load_shares):
-            if self.config.checkpoint_activations and self.training:
-                x, of_block = checkpoint(block, x, cos, sin, load_share, use_reentrant=False)
-            else:
-                x, of_block = block(x, cos, sin, load_share)
-            routing.append(of_block)
+            args = x, cos, sin, load_share
+            x, stats = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+            routing.append(stats)
         x = self.norm(x)
         if labels is None:
             return self.head(x)  # (B, L, V)
@@ -342,49 +379,47 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def balance_experts(self, load, rate):
-        """Move each expert's bias by `rate` towards an even load: down if it had more than the mean, else up
-        (auxiliary-loss-free balancing, arXiv 2408.15664). load (n_layer, E), over a whole step and all
+        """Move each expert's bias by `rate` towards an even load: down if its load was above the mean, else
+        up (auxiliary-loss-free balancing, arXiv 2408.15664). load (n_layer, E), over a whole step and all
         ranks."""
         for block, n in zip(self.blocks, load):
             block.mlp.bias += rate * torch.sign(n.mean() - n)
 
-    def n_params(self, active=False, embedding=True):
-        """Number of parameters, without padding. active: of the experts, only the top_k that a position
-        uses."""
-        c, n = self.config, sum(p.numel() for p in self.parameters())
-        table = c.n_embd * c.vocab_size
-        n -= (1 if c.tie_embeddings else 2) * c.n_embd * (c.padded_vocab_size - c.vocab_size)
-        if active and c.n_expert:
-            n -= c.n_layer * (c.n_expert - c.top_k) * 3 * c.n_embd * c.ff_dim
-        return n if embedding else n - table * (not c.tie_embeddings)
+    def n_params(self, active=False, without=()):
+        """Number of parameters, without padding. active: only the top_k experts that a position uses.
+        without: kinds to leave out, see Init. A tied embedding is the head."""
+        c, total = self.config, 0
+        for _, p, (kind, _) in self.inits():
+            n, kind = p.numel(), "head" if p is self.head.weight else kind
+            if kind in ("embedding", "head"):
+                n -= c.n_embd * (c.padded_vocab_size - c.vocab_size)
+            if kind == "expert" and active:
+                n = n * c.top_k // c.n_expert
+            total += 0 if kind in without else n
+        return total
 
     def flops_per_position(self):
-        """FLOPs of one position of a training step, forward and backward: 6 per active weight of a matrix
-        product (the embedding is a look-up) and 12 * H * D * L per layer for attention (of a window, its
-        length), as in the PaLM paper's appendix B, causality not deducted. The same for bags and tokens: a
-        bag's mean adds about 6*s*C, under 0.1 %."""
+        """FLOPs of one position in a training step, as in the PaLM paper, appendix B: 6 per active weight of
+        a matrix product (an embedding is a look-up), 12*H*D*L per layer for attention (with a window, its
+        length for L), causality not deducted. A bag costs 6*s*C more than a token, under 0.1 %."""
         c = self.config
-        norms = sum(p.numel() for p in self.parameters() if p.dim() == 1)
-        return 6 * (
-            self.n_params(active=True, embedding=False) - norms
-        ) + 12 * c.n_layer * c.n_head * c.head_dim * min(
-            c.block_size, c.attention_window or c.block_size
-        )
+        seen = min(c.block_size, c.attention_window or c.block_size)
+        attention = 12 * c.n_layer * c.n_head * c.head_dim * seen
+        return 6 * self.n_params(active=True, without=("embedding", "scale")) + attention
 
     @torch.no_grad()
     def generate(self, tokens, n, temperature=1.0, top_k=None, generator=None):
-        """Yield n further tokens, each (B,), after the prompt (B, T). temperature 0 takes the likeliest
+        """Yield n more tokens, each (B,), after the prompt (B, T). temperature 0 takes the likeliest
         token."""
         for _ in range(n):
             logits = self(tokens[:, -self.config.block_size :])[:, -1].float()  # (B, V)
             if temperature == 0:
-                new = logits.argmax(-1)
+                new = logits.argmax(-1)  # (B,)
             else:
                 if top_k:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
                     logits[logits < kth] = -torch.inf
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[
-                    :, 0
-                ]
+                probs = (logits / temperature).softmax(-1)  # (B, V)
+                new = torch.multinomial(probs, 1, generator=generator)[:, 0]  # (B,)
             tokens = torch.cat((tokens, new[:, None]), dim=1)
             yield new

@@ -12,7 +12,8 @@ import torch
 from nanotst import UserError
 from nanotst.checkpoint import load_model
 from nanotst.configurator import entry_point
-from nanotst.machine import pick_device
+from nanotst.kernels import use_twins
+from nanotst.machine import Machine, pick_device
 from nanotst.vocabulary import tokenizer_of
 
 
@@ -63,6 +64,7 @@ def main(config):
     device = pick_device(c.device)
     model, checkpoint = load_model(c.checkpoint)
     model.to(device).eval()
+    use_twins(model, Machine(device, "float32"))
     tokenizer = tokenizer_of(c.checkpoint, checkpoint, c.data)
     ids = tokenizer.encode(prompt)
     if not len(ids):

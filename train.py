@@ -30,6 +30,7 @@ from nanotst import UserError
 from nanotst.checkpoint import Saver, load_initial, model_config, resume
 from nanotst.configurator import Bags, Free, entry_point, marked, validate
 from nanotst.huggingface import load_hf
+from nanotst.kernels import use_twins
 from nanotst.log import RunFolder, describe_run, knobs_of_run, progress, router_metrics, warn
 from nanotst.machine import Machine, StopSignals, as_one
 from nanotst.mixture import open_mixture
@@ -143,6 +144,7 @@ class Config:
         "auto"  # of matrix products; weights are float32
     )
     compile: Free[Literal["auto", "on", "off"]] = "auto"  # torch.compile; auto is on for cuda
+    plain: Free[bool] = False  # only the plain code of model.py and tst.py, without faster twins
     threads: Free[int] = (
         0  # CPU threads of a rank; 0: PyTorch's choice, or a rank's share of the cores
     )
@@ -307,7 +309,9 @@ def main(c):
     shape = model_config(dataclasses.asdict(c), corpus.meta)
     check_size(shape, machine)
     torch.manual_seed(c.seed)
-    model = build(shape, machine)
+    kinds = [(p.n_in, p.n_out) for p in phases]
+    twins = lambda model: c.plain or use_twins(model, machine, kinds, c.loss, c.document_bags)
+    model = build(shape, machine, prepare=twins)
     if c.init_from.startswith("hf:") and not c.resume:
         load_hf(model, c.init_from[3:], say)
     elif c.init_from and not c.resume:

@@ -1,7 +1,7 @@
 """Optimizers over a model's parameters, and the schedule of their rates.
 
-To add one: a function in OPTIMIZERS, which makes it from the model and the knobs. Each group of parameters
-has its own rate, group["initial_lr"]; the schedule is a multiplier on all of them.
+To add an optimizer, write a function that returns a list of torch optimizers, and name it in OPTIMIZERS. Each
+group of parameters has its own rate, group["initial_lr"]; the schedule multiplies all of them.
 """
 
 import math
@@ -36,58 +36,45 @@ class Optimizers(list):
             optimizer.state.clear()
 
     def load_state_dict(self, state):
-        """Moments and counters of state_dict(); rates, decay and betas stay as configured. Raises ValueError
-        or KeyError for the state of another optimizer."""
+        """Load moments and counters; rates, decay and betas stay as configured. Raises ValueError or KeyError
+        if the state is another optimizer's."""
         if not isinstance(state, list) or len(state) != len(self):
             raise ValueError("the state of another optimizer")
         for optimizer, saved in zip(self, state):
-            settings = [
-                {k: v for k, v in group.items() if k != "params"}
-                for group in optimizer.param_groups
-            ]
+            groups = optimizer.param_groups
+            settings = [{k: v for k, v in g.items() if k != "params"} for g in groups]
             optimizer.load_state_dict(saved)
-            for group, now in zip(optimizer.param_groups, settings):
-                group.update(now)
+            for group, configured in zip(optimizer.param_groups, settings):
+                group.update(configured)
 
 
-def adamw(parameters, c, device_type):
-    """AdamW, fused; weight decay for matrices, not for norms."""
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": c.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def adamw(inits, c, device_type):
+    """AdamW, fused, for [(name, parameter, Init)]; weight decay for all but norms and other scales."""
+    scales = [p for _, p, init in inits if init.kind == "scale"]
+    others = [p for _, p, init in inits if init.kind != "scale"]
+    groups = [{"params": others, "weight_decay": c.weight_decay}]
+    groups += [{"params": scales, "weight_decay": 0.0}]
     fused = device_type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=fused)
 
 
 def all_adamw(model, c, device_type):
-    return [adamw(list(model.parameters()), c, device_type)]
+    return [adamw(list(model.inits()), c, device_type)]
 
 
 def muon(model, c, device_type):
-    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest: embedding, head, norms,
-    routers, and the stacked weights of experts. Muon's steps are scaled to the size of AdamW's (arXiv
-    2502.16982), so that one learning_rate serves both, unless matrix_learning_rate gives Muon its own."""
-    named = dict(model.blocks.named_parameters())
-    matrices = [p for name, p in named.items() if p.dim() == 2 and "router" not in name]
-    if any(
-        isinstance(p, DTensor) for p in matrices
-    ):  # each of its products would be a gathering of its own
+    """Muon (Jordan et al. 2024) for matrices, AdamW for embedding, head, scales, routers and experts. Muon's
+    steps are scaled to the size of AdamW's (arXiv 2502.16982), so one learning_rate serves both, unless
+    matrix_learning_rate gives Muon its own."""
+    matrices = [p for _, p, init in model.inits() if init.kind == "matrix"]
+    others = [each for each in model.inits() if each[2].kind != "matrix"]
+    if any(isinstance(p, DTensor) for p in matrices):  # it would gather them for every product
         raise UserError(
-            "optimizer=muon works on whole matrices, and parallel=fsdp has parts: use adamw, or ddp"
+            "optimizer=muon needs whole matrices, but parallel=fsdp splits them; use adamw or ddp"
         )
-    chosen = set(map(id, matrices))
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(
-            matrices,
-            lr=c.matrix_learning_rate or c.learning_rate,
-            weight_decay=c.weight_decay,
-            momentum=c.beta2,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        adamw(others, c, device_type),
-    ]
+    how = dict(lr=c.matrix_learning_rate or c.learning_rate, weight_decay=c.weight_decay)
+    how |= dict(momentum=c.beta2, adjust_lr_fn="match_rms_adamw")
+    return [torch.optim.Muon(matrices, **how), adamw(others, c, device_type)]
 
 
 OPTIMIZERS = {"adamw": all_adamw, "muon": muon}
@@ -95,7 +82,7 @@ SCHEDULES = ("wsd", "cosine")
 
 
 def make_optimizer(model, c, device_type):
-    """The optimizer that the knobs name, for all parameters of the model."""
+    """The optimizer named by the knobs, for all parameters of the model."""
     optimizers = Optimizers(OPTIMIZERS[c.optimizer](model, c, device_type))
     for group in optimizers.param_groups:
         group["initial_lr"] = group["lr"]
@@ -103,20 +90,19 @@ def make_optimizer(model, c, device_type):
 
 
 def set_rates(optimizer, multiplier):
-    """Set the rate of each group to its own times the multiplier."""
+    """Set each group's rate to its own times the multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
 
 
 def rate_multiplier(step, c):
-    """What each rate is multiplied by in step number `step` (from 0) of c.max_steps, the same in all phases:
-    warmup, then constant with a linear end (wsd, as in the paper) or half a cosine."""
+    """Multiplier of all rates in step number `step` (from 0) of c.max_steps, whatever the phase: warmup, then
+    constant with a linear end (wsd, as in the paper) or half a cosine."""
     if step < c.warmup_steps:
         return (step + 1) / c.warmup_steps
     if c.schedule == "cosine":
-        left = 0.5 + 0.5 * math.cos(
-            math.pi * (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
-        )
+        angle = math.pi * (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
+        left = 0.5 + 0.5 * math.cos(angle)
     else:
         left = min(1.0, (c.max_steps - step) / max(1, round(c.decay_ratio * c.max_steps)))
     return c.min_lr_ratio + (1 - c.min_lr_ratio) * left

@@ -12,9 +12,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 import model as model_module
-from model import GPT, MLP, GPTConfig, Linear, MoE, RMSNorm, rotary, rotate
+from model import GPT, MLP, GPTConfig, Init, MoE, RMSNorm, rotary, rotate
 from nanotst.checkpoint import model_config
 from nanotst.configurator import parse, read_file
+from nanotst.kernels import use_twins
+from nanotst.machine import Machine
+from nanotst.optim import make_optimizer
 from nanotst.parallel import init_weights
 from train import Config
 from tst import LOSSES
@@ -87,7 +90,7 @@ def test_the_configs_of_the_papers_models_have_their_shapes_and_numbers_of_param
     with torch.device("meta"):
         model = GPT(config)
     assert model.n_params() == total
-    assert model.n_params(active=True, embedding=False) == pytest.approx(active, rel=1e-4)
+    assert model.n_params(active=True, without=("embedding",)) == pytest.approx(active, rel=1e-4)
     assert f"{total:,} parameters" in " ".join(
         ast.get_docstring(ast.parse(file.read_text())).split()
     )
@@ -163,17 +166,65 @@ def test_initialisation():
             assert abs(p.mean().item()) < base / 5, name
 
 
-def test_weights_of_some_parts_are_drawn_anew_and_the_others_stay():
+def test_weights_of_some_parts_are_drawn_again_and_the_others_stay():
     model = gpt()
     before = {name: p.clone() for name, p in model.named_parameters()}
     init_weights(model, ("embed", "blocks.1.mlp"))
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"embed.weight", "blocks.1.mlp.gate_up.weight", "blocks.1.mlp.down.weight"}
-    model.init_weights()
-    matrices = {name for name, p in model.named_parameters() if p.dim() > 1}
-    assert {
-        name for name, p in model.named_parameters() if not torch.equal(p, before[name])
-    } == matrices
+
+
+class Gated(MLP):
+    """A fork's module, with a scale, a matrix, and a layer of torch's own if asked for."""
+
+    def __init__(self, config, layer=False):
+        super().__init__(config)
+        self.gate = torch.nn.Parameter(torch.tensor(9.0))
+        self.mix = torch.nn.Parameter(torch.ones(32, 32))
+        self.init = {"gate": 0.5, "mix": Init("matrix", torch.nn.init.eye_)}
+        if layer:
+            self.norm = torch.nn.LayerNorm(32)
+
+    def forward(self, x):
+        return self.gate * super().forward(x @ self.mix)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    monkeypatch.setattr(model_module, "MLP", Gated)
+    return gpt()
+
+
+def test_a_forks_own_initial_values_and_kinds(forked):
+    assert forked.blocks[1].mlp.gate.item() == 0.5
+    assert torch.equal(forked.blocks[1].mlp.mix, torch.eye(32))
+    plain = 2 * V * C + 2 * (ATTENTION + EXPERT + 2 * C) + C
+    assert forked.n_params() == plain + 2 * (1 + 32 * 32)
+    added = 6 * 2 * 32 * 32  # the matrices alone
+    model_module.MLP = MLP
+    assert forked.flops_per_position() == gpt().flops_per_position() + added
+
+
+def test_weight_decay_and_muon_go_by_kind_not_by_dimensions(forked):
+    c = Config(optimizer="muon", weight_decay=0.3, learning_rate=0.01)
+    matrices, rest, scales = make_optimizer(forked, c, "cpu").param_groups
+    names = {id(p): name for name, p in forked.named_parameters()}
+    kinds = [
+        {names[id(p)].split(".", 2)[-1] for p in g["params"]} for g in (matrices, rest, scales)
+    ]
+    assert kinds[0] == {"attn.qkv.weight", "attn.out.weight", "mlp.gate_up.weight",
+                        "mlp.down.weight", "mlp.mix"}  # fmt: skip
+    assert [names[id(p)] for p in rest["params"]] == ["embed.weight", "head.weight"]
+    assert {"mlp.gate", "attn_norm.weight", "mlp_norm.weight"} <= kinds[2]
+    assert [g["weight_decay"] for g in (matrices, rest, scales)] == [0.3, 0.3, 0]
+
+
+def test_a_parameter_without_an_initial_value_is_an_error_that_names_it(monkeypatch):
+    monkeypatch.setattr(model_module, "MLP", lambda config: Gated(config, layer=True))
+    with pytest.raises(
+        ValueError, match=r"blocks.0.mlp.norm.weight has no initial value.*LayerNorm"
+    ):
+        gpt()
 
 
 def test_buffers_are_filled_as_in_a_new_model():
@@ -245,19 +296,6 @@ def test_rotary_positions_are_a_rotation_in_the_complex_plane():
             )
             assert_close(got[:, position, :, i].double(), turned.real, rtol=1e-5, atol=1e-5)
             assert_close(got[:, position, :, i + 4].double(), turned.imag, rtol=1e-5, atol=1e-5)
-
-
-def test_linear_is_torchs_in_value_and_gradients():
-    plain, ours = torch.nn.Linear(12, 20, bias=False), Linear(12, 20)
-    ours.load_state_dict(plain.state_dict())
-    results = []
-    for layer in (plain.double(), ours.double()):
-        torch.manual_seed(0)
-        x = torch.randn(4, 64, 12, dtype=torch.float64, requires_grad=True)
-        y = layer(x)
-        (y * torch.randn_like(y)).sum().backward()
-        results.append((y.detach(), x.grad, layer.weight.grad))
-    assert_close(results[0], results[1])
 
 
 def test_grouped_query_attention_is_attention_with_repeated_key_value_heads():
@@ -457,27 +495,18 @@ def test_embedding_and_head_work_in_their_own_forward():
     assert model(x, y, loss="bce")[0] is marker and seen[1][1:] == (y, None, "bce")
 
 
-def test_the_source_has_no_function_of_autograd_and_asks_for_no_device():
-    """Both belong to nanotst/kernels.py. (The one device named is autocast's, to switch it off.)"""
+def test_the_source_is_plain_torch():
+    """No autograd.Function, no kernel, no branch on the device: those are twins, in nanotst/."""
     tree = ast.parse(Path(model_module.__file__).read_text(encoding="utf-8"))
-    names = [
-        n.attr if isinstance(n, ast.Attribute) else n.id
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Attribute | ast.Name)
-    ]
-    assert not {"autograd", "Function", "is_cuda", "is_cpu", "cuda", "is_compiling"} & set(names)
-    assert not [
-        n
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Constant) and n.value in ("cpu", "cuda", "mps")
-    ]
-    branches = [
-        n for n in ast.walk(tree) if isinstance(n, ast.If | ast.IfExp | ast.While | ast.Compare)
-    ]
-    tests = [n if isinstance(n, ast.Compare) else n.test for n in branches]
-    assert tests and not [
-        n for test in tests for n in ast.walk(test) if getattr(n, "attr", "") == "device"
-    ]
+    words = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    words |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    imported = [n.names for n in ast.walk(tree) if isinstance(n, ast.Import)]
+    modules = {alias.name for names in imported for alias in names}
+    modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not {m for m in modules if m.startswith("nanotst")} and "tst" in modules
+    assert not {"autograd", "Function", "is_cuda", "is_cpu", "cuda", "is_compiling"} & words
+    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    assert not {"cpu", "cuda", "mps"} & texts
 
 
 def test_zero_head_costs_log_v_in_spite_of_padding():
@@ -550,6 +579,7 @@ def test_one_graph_per_phase_and_none_after(kind):
     which grouped matrix products do not compile."""
     counter, loads = CompileCounterWithBackend("aot_eager"), set()
     model = gpt(n_layer=1, **kind)
+    use_twins(model, Machine("cpu", "bfloat16"), [(4, 4)])
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     with torch.autocast("cpu", torch.bfloat16):
         for s, graphs in ((4, 1), (1, 2)):
@@ -664,10 +694,10 @@ def test_router_statistics_by_loop():
 
 def test_router_is_computed_in_float32_under_autocast():
     """Only what it reads is rounded. In bfloat16 it would send some positions to other experts."""
-    layer, x = moe(n_expert=16), torch.randn(2, 50, 32)
+    layer, x = moe(n_expert=16), torch.randn(2, 50, 32).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         _, router = layer(x)
-    logits = x.bfloat16().double() @ layer.router.weight.double().T
+    logits = x.double() @ layer.router.weight.double().T
     load = logits.topk(2).indices.flatten().bincount(minlength=16)
     assert torch.equal(router["load"], load.float())
     assert_close(router["z_loss"].double(), logits.logsumexp(-1).square().mean(), rtol=1e-5, atol=0)

@@ -37,7 +37,7 @@ from model import GPT
 from nanotst import UserError
 from nanotst.checkpoint import model_config
 from nanotst.configurator import entry_point, read_file
-from nanotst.kernels import linear_loss, linear_multi_hot_cross_entropy
+from nanotst.kernels import linear_loss, linear_multi_hot_cross_entropy, use_twins
 from nanotst.machine import Machine
 from nanotst.stream import TokenStream
 from tst import LOSSES, bags_and_labels, multi_hot_cross_entropy, phase_list
@@ -62,6 +62,7 @@ class Config:
     losses: str = ""  # of loss: further ones of tst.LOSSES, such as mce_alt,bce,hinge
     repeats: int = 7  # of each variant; in nanogpt, runs of each trainer, at most 3
     threads: int = 0  # CPU threads; 0: PyTorch's choice
+    plain: bool = False  # measure the plain code of model.py and tst.py, without faster twins
     profile: str = (
         ""  # write a trace of steps at all bag sizes here, for chrome://tracing or Perfetto
     )
@@ -272,6 +273,8 @@ def make_step(b, shape, rows, seed=0):
     torch.manual_seed(seed)
     with torch.device(b.device):
         model = GPT(shape)
+    if not b.c.plain:
+        use_twins(model, b.machine, [(s, s) for s in map(int, b.c.bag_sizes.split(","))])
     compiled = b.compiled and not (shape.n_expert and b.dtype == torch.float32)  # as train.py
     forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

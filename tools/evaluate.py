@@ -24,7 +24,8 @@ from nanotst import UserError
 from nanotst.checkpoint import load_checkpoint, load_weights, model_config, write_safely
 from nanotst.configurator import entry_point
 from nanotst.corpus import check_vocabulary
-from nanotst.machine import pick_device
+from nanotst.kernels import use_twins
+from nanotst.machine import Machine, pick_device
 from nanotst.mixture import open_mixture
 from nanotst.stream import validation_rows
 from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
@@ -158,6 +159,7 @@ def build(path, checkpoint, block_size, device):
     shape = model_config(checkpoint["config"], checkpoint["meta"])
     model = GPT(dataclasses.replace(shape, block_size=block_size))
     load_weights(model, checkpoint["model"], path)
+    use_twins(model, Machine(device, "float32"))
     return model.to(device).eval()
 
 

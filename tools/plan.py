@@ -39,7 +39,7 @@ from model import GPT, GPTConfig
 from nanotst import UserError
 from nanotst.checkpoint import model_config
 from nanotst.configurator import entry_point
-from nanotst.kernels import rows_of_chunk
+from nanotst.kernels import rows_of_chunk, use_twins
 from nanotst.machine import PEAK_FLOPS, Machine
 from nanotst.mixture import open_mixture
 from nanotst.optim import make_optimizer
@@ -527,7 +527,7 @@ def steps_here(machine, shape, knobs, rows, micro_steps, kinds, record):
     """Train a new model for three steps of each kind (n_in, n_out), as train.py does, the last ones under
     `record`. Returns whether it is compiled, and the bytes of tensors that are there between two steps."""
     torch.manual_seed(0)
-    model = build(shape, machine)
+    model = build(shape, machine, prepare=lambda model: use_twins(model, machine, kinds))
     optimizer = make_optimizer(model, knobs, machine.device_type)
 
     def forward(run, n_in, n_out):
