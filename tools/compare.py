@@ -26,7 +26,7 @@ from nanotst.configurator import entry_point
 from tools import runner
 from tools.intervals import Interval, difference, seeds_text, speedup, times
 from tools.picture import COLORS, new_figure, save_picture, tidy
-from tools.plot import Side, draw_panel, lengths_of, undecayed_speedup
+from tools.plot import Side, draw_panel, equal, lengths_of, undecayed_speedup
 from tools.runner import as_text, places
 from tools.runs import markdown_table
 from tools.sweep import write_results
@@ -143,11 +143,6 @@ def train_sides(config):
 
 
 # ------------------------------------------------------------------------------------------------ the results
-
-
-def equal(tst, baselines, key):
-    """The baselines whose FLOPs or data_tokens are TST's."""
-    return [b for b in baselines if abs(b.end[key] / tst.end[key] - 1) < 0.01]
 
 
 def exchange_rate(tst, gain):

@@ -19,8 +19,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/ke
 from nanotst import UserError
 from nanotst.configurator import entry_point
 from nanotst.files import write_safely
-from tools.runs import CORPUS, ENDS, FREE, MODEL, NUMBERS, describe, final, load_metrics, read_table
-from tools.runs import Config as Knobs
+from tools.runs import FREE, NUMBERS, describe, final, load_metrics, read_table
+from train import Config as Knobs
 
 
 @dataclass
@@ -36,26 +36,21 @@ class Config:
 
     runs: list[str]  # run folders of train.py
     out_dir: str = ""  # folder of runs.csv and curves.csv, such as results/NAME
-    labels: str = (
-        ""  # one for all runs, or one each, comma-separated; equal labels are seeds of one side
-    )
+    labels: str = ""  # comma-separated, one for all or one each; equal labels are seeds of one side
     curves: str = (
-        "all"  # runs whose curves are kept: all, none, or comma-separated names and labels
+        "all"  # runs whose curves are kept: all, none, or names and labels, comma-separated
     )
     points: int = 60  # most rows of a curve, apart from those around a switch
 
 
-WHERE = dict(
-    machine="device", precision="dtype", ranks="world_size", torch="torch", python="python"
-)
-BORING = {
-    "step",
-    "lr",
-    "grad_norm",
-    "epoch",
-    "mfu",
-    "positions_per_second",
-}  # all other numbers are kept
+WHERE = {"device": "machine", "dtype": "precision", "world_size": "ranks"}  # other names for these
+LEFT_OUT = set("step lr grad_norm epoch mfu positions_per_second".split())  # other numbers stay
+NOT_KNOBS = (
+    "out_dir",
+    "resume",
+    "allow_changes",
+    "overwrite",
+)  # they say nothing about a finished run
 
 
 def names_of(paths):
@@ -82,25 +77,16 @@ def without_folders(text):
 def summary(folder, name, label, rows):
     """A run's row of runs.csv: {column: text}."""
     facts, described = describe(folder)
-    facts = {
-        k: without_folders(v)
-        for k, v in facts.items()
-        if k not in ("out_dir", "resume", "overwrite")
-    }
+    facts = {k: without_folders(v) for k, v in facts.items() if k not in NOT_KNOBS}
     best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
+    ends = {"steps": final(rows)["step"], "val_loss": 0.0, "best_val_loss": best["val_loss"]}
+    ends |= {"best_step": best["step"]} | final(rows)
     rates = [row["positions_per_second"] for row in rows if "positions_per_second" in row]
-    ends = {
-        "steps": final(rows)["step"],
-        "best_val_loss": best["val_loss"],
-        "best_step": best["step"],
-    }
-    ends |= {"positions_per_second": round(statistics.median(rates))} if rates else {}
-    where = {
-        k: str(described["versions"][v]) for k, v in WHERE.items() if v in described["versions"]
-    }
+    where = {WHERE.get(k, k): str(v) for k, v in described["versions"].items()}
+    where["positions_per_second"] = str(round(statistics.median(rates))) if rates else ""
     where["command"] = " ".join(without_folders(arg) for arg in described["command"])
-    metrics = cells(final(rows), BORING | facts.keys())  # a knob goes before a metric of its name
-    return {"run": name, "label": label} | metrics | cells(ends) | where | facts
+    metrics = cells(ends, LEFT_OUT | facts.keys())  # where names meet, the knob counts
+    return {"run": name, "label": label} | metrics | where | facts
 
 
 def thinned(rows, points):
@@ -117,23 +103,12 @@ def thinned(rows, points):
 
 
 def columns_of(runs):
-    """The columns of runs.csv: who, the knobs that differ, what came out, everything else."""
+    """The columns of runs.csv: who, the knobs that differ, what came out, all other knobs."""
     known = dict.fromkeys(key for run in runs for key in run)
     knobs = [key for key in Knobs.__dataclass_fields__ if key in known]
     differ = [key for key in knobs if key not in FREE and len({run.get(key) for run in runs}) > 1]
-    who, last = ["run", "label"], [*WHERE, "command", *CORPUS, *MODEL]
-    first = [
-        "steps",
-        "val_loss",
-        "val_bpb",
-        "best_val_loss",
-        "best_step",
-        *ENDS[:4],
-        "positions_per_second",
-    ]
-    metrics = [key for key in known if key not in {*who, *knobs, *first, *last}]
-    columns = dict.fromkeys([*who, *differ, *first, *metrics, *last, *knobs])
-    return [key for key in columns if key in known]
+    other = [key for key in known if key not in knobs]
+    return list(dict.fromkeys([*other[:2], *differ, *other, *knobs]))
 
 
 def write_table(path, columns, lines):
@@ -170,7 +145,7 @@ def main(config):
         curves.pop(name, None)
         if chosen & {name, label}:
             points = thinned(rows, config.points)
-            curves[name] = [{"run": name} | cells(row, BORING - {"step"}) for row in points]
+            curves[name] = [{"run": name} | cells(row, LEFT_OUT - {"step"}) for row in points]
         print(f"{name}: kept as {label}, val_loss {line['val_loss']}")
     out_dir.mkdir(parents=True, exist_ok=True)
     write_table(out_dir / "runs.csv", columns_of(runs.values()), runs.values())

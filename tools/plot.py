@@ -17,15 +17,7 @@ from nanotst import UserError
 from nanotst.configurator import entry_point
 from tools.intervals import difference, seeds_text, speedup, times
 from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
-from tools.runs import (
-    ENDS,
-    final,
-    markdown_table,
-    measure_of,
-    notes_on_differences,
-    numbers,
-    read_runs,
-)
+from tools.runs import ENDS, final, markdown_table, measure_of, notes_on_differences, read_runs
 
 
 @dataclass
@@ -47,10 +39,7 @@ class Config:
     labels: str = (
         ""  # comma-separated, one for each run; equal labels are seeds of one configuration
     )
-    by: str = (
-        ""  # knob for the x-axis of a picture of final losses, with a line for each model size
-    )
-    title: str = ""  # heading of the picture
+    by: str = ""  # knob for the x-axis of a picture of final losses, one line per model size
     no_plot: bool = False  # table without a picture
 
 
@@ -100,9 +89,8 @@ def reached(side, loss, until=math.inf):
     """FLOPs from which a side stays at or below a loss up to step `until`, linear between its validation
     rows; inf if it does not."""
     at, before = math.inf, None
-    for flops, own in reversed(
-        curve([r for r in side.rows if r["step"] <= until], "flops", side.y)
-    ):
+    rows = [row for row in side.rows if row["step"] <= until]
+    for flops, own in reversed(curve(rows, "flops", side.y)):
         if own > loss:
             return at if before is None else flops + (at - flops) * (own - loss) / (own - before)
         at, before = flops, own
@@ -117,6 +105,11 @@ def lengths_of(baselines):
             side = min(best.pop(), side, key=lambda side: side.end[side.y])
         best.append(side)
     return best
+
+
+def equal(side, baselines, key):
+    """The baselines whose FLOPs or data_tokens are those of a side."""
+    return [b for b in baselines if abs(b.end[key] / side.end[key] - 1) < 0.01]
 
 
 def speedup_text(side, baselines):
@@ -187,23 +180,18 @@ def table_line(name, side, baselines):
 
 def against_baselines(side, baselines):
     """A line on TST: the switch, the difference at equal FLOPs, and what the speed-up is not."""
-    said, near = [], None
+    said = []
     for pairs in zip(*(switches(run["rows"]) for run in side.runs)):
         old, new = (np.mean([pair[i]["loss"] for pair in pairs]) for i in (0, 1))
         step = pairs[0][0]["step"]
         said.append(f"training loss {old:.3f} -> {new:.3f} ({new - old:+.3f}) after step {step:,}")
-    for baseline in lengths_of(baselines):
-        if abs(baseline.end["flops"] / side.end["flops"] - 1) < 0.01 and side.finished:
-            near = baseline
-    if near and said:
-        said.append(
-            f"the baseline's validation loss {met_again(side, near, side.bagged[-1]['step'])}"
-        )
-    if near:
-        said.append(f"at the end {difference(side.losses, near.losses).text()}")
-    if near and (false := undecayed_speedup(side, baselines)):
-        said.append(f"speed-up {speedup_text(side, baselines)}, but read off the longest baseline before "
-                    f"its decay, it would be {false:.2f}x")  # fmt: skip
+    for near in equal(side, lengths_of(baselines), "flops"):
+        again = met_again(side, near, side.bagged[-1]["step"])
+        gain = difference(side.losses, near.losses).text()
+        said += [f"the baseline's validation loss {again}", f"at the end {gain}"]
+        if false := undecayed_speedup(side, baselines):
+            said.append(f"speed-up {speedup_text(side, baselines)}")
+            said.append(f"wrongly {false:.2f}x if the longest baseline is read before its decay")
     return f"- {side.label}: {'; '.join(said)}."
 
 
@@ -222,16 +210,14 @@ def table(runs):
     lengths = len(lengths_of(baselines))
     how = ("no finished baseline is given", "one baseline length, so a lower bound")
     how = how[lengths] if lengths < 2 else f"between the ends of baselines of {lengths} lengths"
-    notes = ["Validation loss in nats per token, mean ± standard deviation (seeds). "
-             f"Speed-up in FLOPs at equal loss: {how}."]  # fmt: skip
+    losses = "Validation loss in nats per token, mean ± standard deviation (seeds)"
+    notes = [f"{losses}. Speed-up in FLOPs at equal loss: {how}."]
     if stopped := [run["name"] for run in runs if not Side([run], y).finished]:
         notes.append(f"Unfinished, so the learning rate has not decayed: {', '.join(stopped)}.")
     notes += notes_on_differences(runs)
     if bagged := [side for side in sides if side.bags != "1"]:
         lines = [against_baselines(side, baselines) for side in bagged]
-        notes.append(
-            "At the switch, and against the baseline at equal FLOPs:\n\n" + "\n".join(lines)
-        )
+        notes.append("At the switch, and at equal FLOPs:\n\n" + "\n".join(lines))
     return "\n\n".join([markdown_table(cells), *notes])
 
 
@@ -253,62 +239,53 @@ def draw_panel(ax, sides, x, scale=1.0):
     """Validation losses over x / scale: means thick, seeds thin, switches dotted, values at the ends."""
     from matplotlib.ticker import EngFormatter
 
-    labels = list(dict.fromkeys(side.label for side in sides))
+    labels, runs = [side.label for side in sides], [run for side in sides for run in side.runs]
+
+    def line(rows, y, nats=1.0, **look):
+        points = [(at / scale, loss * nats) for at, loss in curve(rows, x, y)]
+        ax.plot(*zip(*points), **look)
+        return points[-1]
+
     for side in sides:
-        i, y = labels.index(side.label), side.y
-        look = dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)])
-        lines = [
-            (run["rows"], y, 1.0, dict(lw=0.8, alpha=0.45, marker=""))
-            for run in side.runs[1:] and side.runs
-        ]
-        if sum(len(side.runs) for side in sides) <= 2:  # among more curves it would hide them
+        i, y, n = labels.index(side.label), side.y, len(side.runs)
+        color = COLORS[i % len(COLORS)]
+        if len(runs) <= 2:  # among more curves the training loss would hide them
             ordinary = [row for row in side.first if row.get("bag_size", 1) == 1]
-            lines.append(
-                (
-                    ordinary,
-                    "loss",
-                    side.end[y] / side.end["val_loss"],
-                    dict(lw=0.6, alpha=0.2, marker=""),
-                )
+            line(
+                ordinary, "loss", side.end[y] / side.end["val_loss"], color=color, lw=0.6, alpha=0.2
             )
-        seeds = f" ({len(side.runs)} seeds)" if len(side.runs) > 1 else ""
-        lines.append(
-            (side.rows, y, 1.0, dict(lw=1.8, ms=4, markevery=0.05, label=side.label + seeds))
-        )
-        for rows, key, nats, own in lines:
-            points = [(at / scale, loss * nats) for at, loss in curve(rows, x, key)]
-            ax.plot(*zip(*points), **look | own)
-        text = dict(textcoords="offset points", color=look["color"], fontsize=9)
-        ax.annotate(f"{points[-1][1]:.3f}", points[-1], (6, 0), **text)
+        for run in side.runs[: n * (n > 1)]:
+            line(run["rows"], y, color=color, lw=0.8, alpha=0.45)
+        look = dict(color=color, marker=MARKERS[i % len(MARKERS)], ms=4, markevery=0.05)
+        end = line(side.rows, y, label=side.label + f" ({n} seeds)" * (n > 1), lw=1.8, **look)
+        text = dict(textcoords="offset points", color=color, fontsize=9)
+        ax.annotate(f"{end[1]:.3f}", end, (6, 0), **text)
         if side.bagged:
             at = side.bagged[-1][x] / scale
-            ax.axvline(at, color=look["color"], ls=":", lw=1.3, label="end of superposition")
-    longest = max(at for side in sides for run in side.runs for at, _ in curve(run["rows"], x, y))
-    ax.set(xlim=(0, 1.15 * longest / scale), ylim=loss_limits(sides))
+            ax.axvline(at, color=color, ls=":", lw=1.3, label="end of superposition")
+    longest = max(at for run in runs for at, _ in curve(run["rows"], x, "val_loss")) / scale
+    ax.set(xlim=(0, 1.15 * longest), ylim=loss_limits(sides))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     tidy(ax)
 
 
-def draw(runs, title=""):
+def draw(runs):
     """A figure of three panels of validation loss: against positions (or FLOPs), data and time."""
     fig, axes = new_figure((13, 4.8), 1, 3, "--no_plot prints the table alone", sharey=True)
     sides = sorted(sides_of(runs), key=lambda side: side.bags != "1")
     costs = [side.end["flops"] / side.end["positions"] for side in sides]
-    panels = [
-        ("Equal FLOPs", "positions", "transformer positions", 1),
-        ("Equal data", "data_tokens", "data tokens", 1),
-        ("Equal time", "seconds", "minutes of training", 60),
-    ]
+    first = ("Equal FLOPs", "positions", "transformer positions", 1)
     if max(costs) > 1.01 * min(costs):  # equal positions are equal FLOPs within one model only
-        panels[0] = ("Equal FLOPs", "flops", "FLOPs", 1)
-    for ax, (heading, key, name, scale) in zip(axes, panels):
+        first = ("Equal FLOPs", "flops", "FLOPs", 1)
+    data = ("Equal data", "data_tokens", "data tokens", 1)
+    time = ("Equal time", "seconds", "minutes of training", 60)
+    for ax, (heading, key, name, scale) in zip(axes, (first, data, time)):
         draw_panel(ax, sides, key, scale)
         ax.set(title=heading, xlabel=name)
     unit = "nats per token" if sides[0].y == "val_loss" else "bits per byte"
     axes[0].set_ylabel(f"validation loss ({unit})")
     known = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
     fig.legend(known.values(), known, loc="outside lower center", ncols=5, frameon=False)
-    fig.suptitle(title or None)
     return fig
 
 
@@ -316,30 +293,31 @@ def gains_by(runs, knob):
     """{parameters: {value of the knob: Interval of the final loss minus the baseline's of that size}}."""
     y, sizes = measure_of(runs), {}
     for run in runs:
-        facts = numbers(run["name"], run["facts"] | {"run": run["name"]}, (knob, "parameters"))
-        if knob not in facts:
-            raise UserError(f"--by={knob}: {run['name']} has no such knob")
-        baseline = run["facts"]["bag_size"] == "1"
-        sides = sizes.setdefault(facts["parameters"], {None: []})
-        sides.setdefault(None if baseline else facts[knob], []).append(final(run["rows"])[y])
-    if alone := [size for size, sides in sizes.items() if not sides[None]]:
-        raise UserError(f"--by={knob}: there is no baseline of {alone[0]:,} parameters")
-    minus = lambda sides: {
-        at: difference(sides[at], sides[None]) for at in sorted(sides.keys() - {None})
-    }
-    return {size: minus(sizes[size]) for size in sorted(sizes)}
+        facts = run["facts"]
+        try:
+            at = None if facts["bag_size"] == "1" else float(facts[knob])  # None: a baseline
+        except (KeyError, ValueError):
+            raise UserError(f"--by={knob} is not a number in {run['name']}") from None
+        sides = sizes.setdefault(int(facts["parameters"]), {None: []})
+        sides.setdefault(at, []).append(final(run["rows"])[y])
+    gains = {}
+    for size, sides in sorted(sizes.items()):
+        if not (baseline := sides.pop(None)):
+            raise UserError(f"--by={knob}: there is no baseline of {size:,} parameters")
+        gains[size] = {at: difference(sides[at], baseline) for at in sorted(sides)}
+    return gains
 
 
-def draw_by(gains, knob, title=""):
+def draw_by(gains, knob):
     """A figure of what gains_by gives, a line for each size."""
     fig, ax = new_figure((7, 4.6), without="--no_plot prints the numbers alone")
     for i, (size, sides) in enumerate(gains.items()):
         half = np.nan_to_num([gain.high - gain.value for gain in sides.values()])
         look = dict(color=COLORS[i % len(COLORS)], fmt=f"{MARKERS[i % len(MARKERS)]}-", capsize=3)
-        values = [gain.value for gain in sides.values()]
-        ax.errorbar(list(sides), values, half, label=f"{size / 1e6:.2g}M parameters", **look)
+        values, label = [gain.value for gain in sides.values()], f"{size / 1e6:.2g}M parameters"
+        ax.errorbar(list(sides), values, half, label=label, **look)
     ax.axhline(0, color="0.4", lw=1, label="baseline")
-    ax.set(xlabel=knob, ylabel="final validation loss minus the baseline's", title=title)
+    ax.set(xlabel=knob, ylabel="final validation loss minus the baseline's")
     ax.legend(frameon=False)
     tidy(ax)
     return fig
@@ -361,16 +339,14 @@ def main(config):
     if config.by:
         gains = gains_by(runs, config.by)
         for size, sides in gains.items():
-            said = (f"{config.by} {at}: {gain.text()}" for at, gain in sides.items())
+            said = (f"{config.by} {at:g}: {gain.text()}" for at, gain in sides.items())
             print(f"{size:,} parameters: {'; '.join(said)}")
-        print("\n".join(notes_on_differences(runs)))
+            alike = [run for run in runs if run["facts"]["parameters"] == str(size)]
+            print("\n".join(notes_on_differences(alike)))
     else:
         print(table(runs))
     if not config.no_plot:
-        title = config.title
-        save_picture(
-            draw_by(gains, config.by, title) if config.by else draw(runs, title), config.out
-        )
+        save_picture(draw_by(gains, config.by) if config.by else draw(runs), config.out)
         print(f"\nwrote {config.out}")
 
 

@@ -163,7 +163,8 @@ def notes_on_differences(runs):
             if fact in run["facts"] and fact not in FREE | IN_TABLE:
                 values.setdefault(run["facts"][fact], {})[run["label"]] = None
         if len(values) > 1:
-            said = [f"{value} ({', '.join(labels)})" for value, labels in values.items()]
+            few = sum(map(len, values.values())) < 5
+            said = [f"{v} ({', '.join(labels)})" if few else v for v, labels in values.items()]
             found.append(f"{fact} {', '.join(said)}")
     notes = [f"Not the same in all runs: {'; '.join(found)}."] if found else []
     if len({tokenizer_of(run) for run in runs}) > 1:
