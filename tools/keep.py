@@ -44,13 +44,8 @@ class Config:
 
 
 WHERE = {"device": "machine", "dtype": "precision", "world_size": "ranks"}  # other names for these
-LEFT_OUT = set("step lr grad_norm epoch mfu positions_per_second".split())  # other numbers stay
-NOT_KNOBS = (
-    "out_dir",
-    "resume",
-    "allow_changes",
-    "overwrite",
-)  # they say nothing about a finished run
+LEFT_OUT = {"step", "lr", "grad_norm", "epoch", "mfu", "positions_per_second"}  # others stay
+NOT_KNOBS = ("out_dir", "resume", "allow_changes", "overwrite")  # nothing about a finished run
 
 
 def names_of(paths):
