@@ -3,10 +3,9 @@
 #
 #     bash examples/paper.sh                     all, at the scale of results/paper: hours on two CPU cores
 #     bash examples/paper.sh bag_size ratio      some
-#     CONFIG=config/dense_270m.py JOBS=8 bash examples/paper.sh bag_size      eight runs at a time, one per GPU
+#     CONFIG=config/dense_270m.py JOBS=8 bash examples/paper.sh bag_size      eight at a time, one per GPU
 #
-# Experiments share their runs and resume where they were interrupted. OUT gets NAME.md, NAME.csv and NAME.png of
-# each. The values are in the lines below: edit them for another scale.
+# Experiments share their runs and resume where they were interrupted. OUT gets NAME.md, .csv and .png.
 set -eu
 trap 'exit 130' INT TERM
 config=${CONFIG:-config/small.py} seeds=${SEEDS:-1,2,3} out=${OUT:-out/paper} python=${PYTHON:-python}
@@ -22,7 +21,7 @@ keep() { # NAME FOLDER: name what a tool wrote there after the experiment
     done
 }
 
-sweep() { # NAME KNOBS. Runs are in OUT/runs; set $runs if knobs outside the grid differ, since names come from the grid
+sweep() { # NAME KNOBS. Runs are named by the grid: set $runs, their folder, if other knobs differ
     name=$1 folder=$out/${runs:-runs}; shift
     echo "---- $name"
     "$python" -m tools.sweep "$config" --dataset="$dataset" --seed="$seeds" --out_dir="$folder" $machine "$@" ||
@@ -50,14 +49,12 @@ compare() { # equal FLOPs, equal loss, equal data
     keep compare "$out/runs"
 }
 
-# ------------------------------------------------------------------------------------ what the paper leaves open
+# ----------------------------------------------------------------------------------- what the paper leaves open
 
 step_down() { sweep step_down --bag_size=1,2,4,8,4-2,8-4-2; }
 documents() { sweep documents --bag_size=1,2,4 --document_bags=False,True; }
 muon() { sweep muon --bag_size=1,2 --optimizer=adamw,muon; }
-muon_rates() { # 0: AdamW's, 8e-3
-    sweep muon_rates --bag_size=1,2 --optimizer=muon --matrix_learning_rate=4e-3,0,1.6e-2
-}
+muon_rates() { sweep muon_rates --bag_size=1,2 --optimizer=muon --matrix_learning_rate=4e-3,0,1.6e-2; } # 0: 8e-3
 window() { sweep window --bag_size=1,2 --attention_window=0,32; }
 schedule() { sweep schedule --bag_size=1,2 --schedule=wsd,cosine; }
 experts() { runs=experts sweep experts --bag_size=1,2 --n_expert=8 --top_k=2 --ff_dim=96; }

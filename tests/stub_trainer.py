@@ -12,6 +12,17 @@ import sys
 import time
 
 
+def names(folder):
+    """Runs in the folder of a sweep or comparison."""
+    return sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
+
+
+def cells(text):
+    """{first cell: the other cells} of the tables in a text."""
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+
+
 def end_of(steps, seed=1, s=1, r=0.3, rate=0.01):
     """The final loss."""
     off = 0.02 * abs(s - 4) ** 1.5 + abs(r - 0.3) if s > 1 else 0

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import stub_trainer
-from stub_trainer import end_of
+from stub_trainer import cells, end_of, names
 
 import train
 from nanotst import UserError
@@ -36,16 +36,6 @@ def compared(tmp_path, monkeypatch):
     return start
 
 
-def names(folder):
-    return sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
-
-
-def lines(text):
-    """{first cell: the other cells} of the table in a text."""
-    rows = [line.split("|")[1:-1] for line in text.splitlines() if line[:1] == "|"]
-    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
-
-
 def test_three_comparisons_of_known_runs(compared, capsys):
     out = compared("--seeds=1,2,3", "--lengths=1,1.5,2")
     printed = capsys.readouterr().out
@@ -53,7 +43,7 @@ def test_three_comparisons_of_known_runs(compared, capsys):
         f"s1_max_steps={steps}_seed{i}" for steps in (400, 600, 760, 800) for i in (1, 2, 3)
     ]
     assert names(out) == sorted(expected + [f"s4_r0.3_max_steps=400_seed{i}" for i in (1, 2, 3)])
-    table, tst = lines(printed), end_of(STEPS, 2, s=4)
+    table, tst = cells(printed), end_of(STEPS, 2, s=4)
     assert len(table) == 6 and table[TST] == ["400", "1x", "1x", f"{tst:.4f} ± 0.0100 (3)", ""]
     half = 2.77645 * 0.01 * math.sqrt(2 / 3)  # Student's t, four degrees of freedom
     minus = [tst - end_of(STEPS, 2) + x for x in (0, -half, half)]
@@ -64,7 +54,7 @@ def test_three_comparisons_of_known_runs(compared, capsys):
     # a baseline of 640 steps ends as low; 360 of its tokens are worth the 480 that TST reads in bags
     assert "Exchange rate: 1.33 (95 % 1." in printed
     assert "before its decay" not in printed  # the longest one is still above TST there
-    assert printed.split("\nwrote")[0].strip().splitlines()[-1] in (out / "table.md").read_text()
+    assert printed.split("\nwrote")[0].strip().splitcells()[-1] in (out / "table.md").read_text()
     with open(out / "runs.csv", newline="") as f:
         assert len(list(csv.DictReader(f))) == 15
 
@@ -100,7 +90,7 @@ def test_the_baseline_has_its_own_rate(compared, capsys):
 
 def test_a_baseline_of_about_the_same_data_is_not_trained_twice(compared, capsys):
     out = compared("--seeds=1", "--lengths=1,1.91")
-    assert "baseline, equal data" in lines(capsys.readouterr().out) and len(names(out)) == 3
+    assert "baseline, equal data" in cells(capsys.readouterr().out) and len(names(out)) == 3
 
 
 def test_beyond_the_longest_baseline_there_is_only_a_bound(compared, capsys):
@@ -138,9 +128,9 @@ def test_failed_runs_are_left_out_and_said(compared, tmp_path, capsys):
         if "800" in name:
             (tmp_path / "out" / name / "metrics.jsonl").unlink()
     compared("--seeds=1,2", "--lengths=1,2", "--train=no")
-    table = lines(capsys.readouterr().out)
+    table = cells(capsys.readouterr().out)
     assert table[TST][3] == f"{end_of(STEPS, 1, s=4):.4f}"  # one seed
-    assert not any(cells[0] == "800" for cells in table.values())
+    assert not any(row[0] == "800" for row in table.values())
 
 
 # ----------------------------------------------------------------------------------------------- statistics
@@ -200,7 +190,7 @@ def test_picture(compared, monkeypatch):
     for ax in (left, right):
         drawn = [text.get_text() for text in ax.get_legend().get_texts()]
         assert drawn[:2] == ["baseline (2 seeds)", f"{TST} (2 seeds)"]
-    (ends,) = (line for line in middle.get_lines() if line.get_label() == "ends of baselines")
+    (ends,) = (line for line in middle.get_cells() if line.get_label() == "ends of baselines")
     assert list(ends.get_xdata()) == [1.0, 1.5, 1.9, 2.0] and middle.get_xscale() == "log"
     assert list(ends.get_ydata()) == pytest.approx([end_of(400 * x, 1.5) for x in ends.get_xdata()])
     assert any(text.get_text() == f"{TST}: 1.60x" for text in middle.get_legend().get_texts())

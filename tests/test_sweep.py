@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import stub_trainer
 from conftest import ROOT
-from stub_trainer import end_of
+from stub_trainer import cells, end_of, names
 
 import train
 from nanotst import UserError
@@ -21,26 +21,18 @@ from nanotst.configurator import parse
 from tools import runner, sweep
 
 STEPS = 20
+GIVEN = [f"--max_steps={STEPS}", "--learning_rate=0.01", "--plot=no"]
 
 
 @pytest.fixture
-def stub(monkeypatch):
+def swept(tmp_path, monkeypatch):
+    """swept("--key=a,b", ...) runs a sweep in this process -> its folder."""
     trainer = SimpleNamespace(Config=train.Config, __file__=stub_trainer.__file__)
     monkeypatch.setattr(runner, "TRAINER", trainer)
 
-
-@pytest.fixture
-def swept(tmp_path, stub):
-    """swept("--key=a,b", ...) runs a sweep in this process -> its folder."""
-
     def start(*arguments):
-        argv = [
-            f"--max_steps={STEPS}",
-            "--learning_rate=0.01",
-            "--plot=no",
-            f"--out_dir={tmp_path}/sweep",
-        ]
-        sweep.main(parse(sweep.Config, runner.places([*argv, *arguments], sweep.Config)))
+        argv = [*GIVEN, f"--out_dir={tmp_path}/sweep", *arguments]
+        sweep.main(parse(sweep.Config, runner.places(argv, sweep.Config)))
         return tmp_path / "sweep"
 
     return start
@@ -51,30 +43,15 @@ def starts(folder):
     return [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
 
 
-def names(folder):
-    return sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
-
-
-def cells(text):
-    """{first cell: the other cells} of the tables in a text."""
-    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
-    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
-
-
 # ------------------------------------------------------------------------------------------------- the grid
 
 
 def test_a_grid_trains_each_distinct_run_once(swept):
-    out = swept("--bag_size=1,2", "--superposition_ratio=0.2,0.3", "--seed=1,2", "--loss=mce,bce")
-    bagged = [
-        f"s2_r{r}_loss={loss}_seed{i}"
-        for r in (0.2, 0.3)
-        for loss in ("bce", "mce")
-        for i in (1, 2)
-    ]
-    assert names(out) == sorted(["s1_seed1", "s1_seed2", *bagged])
+    out = swept("--bag_size=1,2", "--superposition_ratio=0.2,0.3", "--seed=1,2")
+    bagged = [f"s2_r{r}_seed{i}" for r in (0.2, 0.3) for i in (1, 2)]
+    assert names(out) == ["s1_seed1", "s1_seed2", *bagged]
     ((arguments, _),) = starts(out / "s1_seed1")
-    assert "--bag_size=1" in arguments and not any("ratio" in a or "loss" in a for a in arguments)
+    assert "--bag_size=1" in arguments and not any("ratio" in argument for argument in arguments)
 
 
 def test_ratio_zero_is_the_baseline(swept):
@@ -84,15 +61,10 @@ def test_ratio_zero_is_the_baseline(swept):
 
 def test_values_with_commas_are_separated_by_semicolons(tmp_path):
     grid = ["reinit_at_switch=;embedding,head", "bag_size=2", "dataset=dclm:0.5,fineweb_edu:0.5"]
-    members, varied = sweep.plan(grid, tmp_path)
-    assert [member.name for member in members] == [
-        "reinit_at_switch=",
-        "reinit_at_switch=embedding-head",
-    ]
-    assert "--reinit_at_switch=embedding,head" in members[1].arguments and varied == [
-        "reinit_at_switch"
-    ]
-    assert all("--dataset=dclm:0.5,fineweb_edu:0.5" in member.arguments for member in members)
+    (_, member), varied = sweep.plan(grid, tmp_path)
+    assert member.name == "reinit_at_switch=embedding-head" and varied == ["reinit_at_switch"]
+    assert "--reinit_at_switch=embedding,head" in member.arguments
+    assert "--dataset=dclm:0.5,fineweb_edu:0.5" in member.arguments
 
 
 def test_config_files_are_passed_on_and_known(tmp_path):
@@ -116,10 +88,7 @@ def test_config_files_are_passed_on_and_known(tmp_path):
             ["--seed=1,2", "--best_of=lr"],
             "--best_of takes a knob of train.py, or none, but not 'lr'",
         ),
-        (
-            ["--eval_interval=5,10"],
-            "--eval_interval takes one value: it does not change what is learned",
-        ),
+        (["--eval_interval=5,10"], "--eval_interval takes one value"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(swept, tmp_path, arguments, message):
@@ -143,9 +112,8 @@ def test_interrupted_runs_resume_or_start_again(swept):
     out = swept("--seed=1,2,3")
     for seed, steps in ((1, 14), (2, 4)):
         log = out / f"seed{seed}" / "metrics.jsonl"
-        log.write_text(
-            "".join(log.read_text().splitlines(keepends=True)[:steps]) + '{"step": 15, "lo'
-        )
+        rows = log.read_text().splitlines(keepends=True)[:steps]
+        log.write_text("".join(rows) + '{"step": 15, "lo')
     (out / "seed1" / "last.pt").write_text("10")
     (out / "seed2" / "last.pt").unlink()
     swept("--seed=1,2,3")
@@ -155,30 +123,22 @@ def test_interrupted_runs_resume_or_start_again(swept):
 
 def test_a_failed_run_is_reported_and_tried_again(swept, tmp_path, capsys):
     missing, there = tmp_path / "missing", tmp_path / "there"
+    with pytest.raises(UserError, match="none of 2 runs is done: error: no corpus"):
+        swept(f"--dataset={missing};{there}")
     there.write_text("")
     with pytest.raises(UserError, match="1 of 2 runs failed; the same command tries them again"):
         swept(f"--dataset={missing};{there}")
     printed = capsys.readouterr().out
-    assert (
-        f"failed (exit 1, {tmp_path}/sweep/" in printed
-        and f": error: no corpus {missing}\n" in printed
-    )
+    assert "missing failed (exit 1, " in printed and f": error: no corpus {missing}\n" in printed
     assert cells(printed)["val loss"][0] == "- (0 of 1 done)"
     missing.write_text("")
     swept(f"--dataset={missing};{there}")
     assert "0 of 1" not in capsys.readouterr().out
 
 
-def test_no_finished_run_gives_the_reason(swept, tmp_path):
-    with pytest.raises(UserError, match="none of 2 runs is done: error: no corpus"):
-        swept(f"--dataset={tmp_path}/missing", "--seed=1,2")
-
-
 def test_another_run_in_the_folder_is_not_touched(swept, tmp_path):
     swept("--seed=1,2", "--max_steps=10")
-    with pytest.raises(
-        UserError, match="seed1 holds another run, with max_steps 10 instead of 20: give"
-    ):
+    with pytest.raises(UserError, match="seed1 holds another run, with max_steps 10 instead of 20"):
         swept("--seed=1,2")
     (tmp_path / "sweep" / "s2").mkdir()
     (tmp_path / "sweep" / "s2" / "metrics.jsonl").write_text("")
@@ -219,10 +179,8 @@ def test_ctrl_c_stops_the_runs_at_a_checkpoint_and_the_next_start_resumes(swept,
         assert 0 < int((log.parent / "last.pt").read_text()) < 40
     swept(*arguments)
     for log in logs:
-        assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(
-            range(1, 41)
-        )
-        assert "--resume" in starts(log.parent)[-1][0]
+        steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+        assert steps == list(range(1, 41)) and "--resume" in starts(log.parent)[-1][0]
 
 
 # ------------------------------------------------------------------------------------------------- machine
@@ -233,9 +191,7 @@ def test_jobs_share_cores_and_gpus(swept, monkeypatch):
     out = swept("--seed=1,2,3,4", "--gpus=0,3", "--jobs=2")
     found = [starts(out / name)[0] for name in names(out)]
     assert {env["CUDA_VISIBLE_DEVICES"] for _, env in found} == {"0", "3"}
-    assert all(
-        "--threads=6" in arguments and env["OMP_NUM_THREADS"] == "6" for arguments, env in found
-    )
+    assert all("--threads=6" in given and env["OMP_NUM_THREADS"] == "6" for given, env in found)
 
 
 def test_gpus_are_those_that_may_be_used(monkeypatch):
@@ -246,36 +202,55 @@ def test_gpus_are_those_that_may_be_used(monkeypatch):
     assert runner.find_gpus("auto") == [] and runner.find_gpus("1,3") == ["1", "3"]
 
 
-def test_the_time_left_is_at_the_pace_so_far(stub, tmp_path):
+def test_the_time_left_is_at_the_pace_so_far(tmp_path):
     members, _ = sweep.plan(["seed=1,2,3", "max_steps=100"], tmp_path)
     members[0].folder.mkdir()
     (members[0].folder / "metrics.jsonl").write_text('{"step": 100, "val_loss": 1.0}\n')
-    line = runner.progress(members, {}, made=50, seconds=3600)  # 50 steps an hour, 200 are left
+    line = runner.progress(members, {}, made=50, seconds=3600)  # 50 steps per hour, 200 are left
     assert line == "1 of 3 done, 0 failed, 240 minutes left"
-    assert runner.progress(members, {"seed3": "why"}, 50, 3600).endswith(
-        "1 failed, 120 minutes left"
-    )
+    line = runner.progress(members, {"seed3": "why"}, 50, 3600)
+    assert line == "1 of 3 done, 1 failed, 120 minutes left"
 
 
 # ----------------------------------------------------------------------------------------- table and picture
 
 
-def test_table_of_ratio_by_size_with_the_best_marked(swept, capsys):
+@pytest.fixture
+def figures(monkeypatch):
+    """The pictures that are drawn."""
+    figures, save = [], sweep.save_picture
+    monkeypatch.setattr(sweep, "save_picture", lambda *to: (figures.append(to[0]), save(*to)))
+    return figures
+
+
+def curves(ax):
+    """{label: (x, y)} of the lines with error bars."""
+    lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
+    return {label: tuple(map(list, line.get_data())) for label, line in lines.items()}
+
+
+def test_table_and_picture_of_ratio_by_size(swept, figures, capsys):
     out = swept("--bag_size=1,2,4,8", "--superposition_ratio=0.2,0.3", "--seed=1,3", "--plot")
     printed = capsys.readouterr().out
-    table = cells(printed)
+    table, best = cells(printed), end_of(STEPS, 2, s=4)
     assert table["superposition_ratio \\ bag_size"] == ["2", "4", "8"]
-    best = end_of(STEPS, 2, s=4)
     assert table["0.3"][1] == f"**{best:.4f} ± 0.0141 (2)**"
     assert table["0.2"][1] == f"{best + 0.1:.4f} ± 0.0141 (2)"
     assert f"baseline: {end_of(STEPS, 2):.4f} ± 0.0141 (2)" in printed and printed.count("**") == 2
     written = (out / "table.md").read_text()
     assert cells(written) == table and "`python -m tools.sweep" in written
-    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     with open(out / "runs.csv", newline="") as f:
         rows = {row["run"]: row for row in csv.DictReader(f)}
     assert len(rows) == 14 and rows["s1_seed1"]["superposition_ratio"] == ""
     assert float(rows["s4_r0.3_seed1"]["val_loss"]) == end_of(STEPS, 1, s=4)
+
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    (ax,) = figures[0].axes
+    for r in (0.2, 0.3):
+        x, y = curves(ax)[f"r {r}"]
+        assert x == [2, 4, 8] and y == pytest.approx([end_of(STEPS, 2, s, r) for s in x])
+    (baseline,) = (line for line in ax.get_lines() if line.get_label() == "baseline")
+    assert list(baseline.get_ydata()) == pytest.approx([end_of(STEPS, 2)] * 2)
 
 
 def test_a_single_row_has_the_differences_from_the_baseline(swept, capsys):
@@ -325,15 +300,10 @@ def test_one_bag_size_is_in_the_title(swept, capsys):
 
 def test_axes_are_chosen_by_preference():
     axes = lambda *varied, best_of="none": sweep.axes_of([], varied, best_of)
-    assert axes("superposition_ratio", "loss", "bag_size") == (
-        "superposition_ratio",
-        "bag_size",
-        ["loss"],
-    )
-    assert axes("superposition_ratio", "loss") == ("superposition_ratio", "loss", [])
-    assert axes("seed", "learning_rate", best_of="learning_rate") == ("", "learning_rate", [])
-    assert axes("bag_size", "learning_rate", best_of="learning_rate") == ("", "bag_size", [])
-    assert axes("seed") == ("", "", [])
+    r, s, lr = "superposition_ratio", "bag_size", "learning_rate"
+    assert axes(r, "loss", s) == (r, s, ["loss"]) and axes(r, "loss") == (r, "loss", [])
+    assert axes("seed", lr, best_of=lr) == ("", lr, []) and axes("seed") == ("", "", [])
+    assert axes(s, lr, best_of=lr) == ("", s, [])
 
 
 def test_seeds_alone_have_a_column_without_a_name(swept, capsys):
@@ -355,42 +325,14 @@ def test_without_matplotlib_the_table_is_there_all_the_same(swept, monkeypatch, 
     assert cells(capsys.readouterr().out)
 
 
-@pytest.fixture
-def pictured(swept, monkeypatch):
-    """pictured("--key=a,b", ...) -> the axes of the picture that a sweep draws."""
-
-    def start(*arguments):
-        figures = []
-        monkeypatch.setattr(sweep, "save_picture", lambda figure, path: figures.append(figure))
-        swept(*arguments, "--plot")
-        return figures[0].axes
-
-    return start
-
-
-def curves(ax):
-    """{label: (x, y)} of the lines with error bars."""
-    lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
-    return {
-        label: (list(line.get_xdata()), list(line.get_ydata())) for label, line in lines.items()
-    }
-
-
-def test_picture_has_a_line_for_each_row(pictured):
-    (ax,) = pictured("--bag_size=1,2,4,8", "--superposition_ratio=0.2,0.3", "--seed=1,3")
-    for r in (0.2, 0.3):
-        x, y = curves(ax)[f"r {r}"]
-        assert x == [2, 4, 8] and y == pytest.approx([end_of(STEPS, 2, s, r) for s in x])
-    (baseline,) = (line for line in ax.get_lines() if line.get_label() == "baseline")
-    assert list(baseline.get_ydata()) == pytest.approx([end_of(STEPS, 2)] * 2)
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "4", "8"]
-
-
-def test_picture_of_words_and_of_rates(pictured):
-    (ax,) = pictured("--loss=mce,bce", "--bag_size=4,8")
-    x, y = curves(ax)["loss mce"]
-    assert y == pytest.approx([end_of(STEPS, 1, s) for s in x])
-    (ax,) = pictured("--learning_rate=0.0001,0.01", "--bag_size=4")
+def test_picture_of_words_and_of_rates(swept, figures):
+    swept("--loss=mce,bce", "--bag_size=4,8", "--plot")
+    assert curves(figures[0].axes[0])["loss mce"][0] == [4, 8]
+    swept("--loss=mce,bce", "--bag_size=4", "--plot")
+    ((x, _),) = curves(figures[1].axes[0]).values()
+    assert x == [0, 1]  # points side by side
+    swept("--learning_rate=0.0001,0.01", "--bag_size=4", "--plot")
+    ax = figures[2].axes[0]
     assert ax.get_xscale() == "log" and ax.get_xlabel() == "learning_rate"
 
 

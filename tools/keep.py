@@ -12,8 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/keep.py
 
 from nanotst import UserError
@@ -40,7 +38,7 @@ class Config:
     curves: str = (
         "all"  # runs whose curves are kept: all, none, or names and labels, comma-separated
     )
-    points: int = 60  # most rows of a curve, apart from those around a switch
+    points: int = 40  # rows of a curve, besides those with a validation loss or around a switch
 
 
 WHERE = {"device": "machine", "dtype": "precision", "world_size": "ranks"}  # other names for these
@@ -85,16 +83,13 @@ def summary(folder, name, label, rows):
 
 
 def thinned(rows, points):
-    """About `points` of a run's rows: the ends and those around a switch, then validation, then the rest."""
-    sizes = [row.get("bag_size") for row in rows]
-    switched = [i for i in range(1, len(rows)) if sizes[i] != sizes[i - 1]]
-    kept = {0, len(rows) - 1} | {i + near for i in switched for near in (-2, -1, 0, 1, 2, 3)}
-    kept &= set(range(len(rows)))
-    for wanted in ([i for i, row in enumerate(rows) if "val_loss" in row], range(len(rows))):
-        more = [i for i in wanted if i not in kept]
-        room = min(len(more), max(0, points - len(kept)))
-        kept |= {more[i] for i in np.linspace(0, len(more) - 1, room).round().astype(int)}
-    return [rows[i] for i in sorted(kept)]
+    """The rows of a curve: about `points` of them, and those with a validation loss and around a switch."""
+    sizes, every = [row.get("bag_size") for row in rows], len(rows) // points + 1
+    kept = {i for i, row in enumerate(rows) if "val_loss" in row or i % every == 0}
+    for i in range(1, len(rows)):
+        if sizes[i] != sizes[i - 1]:
+            kept.update(range(i - 2, i + 4))
+    return [row for i, row in enumerate(rows) if i in kept or i == len(rows) - 1]
 
 
 def columns_of(runs):

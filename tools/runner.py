@@ -191,11 +191,6 @@ def stop(processes):
             process.kill()
 
 
-def last_line(path):
-    """The last line that a run printed."""
-    return re.split(r"[\n\r]+", path.read_text(errors="replace").strip())[-1]
-
-
 def progress(members, failed, made, seconds):
     """What is done, and how long the rest takes at the pace of `made` steps in `seconds`."""
     left = [max(0, m.settings["max_steps"] - m.step()) for m in members if m.name not in failed]
@@ -235,7 +230,8 @@ def run_members(members, jobs=0, threads=0, gpus="none"):
                     print(f"{member.name}: val loss {end['val_loss']:.4f}")
                 else:
                     log = member.folder / "log.txt"
-                    failed[member.name] = why = last_line(log)
+                    printed = re.split(r"[\n\r]+", log.read_text(errors="replace").strip())
+                    failed[member.name] = why = printed[-1]
                     print(f"{member.name} failed (exit {process.returncode}, {log}): {why}")
                 made = sum(member.step() for member in members) - steps
                 print(progress(members, failed, made, time.monotonic() - began), flush=True)
