@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# The paper's experiments, and those that it leaves open: a command each, at any scale.
+# The paper's experiments and some that it leaves open, one command each, at any scale.
 #
 #     bash examples/paper.sh                     all, at the scale of results/paper: hours on two CPU cores
 #     bash examples/paper.sh bag_size ratio      some
-#     CONFIG=config/dense_270m.py JOBS=8 bash examples/paper.sh bag_size      eight runs at a time, a GPU each
+#     CONFIG=config/dense_270m.py JOBS=8 bash examples/paper.sh bag_size      eight at a time, one per GPU
 #
-# Experiments share their runs, and go on where they were cut off. For each, OUT holds NAME.md, NAME.csv and
-# NAME.png. Their values are in the lines below: edit them for another scale.
+# Experiments share their runs and resume where they were interrupted. OUT gets NAME.md, .csv and .png.
 set -eu
 trap 'exit 130' INT TERM
 config=${CONFIG:-config/small.py} seeds=${SEEDS:-1,2,3} out=${OUT:-out/paper} python=${PYTHON:-python}
@@ -14,7 +13,7 @@ dataset=${DATASET:-$(sed -n 's/^dataset = "\(.*\)".*/\1/p' "$config")}
 machine="--jobs=${JOBS:-1} --threads=${THREADS:-0}"
 failed=
 
-keep() {  # NAME FOLDER: what a tool has written there, by the name of the experiment
+keep() { # NAME FOLDER: name what a tool wrote there after the experiment
     for ending in md csv png; do
         for written in "$2"/table.$ending "$2"/runs.$ending "$2"/sweep.$ending "$2"/compare.$ending; do
             [ ! -e "$written" ] || mv "$written" "$out/$1.$ending"
@@ -22,9 +21,7 @@ keep() {  # NAME FOLDER: what a tool has written there, by the name of the exper
     done
 }
 
-# sweep NAME KNOBS: runs are in OUT/runs, which experiments share. Set $runs where knobs outside the grid
-# differ: folders are named by the grid alone. What fails stops nothing else, and is said at the end.
-sweep() {
+sweep() { # NAME KNOBS. Runs are named by the grid: set $runs, their folder, if other knobs differ
     name=$1 folder=$out/${runs:-runs}; shift
     echo "---- $name"
     "$python" -m tools.sweep "$config" --dataset="$dataset" --seed="$seeds" --out_dir="$folder" $machine "$@" ||
@@ -34,7 +31,7 @@ sweep() {
 
 # ------------------------------------------------------------------------------------------- the paper's own
 
-rates() { sweep rates --bag_size=1,2,4 --learning_rate=4e-3,8e-3,1.6e-2 --rows=learning_rate --best_of=none; }
+rates() { sweep rates --bag_size=1,2,4 --learning_rate=4e-3,8e-3,1.6e-2 --best_of=none; }
 bag_size() { sweep bag_size --bag_size=1,2,3,4,6,8; }
 ratio() { sweep ratio --bag_size=1,2 --superposition_ratio=0.1,0.2,0.3,0.4,0.5,0.6; }
 grid() { sweep grid --bag_size=1,2,4 --superposition_ratio=0.1,0.2,0.3,0.4; }
@@ -43,8 +40,8 @@ losses() { sweep losses --bag_size=1,2 --loss=mce,mce_alt,bce,hinge; }
 reinit() { sweep reinit --bag_size=1,2 --reinit_at_switch=';embedding;head;embedding,head;optimizer'; }
 weights() {
     "$python" -m tools.fit_mi --dataset="$dataset" --out="$out/fitted.json"
-    kinds=uniform,power,exponential,first,fitted
-    sweep weights --bag_size=1,2,8 --bag_weights=$kinds --fitted="$out/fitted.json"
+    sweep weights --bag_size=1,2,8 --bag_weights=uniform,power,exponential,first
+    runs=fitted sweep weights_fitted --bag_size=2,8 --bag_weights=fitted --fitted="$out/fitted.json"
 }
 compare() { # equal FLOPs, equal loss, equal data
     "$python" -m tools.compare "$config" --dataset="$dataset" --seeds="$seeds" --lengths=1,1.5,2 \
@@ -52,44 +49,42 @@ compare() { # equal FLOPs, equal loss, equal data
     keep compare "$out/runs"
 }
 
-# --------------------------------------------------------------------------------------- what it leaves open
+# ----------------------------------------------------------------------------------- what the paper leaves open
 
 step_down() { sweep step_down --bag_size=1,2,4,8,4-2,8-4-2; }
 documents() { sweep documents --bag_size=1,2,4 --document_bags=False,True; }
 muon() { sweep muon --bag_size=1,2 --optimizer=adamw,muon; }
-muon_rates() { # 0: the same as AdamW's, 8e-3
-    sweep muon_rates --bag_size=1,2 --optimizer=muon --matrix_learning_rate=4e-3,0,1.6e-2
-}
+muon_rates() { sweep muon_rates --bag_size=1,2 --optimizer=muon --matrix_learning_rate=4e-3,0,1.6e-2; } # 0: 8e-3
 window() { sweep window --bag_size=1,2 --attention_window=0,32; }
 schedule() { sweep schedule --bag_size=1,2 --schedule=wsd,cosine; }
 experts() { runs=experts sweep experts --bag_size=1,2 --n_expert=8 --top_k=2 --ff_dim=96; }
-texts() { # prepare them first: --out_dir=data/english, and data/english_1024 with a vocabulary of 1,024
+texts() { # prepare them first: data/english, and data/english_1024 with a vocabulary of 1,024
     for text in ${TEXTS:-english english_1024}; do
         dataset=$text runs=$text sweep "$text" --bag_size=1,2
     done
 }
-repeat() { # corpora so small that TST, s 2 and r 0.3, reads them 2, 4, 8 and 16 times
+repeat() { # corpora so small that TST with s 2 and r 0.3 reads them 2, 4, 8 and 16 times
     for times in ${TIMES:-2 4 8 16}; do
         small=$out/repeat_$times
         "$python" -m examples.small_corpus "$dataset" "$small" --tokens=$((10649600 / times))
         dataset=$small runs=repeat_${times}_runs sweep "repeat_$times" --bag_size=1,2
     done
 }
-size_400k() { # three blocks of width 96, as many bytes a parameter
+size_400k() { # three blocks of width 96, as many bytes per parameter
     runs=size_400k sweep size_400k --bag_size="${SIZES:-1,2,4,6}" --n_layer=3 --n_embd=96 --max_steps=2750 \
         --learning_rate="${RATES:-3e-3}"
 }
-size_1200k() { # four blocks of width 160, as many bytes a parameter: over an hour a run on one core
+size_1200k() { # four blocks of width 160: over an hour per run on one core
     runs=size_1200k sweep size_1200k --bag_size="${SIZES:-1,2,4,6,8}" --n_layer=4 --n_embd=160 \
         --max_steps=8700 --learning_rate="${RATES:-2e-3}"
 }
 
-# ------------------------------------------------------------------- what is asked of the models of bag_size
+# ----------------------------------------------------------------------------------- the models of bag_size
 
-checkpoints() { # of bags of $1 tokens
+checkpoints() { # of bag size $1
     awk -F, -v s="$1" -v runs="$out/runs" '$2 == s {print runs "/" $1 "/last.pt"}' "$out/bag_size.csv"
 }
-positions() { # loss by tokens of context, and on text of another kind
+positions() { # loss by tokens of context, and on other text
     labels=$({ checkpoints 1 | sed 's/.*/baseline/'; checkpoints 2 | sed 's/.*/TST/'; } | paste -sd, -)
     evaluate="$python -m tools.evaluate $(checkpoints 1) $(checkpoints 2) --labels=$labels"
     $evaluate --dataset="$dataset" --by_position --out="$out/positions.png" | tee "$out/positions.md"
@@ -113,4 +108,4 @@ for experiment in ${@:-$all}; do
     *) echo "error: no experiment $experiment; there are $all" >&2; exit 1 ;;
     esac
 done
-[ -z "$failed" ] || { echo "error: of these some runs failed, start again to go on:$failed" >&2; exit 1; }
+[ -z "$failed" ] || { echo "error: some runs failed; start these again:$failed" >&2; exit 1; }

@@ -12,7 +12,7 @@ from nanotst import UserError
 from nanotst.configurator import parse
 from nanotst.corpus import open_corpus
 from tools import compare, sweep
-from tools.runner import TRAINER, places
+from tools.runner import places
 
 
 def test_a_small_corpus_is_blocks_of_a_large_one(tmp_path):
@@ -52,9 +52,9 @@ def test_the_experiments_of_the_paper_are_command_lines_that_work(tmp_path):
             c = parse(tool.Config, places(arguments, tool.Config))
             if name == "tools.sweep":  # all of its runs have names of their own
                 members, varied = sweep.plan(c.arguments, tmp_path / c.out_dir)
-                sweep.axes_of(varied, c)
+                sweep.axes_of(members, varied, c)
             else:
-                members = compare.Plan(c, TRAINER).members()
+                members = compare.Plan(c).members()
             for member in members:  # all values of the grid
                 train.check(parse(train.Config, member.arguments), 1)
     names = [call[1] for call in calls]

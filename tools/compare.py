@@ -2,409 +2,221 @@
 
     python -m tools.compare config/curves.py --seeds=1,2,3 --lengths=1,1.5,2 --jobs=2
 
-equal FLOPs   as many steps of the same model: which ends lower?
-equal loss    baselines of several lengths, each with its learning rate decayed: how many FLOPs does one need
-              to end where TST ends? Interpolated between their ends, over the logarithm of FLOPs
-equal data    a baseline that reads as many tokens as TST did, in more steps: what is the data worth without
-              TST?
+equal FLOPs   a baseline of as many steps: which one ends lower?
+equal loss    baselines of several lengths, each with its own decay: how many FLOPs does one need to end where
+              TST ends? Interpolated between their ends, over the logarithm of FLOPs
+equal data    a baseline that reads as many tokens as TST, in more steps: what is the data worth without TST?
 
-Each side should be at its own best learning rate, which python -m tools.sweep finds. A second start goes on
-where the first was cut, as in tools/sweep.py; longer or more baselines and more seeds only add runs.
-
-Intervals say how far the seeds leave the results open: where the true means, those of endlessly many seeds,
-lie with 95 %, by Student's t, with one variance for TST and one for the baselines of all lengths. That takes
-two seeds of TST, and two of a baseline. They know nothing of other data or models.
+Both sides should train at their own best learning rates, which python -m tools.sweep finds. Run the same
+command again to resume; more lengths or seeds only add runs. tools/intervals.py says what the intervals mean.
 """
 
 import itertools
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/compare.py
+
 from nanotst import UserError
 from nanotst.configurator import entry_point
-from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
-from tools.plot import draw_group, loss_limits, mean_of
-from tools.runner import (
-    TRAINER,
-    as_text,
-    find_folders,
-    is_ordinary,
-    knobs_of,
-    make_member,
-    places,
-    read_arguments,
-    run_members,
-)
+from tools import runner
+from tools.intervals import Interval, difference, seeds_text, speedup, times
+from tools.picture import COLORS, new_figure, save_picture, tidy
+from tools.plot import Side, draw_panel, equal, lengths_of, undecayed_speedup
+from tools.runner import as_text, places
 from tools.runs import markdown_table
-from tools.sweep import Group, write_results
-
-DRAWS = 100_000  # of the means, for the intervals: enough for the digits shown
+from tools.sweep import write_results
 
 
 @dataclass
 class Config:
     """Usage: python -m tools.compare [CONFIG.py ...] [--key=value ...] [--seeds=1,2,3] [--lengths=1,1.5,2]
 
-    The keys are those of train.py, and say what TST trains. Beside them:"""
+    The keys are those of train.py and say what TST trains. Other knobs:"""
 
     arguments: list[str]  # config files and knobs of train.py
 
     # Runs
-    seeds: str = "1,2,3"  # of either side
+    seeds: str = "1,2,3"  # seeds of either side
     lengths: str = "1,1.5,2"  # steps of the baselines, in multiples of TST's
-    equal_data: bool = True  # and a baseline as long as it takes to read TST's data
-    baseline_learning_rate: float = 0.0  # the baselines' own; 0: the same as TST's
-    out_dir: str = "out/compare"  # each run gets a folder in it; table.md, runs.csv, compare.png
-    jobs: int = 0  # runs at a time; 0: one per GPU, or one
-    threads: int = 0  # CPU threads of a run; 0: its share of the cores
-    gpus: str = (
-        "auto"  # numbers of the GPUs to share out among the runs, such as 0,2; auto: all; none
+    equal_data: bool = True  # a baseline that reads as much as TST
+    baseline_learning_rate: float = 0.0  # learning rate of the baselines; 0: TST's
+    out_dir: str = (
+        "out/compare"  # a folder with a folder for each run, table.md, runs.csv, compare.png
     )
-    train: bool = True  # False: only tabulate what is there
-    plot: bool = True  # write compare.png (needs matplotlib)
+    jobs: int = 0  # runs at a time; 0: one per GPU, or one
+    threads: int = 0  # CPU threads per run; 0: an equal share of the cores
+    gpus: str = "auto"  # GPU numbers such as 0,2; auto: all; none
+    train: bool = True  # False: comparison of the finished runs, no training
+    plot: bool = True  # picture as compare.png (needs matplotlib)
 
 
 # --------------------------------------------------------------------------------------------------- the runs
 
 
-@dataclass
-class Side:
-    """TST, or the baselines of one length: runs that differ by their seeds alone."""
-
-    name: str
-    members: list
-
-    def __post_init__(self):
-        self.ends = [end for end in (member.end() for member in self.members) if end is not None]
-        self.losses = [end["val_loss"] for end in self.ends]
-        self.group = Group({}, self.losses, len(self.members))
-
-    @property
-    def steps(self):
-        return self.members[0].steps
-
-    def of(self, key):
-        """FLOPs, data_tokens or the like at the end."""
-        return self.ends[0][key]
-
-    def runs(self):
-        """As tools/plot.py takes them."""
-        return [dict(label=self.name, rows=m.rows()) for m in self.members if m.end() is not None]
-
-
-def numbers(text, kind, name):
+def numbers(text, kind, knob):
     try:
-        values = sorted({kind(part) for part in text.split(",")})
+        return sorted({kind(part) for part in text.split(",")})
     except ValueError:
-        raise UserError(f"--{name} takes numbers between commas, got {text!r}") from None
-    return values
+        raise UserError(f"--{knob} takes numbers separated by commas, not {text!r}") from None
 
 
 class Plan:
     """Makes the members: TST, and baselines of any number of steps."""
 
-    def __init__(self, config, trainer):
-        self.knobs, self.out_dir, self.rate = (
-            knobs_of(trainer),
-            config.out_dir,
-            config.baseline_learning_rate,
-        )
-        self.settings, self.files, grid = read_arguments(config.arguments, self.knobs, Config)
+    def __init__(self, config):
+        knobs = runner.knobs_of(runner.TRAINER)
+        self.settings, self.files, grid = runner.read_arguments(config.arguments, knobs, Config)
         if several := [key for key, values in grid.items() if len(values) > 1]:
-            raise UserError(
-                f"--{several[0]} takes one value here; python -m tools.sweep compares several"
-            )
+            raise UserError(f"--{several[0]} takes one value; tools.sweep compares several")
         if "seed" in grid:
             raise UserError("give --seeds, not --seed")
         self.given = {key: values[0] for key, values in grid.items()}
         self.settings |= self.given
-        self.seeds = numbers(config.seeds, int, "seeds")
-        if is_ordinary(self.settings):
+        if runner.is_ordinary(self.settings):
+            raise UserError("there is no superposition to compare: give a --bag_size above 1")
+        self.seeds, self.out_dir = numbers(config.seeds, int, "seeds"), config.out_dir
+        self.rate = config.baseline_learning_rate or self.settings["learning_rate"]
+        lengths = numbers(config.lengths, float, "lengths")
+        if 1 not in lengths or len(lengths) < 2 or not 0 < lengths[0] * lengths[-1] < math.inf:
             raise UserError(
-                "the settings have no superposition to compare: give a --bag_size above 1"
+                f"--lengths takes 1 and other lengths, such as 1,1.5,2, not {config.lengths}"
             )
+        self.steps = self.settings["max_steps"]
+        self.lengths = [round(length * self.steps) for length in lengths]
 
     def members(self, **knobs):
-        """One for each seed, named by what tells them apart."""
+        """A member for each seed."""
         varied = ["bag_size", "superposition_ratio", "max_steps", "seed"]
-        of_all = {key: self.settings[key] for key in varied} | self.given | knobs
-        one = lambda seed: make_member(
-            self.settings, self.files, of_all | {"seed": seed}, varied, self.out_dir
-        )
-        members = [one(seed) for seed in self.seeds]
-        find_folders(members, self.out_dir, self.knobs)
+        chosen, members = {key: self.settings[key] for key in varied} | self.given | knobs, []
+        for seed in self.seeds:
+            point = chosen | {"seed": seed}
+            members.append(
+                runner.make_member(self.settings, self.files, point, varied, self.out_dir)
+            )
+        runner.find_folders(members, self.out_dir)
         return members
 
     def baselines(self, steps):
-        rate = {"learning_rate": self.rate} if self.rate else {}
-        return self.members(bag_size=1, max_steps=steps, **rate)
+        return self.members(bag_size=1, max_steps=steps, learning_rate=self.rate)
 
 
-def close(a, b):
-    """Whether two lengths are too much alike to be baselines of their own."""
-    return max(a, b) <= 1.01 * min(a, b)
+def side_of(label, members):
+    """The finished members as a Side, or None."""
+    done = [dict(label=label, rows=m.rows(), facts=m.settings) for m in members if m.end()]
+    return Side(done) if done else None
 
 
-def baseline_steps(text, steps):
-    """The steps of the baselines, from the knob `lengths`."""
-    lengths = numbers(text, float, "lengths")
-    if not all(0 < length < math.inf for length in lengths) or round(lengths[0] * steps) < 1:
-        raise UserError(f"--lengths takes finite numbers that make a step or more, got {text}")
-    if 1 not in lengths or len(lengths) < 2:
-        raise UserError(
-            f"--lengths needs 1, for equal FLOPs, and another, for equal loss; got {text}"
-        )
-    baselines = [round(length * steps) for length in lengths]
-    if any(close(*pair) for pair in itertools.pairwise(baselines)):
-        raise UserError(
-            f"--lengths must be more than 1 % apart; of {steps:,} steps {text} are {baselines}"
-        )
-    return baselines
+def train_sides(config):
+    """(TST, [baselines by ascending steps], all members, {run that failed: why})."""
+    plan, failed = Plan(config), {}
 
+    def train(members):
+        if config.train:
+            failed.update(runner.run_members(members, config.jobs, config.threads, config.gpus))
 
-def train_sides(config, trainer):
-    """(TST, its baselines by steps, the steps of that for equal data or None, {run that failed: why})."""
-    plan = Plan(config, trainer)
-    steps = plan.settings["max_steps"]
-    baselines = {length: plan.baselines(length) for length in baseline_steps(config.lengths, steps)}
-    tst = plan.members()
-    machine = dict(jobs=config.jobs, threads=config.threads, gpus=config.gpus, trainer=trainer)
-    train = lambda members: run_members(members, **machine) if config.train else {}
-    failed = train([*tst, *itertools.chain(*baselines.values())])
-    for name, members in (("TST", tst), ("the baseline of as many steps", baselines[steps])):
-        if all(member.end() is None for member in members):
-            why = "".join(f": {why}" for why in list(failed.values())[:1])
-            raise UserError(f"no run of {name} is done{why}")
-
-    equal_data = None
-    if config.equal_data:
-        end = next(end for end in (member.end() for member in tst) if end)
-        wanted = round(
-            steps * end["data_tokens"] / end["positions"]
-        )  # a baseline reads a token a position
-        nearest = min(baselines, key=lambda length: abs(length - wanted))
-        equal_data = nearest if close(nearest, wanted) else wanted
-        if equal_data not in baselines:
-            print(f"to read as much data as TST, a baseline takes {wanted:,} steps")
-            baselines[equal_data] = plan.baselines(equal_data)
-            failed |= train(baselines[equal_data])
+    members = plan.members()
+    baselines = {steps: plan.baselines(steps) for steps in plan.lengths}
+    train([*members, *itertools.chain(*baselines.values())])
     s, r = (as_text(plan.settings[key]) for key in ("bag_size", "superposition_ratio"))
-    sides = {length: Side("baseline", members) for length, members in sorted(baselines.items())}
-    return Side(f"TST, s {s}, r {r}", tst), sides, equal_data, failed
+    tst = side_of(f"TST, s {s}, r {r}", members)
+    if not tst or not side_of("baseline", baselines[plan.steps]):
+        why = "".join(f": {why}" for why in list(failed.values())[:1])
+        raise UserError(f"TST and the baseline of as many steps need a finished run each{why}")
+    if config.equal_data:
+        steps = round(plan.steps * tst.end["data_tokens"] / tst.end["positions"])
+        if all(abs(steps / length - 1) > 0.01 for length in baselines):
+            print(f"a baseline takes {steps:,} steps to read as much data as TST")
+            baselines[steps] = plan.baselines(steps)
+            train(baselines[steps])
+    sides = [side_of("baseline", baselines[steps]) for steps in sorted(baselines)]
+    return (
+        tst,
+        lengths_of(filter(None, sides)),
+        [*members, *itertools.chain(*baselines.values())],
+        failed,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the results
 
 
-def freedom(sides):
-    """Degrees of freedom of the one variance of some sides."""
-    return sum(len(side.losses) - 1 for side in sides)
+def exchange_rate(tst, gain):
+    """Interval of the tokens in bags worth one ordinary token, if a baseline takes `gain` times TST's
+    positions to end as low: what TST read in bags, over what the baseline reads beyond TST's other tokens."""
+    in_bags = tst.bagged[-1]["data_tokens"]
+    worth = lambda factor: factor * tst.end["positions"] - (tst.end["data_tokens"] - in_bags)
+    rate = lambda factor: in_bags / worth(factor) if worth(factor) > 0 else math.inf
+    return Interval(rate(gain.value), rate(gain.high), rate(gain.low))
 
 
-def possible_means(sides, rng):
-    """What the true means of sides of one variance could be, given their seeds: a list of (DRAWS,)."""
-    squares = sum(((np.array(side.losses) - side.group.mean) ** 2).sum() for side in sides)
-    sd = np.sqrt(squares / rng.chisquare(freedom(sides), DRAWS))
-    return [
-        side.group.mean + sd * rng.standard_normal(DRAWS) / math.sqrt(len(side.losses))
-        for side in sides
-    ]
-
-
-@dataclass
-class Result:
-    """A number, and between what it lies with 95 %. A speed-up that the baselines' lengths do not reach is 0
-    or inf."""
-
-    value: float
-    low: float
-    high: float
-
-
-def factors(own, ends, flops):
-    """The FLOPs at which a baseline would end at TST's loss `own` (D,), linear in loss over log FLOPs between
-    neighbours of the losses `ends` (n, D) at ascending `flops` (n,) -> (D,); 0 or inf where none does."""
-    out = np.full_like(own, np.inf)
-    for f0, f1, l0, l1 in reversed(
-        list(zip(flops, flops[1:], ends, ends[1:]))
-    ):  # the shortest one counts
-        share = np.clip((l0 - own) / np.where(l0 > l1, l0 - l1, 1), 0, 1)
-        out = np.where((l0 >= own) & (own >= l1), f0 * (f1 / f0) ** share, out)
-    return np.where(own > ends[0], 0.0, out)
-
-
-def results_of(tst, baselines, seed=0):
-    """({steps: TST's loss minus the baseline's}, the speed-up at equal loss), of baselines that are done."""
-    rng, sides = np.random.default_rng(seed), list(baselines.values())
-    flops = [side.of("flops") / tst.of("flops") for side in sides]
-    own, ends = np.array([tst.group.mean]), np.array([[side.group.mean] for side in sides])
-    means = [*(own - ends), factors(own, ends, flops)]
-    draws = means
-    if freedom([tst]) and freedom(sides):
-        (own,), ends = possible_means([tst], rng), np.array(possible_means(sides, rng))
-        draws = [*(own - ends), factors(own, ends, flops)]
-    bounds = [np.quantile(draw, (0.025, 0.975), method="nearest") for draw in draws]
-    *against, gain = [
-        Result(float(mean[0]), *map(float, pair)) for mean, pair in zip(means, bounds)
-    ]
-    return dict(zip(baselines, against)), gain
-
-
-def sentences(tst, baselines, equal_data, against, gain, same_rate):
-    """What came out, for people."""
-    lengths = [side.of("flops") / tst.of("flops") for side in baselines.values()]
-    both = (("TST", [tst]), ("each baseline", baselines.values()))
-    single = [name for name, sides in both if not freedom(sides)]
-
-    def times(x):
-        bounds = {0.0: f"less than {min(lengths):.2f}", math.inf: f"more than {max(lengths):.2f}"}
-        return bounds.get(x, f"{x:.2f}")
-
-    def within(result, show):
-        if single:
-            return f" (no interval: one seed of {' and of '.join(single)})"
-        return f" (95 % {show(result.low)} to {show(result.high)})" * (result.low != result.high)
-
-    signed = "{:+.4f}".format
-    difference = lambda result: f"TST minus baseline {signed(result.value)}{within(result, signed)}"
-
-    yield f"Equal FLOPs: {difference(against[tst.steps])}."
-    yield f"Equal loss: a baseline needs {times(gain.value)} times the FLOPs of TST{within(gain, times)}."
-    if equal_data in against:
-        cost = baselines[equal_data].of("flops") / tst.of("flops")
-        yield f"Equal data: {difference(against[equal_data])}, which takes {cost:.2f} times the FLOPs."
-    yield (
-        "Validation loss in nats per token, mean ± standard deviation of the seeds (how many). Intervals are "
-        f"from the spread of the seeds alone. {same_rate}"
-    )
-
-
-def table(tst, baselines, equal_data, against):
-    """One line for TST and for each length of the baseline."""
+def report(tst, baselines, lengths):
+    """(table and what came out, as text; Interval of the speed-up at equal loss)."""
+    against = [difference(tst.losses, baseline.losses) for baseline in baselines]
+    gain = speedup(lengths, against)
     cells = [["run", "steps", "FLOPs", "data", "val loss", "TST minus it"]]
-    for side in (tst, *baselines.values()):
-        is_for = ["equal FLOPs"] * (side.steps == tst.steps) + ["equal data"] * (
-            side.steps == equal_data
-        )
-        name = tst.name if side is tst else ", ".join([side.name, *is_for])
-        ratio = lambda key, side=side: f"{side.of(key) / tst.of(key):.3g}x" if side.ends else "-"
-        minus = f"{against[side.steps].value:+.4f}" if side is not tst and side.ends else ""
-        line = [
-            name,
-            f"{side.steps:,}",
-            ratio("flops"),
-            ratio("data_tokens"),
-            side.group.text(),
-            minus,
-        ]
-        cells.append(line)
-    return markdown_table(cells)
+    for side, minus in zip([tst, *baselines], ["", *(interval.text() for interval in against)]):
+        kinds = (("flops", "equal FLOPs"), ("data_tokens", "equal data"))
+        kinds = [name for key, name in kinds if side in equal(tst, baselines, key)]
+        ratios = [f"{side.end[key] / tst.end[key]:.3g}x" for key in ("flops", "data_tokens")]
+        name, steps = ", ".join([side.label, *kinds]), f"{side.end['step']:,}"
+        cells.append([name, steps, *ratios, seeds_text(side.losses), minus])
+    factor = gain.text(lambda factor: times(factor, lengths))
+    said = f"Equal loss: a baseline needs {factor} the FLOPs of TST."
+    if false := undecayed_speedup(tst, baselines):
+        said += f" Read off the longest one before its decay, that would be {false:.2f}x, which is wrong."
+    if 0 < gain.value < math.inf:
+        rate = exchange_rate(tst, gain).text("{:.2f}".format)
+        said += f" Exchange rate: {rate} tokens read in bags are worth one ordinary token."
+    losses = "Final validation loss in nats per token, mean ± standard deviation (seeds)"
+    rates = [as_text(side.facts["learning_rate"]) for side in (tst, baselines[0])]
+    rates = f"Learning rate: TST {rates[0]}, baseline {rates[1]}."
+    return f"{markdown_table(cells)}\n\n{said}\n\n{losses}. {rates}", gain
 
 
 # ------------------------------------------------------------------------------------------------ the picture
 
 
-def draw(tst, baselines, equal_data, gain, path):
+def draw(tst, baselines, lengths, gain, path):
     """Three panels, one for each comparison."""
     fig, (left, middle, right) = new_figure((14, 4.6), 1, 3)
-    draw_curves(left, [tst, baselines[tst.steps]], "flops", tst)
-    left.set(
-        title="Equal FLOPs",
-        xlabel="FLOPs, in those of TST's run",
-        ylabel="validation loss (nats per token)",
-    )
-    draw_ends(middle, tst, baselines, gain)
-    if equal_data in baselines:
-        draw_curves(right, [tst, baselines[equal_data]], "data_tokens", tst)
-        right.set(title="Equal data", xlabel="tokens read, in those of TST's run")
-    else:
-        right.set_axis_off()
-    for ax in (left, middle, right):
-        tidy(ax)
+    left.set(title="Equal FLOPs", xlabel="FLOPs", ylabel="validation loss (nats per token)")
+    right.set(title="Equal data", xlabel="data tokens")
+    for ax, key in ((left, "flops"), (right, "data_tokens")):
+        if found := equal(tst, baselines, key):
+            draw_panel(ax, [found[0], tst], key)
+            ax.legend(fontsize=9, frameon=False)
+    for at, side in ((1, tst), *zip(lengths, baselines)):
+        color = COLORS[side is tst]
+        middle.plot([at] * len(side.losses), side.losses, "_", color=color, alpha=0.5)
+    means = [np.mean(baseline.losses) for baseline in baselines]
+    middle.plot(lengths, means, "o-", color=COLORS[0], label="ends of baselines")
+    label = f"{tst.label}: {times(gain.value, lengths)}"
+    middle.axhline(np.mean(tst.losses), color=COLORS[1], label=label)
+    if gain.low < gain.high:
+        bounds, look = (
+            np.clip((gain.low, gain.high), lengths[0], lengths[-1]),
+            dict(alpha=0.1, lw=0),
+        )
+        middle.axvspan(*bounds, color=COLORS[1], label="95 % of the speed-up", **look)
+    middle.set_xscale("log")
+    middle.set_xticks(lengths, [f"{at:.3g}" for at in lengths])
+    middle.minorticks_off()
+    middle.set(title="Equal loss", xlabel="FLOPs, in multiples of TST's")
+    middle.legend(fontsize=9, frameon=False)
+    tidy(middle)
     save_picture(fig, path)
 
 
-def draw_curves(ax, sides, key, unit):
-    """Validation loss of two sides over `key`, their seeds thin and their means thick."""
-    groups = [side.runs() for side in sides]
-    means = [mean_of(group) for group in groups]
-    for group, mean, color, marker in zip(groups, means, (COLORS[1], COLORS[0]), MARKERS):
-        x_of = lambda row: row[key] / unit.of(key) if key in row else None
-        draw_group(ax, group, mean, x_of, "val_loss", color, marker, noisy=False)
-    ax.set_ylim(loss_limits(groups, means))
-    handles, labels = ax.get_legend_handles_labels()
-    names = [f"{side.name} ({len(side.losses)} seeds)" for side in sides]
-    known = dict(zip(labels, handles))
-    ax.legend(
-        [known[side.name] for side in sides], names, fontsize=9, edgecolor="none", framealpha=0.8
-    )
-
-
-def draw_ends(ax, tst, baselines, gain):
-    """Where the baselines of each length end, and where TST does; the way between is the speed-up."""
-    x = [side.of("flops") / tst.of("flops") for side in baselines.values()]
-    for at, side, color, marker, label in [
-        *((at, side, COLORS[0], MARKERS[1], "baseline") for at, side in zip(x, baselines.values())),
-        (1.0, tst, COLORS[1], MARKERS[0], tst.name),
-    ]:
-        sd = np.nan_to_num(side.group.sd)
-        known = label in ax.get_legend_handles_labels()[1]
-        look = dict(
-            fmt=marker, ms=6, capsize=3, color=color, label=None if known else label, zorder=3
-        )
-        ax.errorbar(at, side.group.mean, sd, **look)
-        ax.plot([at] * len(side.losses), side.losses, "_", color=color, alpha=0.5, zorder=2)
-    ax.plot(x, [side.group.mean for side in baselines.values()], color=COLORS[0], lw=1.4, zorder=1)
-    loss, end = tst.group.mean, min(gain.value, max(x))
-    if gain.value == 0:
-        ax.annotate(
-            f"less than {min(x):.2f}x",
-            (1, loss),
-            (12, -4),
-            textcoords="offset points",
-            color=COLORS[1],
-        )
-    else:
-        ax.annotate(
-            "", (end, loss), (1, loss), arrowprops=dict(arrowstyle="->", color=COLORS[1], lw=1.4)
-        )
-        said = f"{gain.value:.2f}x" if gain.value < math.inf else f"more than {end:.2f}x"
-        ax.annotate(
-            said,
-            (math.sqrt(end), loss),
-            (0, -14),
-            textcoords="offset points",
-            color=COLORS[1],
-            ha="center",
-        )
-    low, high = np.clip((gain.low, gain.high), min(x), max(x))
-    if low < high:
-        ax.axvspan(
-            low, high, color=COLORS[1], alpha=0.1, lw=0, zorder=0, label="95 % of the speed-up"
-        )
-    ax.set_xscale("log")
-    ax.set_xticks(x, [f"{at:.3g}" for at in x])
-    ax.minorticks_off()
-    ax.margins(0.12)
-    ax.legend(fontsize=9, edgecolor="none", framealpha=0.8)
-    ax.set(title="Equal loss", xlabel="FLOPs of the run, in those of TST's")
-
-
-def main(config, trainer=TRAINER):
-    tst, baselines, equal_data, failed = train_sides(config, trainer)
-    done = {steps: side for steps, side in baselines.items() if side.ends}
-    against, gain = results_of(tst, done)
-    own, other = (
-        side.members[0].settings.get("learning_rate") for side in (tst, baselines[tst.steps])
-    )
-    same_rate = f"Learning rate: TST {own:g}, baseline {other:g}." if own else ""
-    text = table(tst, baselines, equal_data, against)
-    text += "\n\n" + "\n\n".join(sentences(tst, done, equal_data, against, gain, same_rate))
-    members = [member for side in (tst, *baselines.values()) for member in side.members]
-    picture = lambda path: draw(tst, done, equal_data, gain, path)
+def main(config):
+    tst, baselines, members, failed = train_sides(config)
+    lengths = [baseline.end["flops"] / tst.end["flops"] for baseline in baselines]
+    text, gain = report(tst, baselines, lengths)
+    picture = lambda path: draw(tst, baselines, lengths, gain, path)
     write_results("compare", config, text, members, picture, failed)
 
 

@@ -1,24 +1,24 @@
-"""How all pictures of tools/ look, and how they are written. matplotlib is asked for here alone."""
+"""How all pictures of tools/ look, and how they are saved."""
 
 from nanotst import UserError
 
-# Okabe and Ito's colours, told apart by the colour-blind, too
+# Okabe and Ito's colours, which the colour-blind can tell apart
 COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 MARKERS = "osD^vPX"
 
 
 def new_figure(size, rows=1, columns=1, without="--plot=no leaves the picture out", **panels):
-    """(figure, axes) of `size` in inches. UserError: no matplotlib; `without` says how to do without it."""
+    """(figure, axes) of `size` in inches. UserError if matplotlib is missing."""
     try:
-        from matplotlib.figure import Figure  # without pyplot: draws with Agg, needs no display
+        from matplotlib.figure import Figure  # without pyplot it needs no display
     except ImportError:
-        raise UserError(f"drawing needs the package matplotlib; {without}") from None
+        raise UserError(f"pictures need matplotlib (pip install matplotlib); {without}") from None
     figure = Figure(figsize=size, layout="constrained", dpi=150)
     return figure, figure.subplots(rows, columns, **panels)
 
 
 def tidy(ax):
-    """A light grid behind the curves, and no frame above and to the right."""
+    """A light grid behind the curves, no frame above and to the right."""
     ax.grid(color="0.92")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

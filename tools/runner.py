@@ -1,51 +1,31 @@
-"""Runs of train.py side by side: which there are to do, and doing them. tools/sweep.py and tools/compare.py
-stand on this.
+"""Trains many runs of train.py side by side. tools/sweep.py and tools/compare.py stand on this.
 
-A run is known by its settings, which stand in its folder (sweep.json), beside metrics.jsonl and what it
-printed (log.txt). What is done is skipped, what was cut off is resumed from its checkpoint, what failed is
-tried again.
+Each run has a folder with its settings (sweep.json) and what it printed (log.txt). Finished runs are skipped,
+interrupted ones resumed, failed ones tried again.
 """
 
-import ast
 import dataclasses
 import json
-import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanotst import UserError
-from nanotst.configurator import read_file, typed, value_of
-from tools.runs import FREE, load_metrics
+import torch
 
-TRAINER = Path(__file__).resolve().parents[1] / "train.py"
-# without superposition, these knobs change nothing
-SUPERPOSITION = {
-    "bag_size",
-    "superposition_ratio",
-    "superposition",
-    "loss",
-    "bag_weights",
-    "fitted",
-}
-SUPERPOSITION |= {"document_bags", "reinit_at_switch"}
-# and these where another knob has another value: {knob: (the other, that value, what to take it for)}
-IDLE = {"fitted": ("bag_weights", "fitted", ""), "matrix_learning_rate": ("optimizer", "muon", 0.0)}
+import train
+from nanotst import UserError
+from nanotst.configurator import read_file, type_of, typed
+from nanotst.files import write_safely
+from tools.runs import BAGS, FREE, load_metrics, renamed
+
+TRAINER = train
 COMMAS = {"dataset", "reinit_at_switch"}  # one value of these may hold commas
-OURS = {"resume", "overwrite", "allow_changes"}  # a member's folder decides these
-SHORT = {
-    "bag_size": "s",
-    "superposition_ratio": "r",
-    "learning_rate": "lr",
-    "seed": "seed",
-}  # in names
+SHORT = dict(bag_size="s", superposition_ratio="r", learning_rate="lr", seed="seed")  # in names
 
 
 @dataclass(eq=False)
@@ -54,81 +34,50 @@ class Member:
 
     name: str
     point: dict  # the knobs that tell it from the others
-    settings: dict  # all knobs of the trainer that matter to what is learned
-    arguments: list  # for the trainer
+    settings: dict  # all knobs that change what is learned
+    arguments: list  # for train.py
     folder: Path
 
-    @property
-    def steps(self):
-        return self.settings["max_steps"]
-
     def rows(self):
-        return load_metrics(self.folder) if (self.folder / "metrics.jsonl").exists() else []
-
-    def end(self):
-        """Its last row of metrics.jsonl, or None while it is not done."""
+        """Its log so far; nothing if that is damaged, which train.py says when it resumes."""
         try:
-            return next(
-                (row for row in self.rows() if row["step"] >= self.steps and "val_loss" in row),
-                None,
-            )
+            return load_metrics(self.folder)
         except UserError:
-            return None  # damaged, of which the trainer tells when it is to go on
+            return []
 
     def step(self):
-        """The last step in its log so far, from the end of the file: asked for often."""
-        try:
-            with open(self.folder / "metrics.jsonl", "rb") as f:
-                f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
-                steps = re.findall(rb'"step": (\d+)', f.read())
-        except FileNotFoundError:
-            return 0
-        return int(steps[-1]) if steps else 0
+        return max((row["step"] for row in self.rows()), default=0)
+
+    def end(self):
+        """The last row of a finished run, else None."""
+        last = self.rows()[-1:]
+        finished = last and last[0]["step"] >= self.settings["max_steps"] and "val_loss" in last[0]
+        return last[0] if finished else None
 
 
 # ------------------------------------------------------------------------------------------------- which runs
 
 
 def knobs_of(trainer):
-    """{name: field} of the trainer's Config. Its source is read, not run: it is a program of its own. Choices
-    that the source does not spell out are left for the trainer to check."""
-    tree = ast.parse(Path(trainer).read_bytes(), str(trainer))
-    config = next(
-        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"
-    )
-    kinds = {"int": int, "float": float, "bool": bool, "int | str": int | str}
-    fields = []
-    for node in config.body:
-        if isinstance(node, ast.AnnAssign) and node.value is not None:
-            kind = kinds.get(
-                re.sub(r"^(Free|Bags)\[(.*)\]$", r"\2", ast.unparse(node.annotation)), str
-            )
-            fields.append((node.target.id, kind, dataclasses.field(default=value_of(node.value))))
-    return {
-        field.name: field
-        for field in dataclasses.fields(dataclasses.make_dataclass("Knobs", fields))
-    }
+    """{name: field} of the trainer's knobs."""
+    return {field.name: field for field in dataclasses.fields(trainer.Config)}
 
 
 def places(argv, config):
-    """A command line with the trainer's --key=value turned into places: the dataclass `config`, which reads
-    it, knows the tool's own knobs only, and takes the rest as a list."""
+    """A command line that the tool's dataclass `config` can read: train.py's --key=value become places."""
     own = {field.name for field in dataclasses.fields(config)} | {"help"}
-    is_own = lambda arg: (
-        not arg.startswith("--") or arg[2:].partition("=")[0].replace("-", "_") in own
-    )
-    return [arg if is_own(arg) else arg[2:] for arg in argv]
+    is_own = lambda arg: arg[2:].partition("=")[0].replace("-", "_") in own
+    return [arg[2:] if arg.startswith("--") and not is_own(arg) else arg for arg in argv]
 
 
 def alternatives(key, text):
-    """The values in "a,b,c", or, of a knob in COMMAS or where there is a semicolon, in "a;b,c;d" (a last,
-    empty one is none)."""
+    """The values in "a,b,c", or in "a;b,c;d" if one value may hold commas."""
     return text.removesuffix(";").split(";") if key in COMMAS or ";" in text else text.split(",")
 
 
 def read_arguments(arguments, knobs, own):
-    """(settings, config files, grid): all knobs as the config files set them, and the values given for some.
-    `own`: the tool's dataclass, whose knobs may have been meant by a misspelt one."""
+    """(settings, config files, grid): all knobs as the config files set them, and {knob: values given}. `own`
+    is the tool's dataclass, for suggestions where a knob is misspelt."""
     settings, files, grid = {name: field.default for name, field in knobs.items()}, [], {}
     known = {field.name: field for field in dataclasses.fields(own)} | knobs
     for arg in arguments:
@@ -139,11 +88,7 @@ def read_arguments(arguments, knobs, own):
             continue
         key, equals, text = arg.partition("=")
         key, where = key.replace("-", "_"), f"--{arg}"
-        if key in OURS:
-            raise UserError(
-                f"{where}: runs go on, or start anew, as their folders say; leave --{key} out"
-            )
-        if key in knobs and not equals and knobs[key].type is not bool:
+        if key in knobs and not equals and type_of(knobs[key]) is not bool:
             raise UserError(f"{where}: write --{key}=VALUE")
         values = alternatives(key, text) if equals else [True]
         grid[key] = list(dict.fromkeys(typed(knobs.get(key), key, v, where, known) for v in values))
@@ -151,30 +96,24 @@ def read_arguments(arguments, knobs, own):
 
 
 def is_ordinary(settings):
-    """Whether a run has no superposition, so that it is the baseline."""
+    """Whether a run is a baseline: it has no superposition."""
     return settings["bag_size"] == 1 or settings["superposition_ratio"] == 0
 
 
 def make_member(settings, files, chosen, varied, out_dir):
-    """The run with the knobs `chosen` over `settings`, told from its neighbours by those in `varied`."""
+    """The run with the knobs `chosen` over `settings`, named by those in `varied`. A baseline has no knobs of
+    superposition."""
     full = {k: v for k, v in (settings | chosen).items() if k not in FREE}
-    idle = {k for k, (reader, value, _) in IDLE.items() if k in full and full[reader] != value}
-    full |= {k: IDLE[k][2] for k in idle}
     ordinary = {"bag_size": 1} if is_ordinary(full) else {}
     if ordinary:
-        idle |= SUPERPOSITION
-        full = {k: v for k, v in full.items() if k not in SUPERPOSITION} | ordinary
-    chosen = {k: v for k, v in chosen.items() if k not in idle}
-    point = (ordinary if SUPERPOSITION & set(varied) else {}) | {
-        k: chosen[k] for k in varied if k in chosen
-    }
-    chosen |= ordinary
-    words = [
-        f"{SHORT.get(k, k + '=')}{as_text(v).rstrip('/').rpartition('/')[2]}"
-        for k, v in point.items()
-    ]
-    name = re.sub(r"[^\w.+=-]", "-", "_".join(words)) or "run"
-    arguments = [*files, *(f"--{k}={v}" for k, v in chosen.items())]
+        full = {k: v for k, v in full.items() if k not in BAGS} | ordinary
+        chosen = {k: v for k, v in chosen.items() if k not in BAGS}
+    point = ordinary if BAGS & set(varied) else {}
+    point = point | {k: chosen[k] for k in varied if k in chosen}
+    last = lambda value: as_text(value).rstrip("/").rpartition("/")[2]  # of a path
+    name = "_".join(f"{SHORT.get(k, k + '=')}{last(v)}" for k, v in point.items())
+    name = re.sub(r"[^\w.+=-]", "-", name) or "run"
+    arguments = [*files, *(f"--{k}={v}" for k, v in (chosen | ordinary).items())]
     return Member(name, point, full, arguments, Path(out_dir) / name)
 
 
@@ -182,51 +121,28 @@ def as_text(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def changed_knobs(old, new, knobs):
-    """What settings differ, as text. A knob that the trainer got since has had its default."""
-    old = {key: old.get(key, knobs[key].default) for key in new}
-    return [f"{key} {old[key]} instead of {new[key]}" for key in new if old[key] != new[key]]
-
-
-def find_folders(members, out_dir, knobs):
+def find_folders(members, out_dir):
     """Give each member the folder in out_dir that holds its settings, if there is one. UserError if another
-    run is where it would go."""
-    there = {
-        path.parent: json.loads(path.read_text())
-        for path in sorted(Path(out_dir).glob("*/sweep.json"))
-    }
+    run is in its way."""
+    there, knobs = {}, knobs_of(TRAINER)
+    for path in sorted(Path(out_dir).glob("*/sweep.json")):
+        try:
+            there[path.parent] = renamed(json.loads(path.read_text()))
+        except (ValueError, AttributeError):
+            raise UserError(f"{path} is damaged: move its folder away") from None
     for member in members:
-        same = [
-            path for path, old in there.items() if not changed_knobs(old, member.settings, knobs)
-        ]
-        if same:
+        now = member.settings  # a knob that is younger than a run had its default
+        old = {f: {k: s.get(k, knobs[k].default) for k in now} for f, s in there.items()}
+        if same := [folder for folder, settings in old.items() if settings == now]:
             member.folder = same[0]
         elif member.folder in there or (member.folder / "metrics.jsonl").exists():
-            different = changed_knobs(there.get(member.folder, {}), member.settings, knobs)
-            raise UserError(
-                f"{member.folder} holds another run"
-                + (f", with {', '.join(different)}" if member.folder in there else "")
-                + ": give another --out_dir, or move it away"
-            )
+            was = old.get(member.folder, {})
+            differ = ", ".join(f"{k} {was[k]} instead of {now[k]}" for k in was if was[k] != now[k])
+            what = f"{member.folder} holds another run" + (f", with {differ}" if differ else "")
+            raise UserError(f"{what}: give another --out_dir, or move it away")
 
 
 # ------------------------------------------------------------------------------------------------- doing them
-
-
-@dataclass
-class Job:
-    """A member that is being trained."""
-
-    member: Member
-    process: subprocess.Popen
-    begin: int  # where in log.txt it began
-    gpu: str | None
-
-    def last_line(self):
-        with open(self.member.folder / "log.txt", errors="replace") as f:
-            f.seek(self.begin)
-            lines = [line.strip() for line in re.split(r"[\n\r]", f.read()) if line.strip()]
-        return lines[-1] if lines else "it printed nothing"
 
 
 def cores():
@@ -234,172 +150,92 @@ def cores():
 
 
 def find_gpus(text):
-    """Identifiers for CUDA_VISIBLE_DEVICES: of the knob `gpus`, or all that this process may use."""
+    """Values for CUDA_VISIBLE_DEVICES from the knob `gpus`; auto: all that this process may use."""
     if text != "auto":
         return [""] if text == "none" else text.split(",")
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
-    if not shutil.which("nvidia-smi"):
-        return []
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True)
-    return (
-        [] if done.returncode else done.stdout.split()
-    )  # without its driver it prints a message there
+    own = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return own.split(",") if own else [str(i) for i in range(torch.cuda.device_count())]
 
 
-def start(member, trainer, threads, gpu):
-    """Train it in a process of its own -> Job. If another process trains it already, train.py's lock ends
-    this one."""
+def start(member, threads, gpu):
+    """Train a member in a process of its own, in a session of its own: Ctrl-C reaches it through us alone."""
     folder = member.folder
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        str(trainer),
-        *member.arguments,
-        f"--out_dir={folder}",
-        f"--threads={threads}",
-    ]
+    command = [sys.executable, TRAINER.__file__, *member.arguments]
+    command += [f"--out_dir={folder}", f"--threads={threads}"]
     if (folder / "last.pt").exists():
         command.append("--resume")
-    elif (folder / "metrics.jsonl").exists():  # it never came to a checkpoint
+    elif (folder / "metrics.jsonl").exists():  # interrupted before its first checkpoint
         command.append("--overwrite")
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    settings = json.dumps(member.settings, indent=1)
+    write_safely(folder / "sweep.json", lambda path: Path(path).write_text(settings))
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    env |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     with open(folder / "log.txt", "a") as log:
-        (folder / "sweep.tmp").write_text(json.dumps(member.settings, indent=1))
-        os.replace(folder / "sweep.tmp", folder / "sweep.json")
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
-        begin = log.tell()
         output = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        # in a session of its own, the terminal's Ctrl-C reaches it through us alone, once
-        process = subprocess.Popen(command, env=environment, start_new_session=True, **output)
-    return Job(member, process, begin, gpu)
+        return subprocess.Popen(command, env=env, start_new_session=True, **output)
 
 
-def stop(jobs):
-    """Ask training to save and end, and wait for that; a second Ctrl-C kills it."""
-    if not jobs:
-        return
-    print(f"\nstopping {len(jobs)} at a checkpoint; Ctrl-C again kills them", flush=True)
-    for job in jobs:
-        job.process.terminate()
+def stop(processes):
+    """Ask training to save and exit, and wait for it; a second Ctrl-C kills it."""
+    print(f"\nstopping {len(processes)} runs at a checkpoint; Ctrl-C again kills them", flush=True)
+    for process in processes:
+        process.terminate()
     try:
-        for job in jobs:
-            job.process.wait()
+        for process in processes:
+            process.wait()
     except KeyboardInterrupt:
-        for job in jobs:
-            if job.process.poll() is None:
-                os.killpg(job.process.pid, signal.SIGKILL)
-            job.process.wait()
+        for process in processes:
+            process.kill()
 
 
-@contextmanager
-def signals_as_interrupts():
-    """Whoever is told to end, or loses its terminal, does as after Ctrl-C."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    wanted = [
-        n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN
-    ]  # nohup
-    old = {number: signal.signal(number, interrupt) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+def progress(members, failed, made, seconds):
+    """What is done, and how long the rest takes at the pace of `made` steps in `seconds`."""
+    left = [max(0, m.settings["max_steps"] - m.step()) for m in members if m.name not in failed]
+    done, minutes = left.count(0), round(sum(left) / max(1, made) * seconds / 60)
+    return f"{done} of {len(members)} done, {len(failed)} failed, {minutes:,} minutes left"
 
 
-class Progress:
-    """One line: what is done and running, and when the rest will be. On a terminal it is kept up to date;
-    elsewhere it is printed once for every run that ends. Work is counted in steps, which is fair among runs
-    of one model."""
-
-    def __init__(self, members):
-        self.members, self.failed = members, {}  # {name: why}
-        self.steps = {member.name: member.step() for member in members}
-        self.made, self.busy = 0, 0.0  # steps since we began, and seconds of all runs together
-        self.began = self.looked_at = time.monotonic()
-
-    def look(self, running):
-        """See how far the runs are."""
-        now = time.monotonic()
-        self.busy, self.looked_at = self.busy + len(running) * (now - self.looked_at), now
-        for m in self.members:
-            if m in running or self.steps[m.name] < m.steps:
-                # after a kill a run goes on from its checkpoint, before the last step that it had logged
-                self.made += max(0, (step := m.step()) - self.steps[m.name])
-                self.steps[m.name] = step
-
-    def line(self, running):
-        self.look(running)
-        done = sum(self.steps[m.name] >= m.steps for m in self.members if m not in running)
-        left = [m.steps - self.steps[m.name] for m in self.members if m.name not in self.failed]
-        parts = [f"{done} of {len(self.members)} done"]
-        parts += [f"{len(self.failed)} failed"] * bool(self.failed)
-        parts += [
-            ", ".join(f"{m.name} {self.steps[m.name] / m.steps:.0%}" for m in running)
-        ] * bool(running)
-        if not self.made:
-            return " | ".join([*parts, "eta unknown"])
-        # all of it at the pace of all runs together, but the longest one at that of one run
-        work = max(sum(left) * (self.looked_at - self.began), max(left, default=0) * self.busy)
-        minutes = math.ceil(work / self.made / 60)
-        return " | ".join([*parts, f"eta {minutes // 60}h{minutes % 60:02d}m"])
-
-    def say(self, running, event=""):
-        terminal, late = sys.stdout.isatty(), time.monotonic() - self.looked_at > 1
-        if event:
-            print(f"\r\033[K{event}" if terminal else event)
-        if event or terminal and late:
-            line = self.line(running)
-            if terminal:
-                print(
-                    f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True
-                )
-            else:
-                print(line, flush=True)
-        elif late:
-            self.look(running)
+def interrupt(number, frame):
+    raise KeyboardInterrupt
 
 
-def run_members(members, jobs=0, threads=0, gpus="none", trainer=TRAINER):
-    """Train those that are not done, `jobs` at a time (0: one a GPU, or one). Returns {name: why} of those
-    that failed; the others go on."""
+def run_members(members, jobs=0, threads=0, gpus="none"):
+    """Train the members that are not done, `jobs` at a time (0: one per GPU, or one). Returns {name: why} of
+    those that failed."""
     waiting = [member for member in members if member.end() is None]
-    if skipped := len(members) - len(waiting):
-        print(f"{skipped} of {len(members)} runs are done already")
+    if len(waiting) < len(members):
+        print(f"{len(members) - len(waiting)} of {len(members)} runs are done already")
     gpus = find_gpus(gpus)
     jobs = max(1, min(jobs or len(gpus) or 1, len(waiting)))
     threads = threads or max(1, cores() // jobs)
     free = [gpus[i % len(gpus)] if gpus else None for i in range(jobs)]
-    progress, running = Progress(members), []
-
-    with signals_as_interrupts():
-        try:
-            while waiting or running:
-                while waiting and free:
-                    running.append(start(waiting.pop(0), trainer, threads, free.pop(0)))
-                time.sleep(0.02)
-                for job in [job for job in running if job.process.poll() is not None]:
-                    running.remove(job)
-                    free.append(job.gpu)
-                    member, code, end = job.member, job.process.returncode, job.member.end()
-                    if end is None or code:
-                        progress.failed[member.name] = why = job.last_line()
-                        event = (
-                            f"{member.name} failed (exit {code}, {member.folder}/log.txt): {why}"
-                        )
-                    else:
-                        event = f"{member.name}: val loss {end['val_loss']:.4f}"
-                    progress.say([job.member for job in running], event)
-                progress.say([job.member for job in running])
-        finally:
-            stop(running)
-    if sys.stdout.isatty():
-        print()
-    return progress.failed
+    began, steps = time.monotonic(), sum(member.step() for member in members)
+    running, failed = {}, {}  # member: (process, GPU); name: why
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, interrupt)
+    try:
+        while waiting or running:
+            while waiting and free:
+                member, gpu = waiting.pop(0), free.pop(0)
+                running[member] = start(member, threads, gpu), gpu
+            time.sleep(0.02)
+            for member in [member for member in running if running[member][0].poll() is not None]:
+                process, gpu = running.pop(member)
+                free.append(gpu)
+                if (end := member.end()) and not process.returncode:
+                    print(f"{member.name}: val loss {end['val_loss']:.4f}")
+                else:
+                    log = member.folder / "log.txt"
+                    printed = re.split(r"[\n\r]+", log.read_text(errors="replace").strip())
+                    failed[member.name] = why = printed[-1]
+                    print(f"{member.name} failed (exit {process.returncode}, {log}): {why}")
+                made = sum(member.step() for member in members) - steps
+                print(progress(members, failed, made, time.monotonic() - began), flush=True)
+    finally:
+        if running:
+            stop([process for process, _ in running.values()])
+    return failed

@@ -1,91 +1,59 @@
-"""Finished runs, as all of tools/ reads them: the rows of metrics.jsonl with config.json beside them, or what
-tools/keep.py has kept of both in results/. And what differs between runs that are to be compared.
+"""Reads training runs for all of tools/: metrics.jsonl and config.json, or what tools/keep.py kept of them.
+
+A run is a dict of name, label (None if it has none), rows (as in metrics.jsonl) and facts (knobs, corpus and
+model, as text).
 """
 
 import csv
-import hashlib
 import json
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 from nanotst import UserError
+from nanotst.configurator import Bags, Free, marked
+from train import Config
 
-# The columns of a kept runs.csv; all others are knobs of train.py.
-WHO = ("run", "label")
-OUTCOME = (
-    "steps",
-    "val_loss",
-    "val_bpb",
-    "best_val_loss",
-    "best_step",
-    "positions",
-    "data_tokens",
-    "flops",
-)
-OUTCOME += ("seconds", "positions_per_second")
-WHERE = ("machine", "precision", "ranks", "torch", "python", "command")
-METRICS = (
-    "val_loss_",
-    "max_violation",
-    "router_entropy",
-    "dead_experts",
-)  # how further measurements begin
+# Knobs that change nothing that is learned. A resumed run has its corpus and its weights already, so two are
+# free in train.py that are not free here.
+FREE = marked(Config, Free) - {"dataset", "init_from"}
+BAGS = marked(Config, Bags)  # idle without superposition
 CORPUS = ("encoding", "vocab_size", "bytes_per_token", "train_tokens", "val_tokens", "fingerprint")
 MODEL = ("parameters", "active_parameters")
-
-# No note is made of what the table shows, and of knobs that do not change what is learned.
-SHOWN = (
-    "bag_size",
-    "superposition_ratio",
-    "max_steps",
-    "seed",
-    "active_parameters",
-    "dataset",
-    *CORPUS[:-1],
-)
-FREE = (
-    "out_dir",
-    "resume",
-    "allow_changes",
-    "overwrite",
-    "eval_interval",
-    "log_interval",
-    "save_interval",
-)
-FREE += ("batch_size", "wandb_project", "device", "compile", "threads", "checkpoint_activations")
+ENDS = ("positions", "data_tokens", "flops", "seconds", "val_loss", "val_bpb")
+NUMBERS = ("step", "bag_size", "loss", *ENDS)
+RENAMED = {"tokens_per_second": "positions_per_second", "z_coef": "router_z_coef"}  # November 2026
+IN_TABLE = {"bag_size", "superposition_ratio", "max_steps", "seed", "dataset"}  # need no note
 
 
-def load_metrics(path):
-    """Rows (dicts, ascending step) of a run folder or metrics.jsonl, as the run finally went.
+def renamed(values):
+    """A dict with today's names for its keys."""
+    return {RENAMED.get(key, key): value for key, value in values.items()}
 
-    A resumed run writes some steps twice: where steps go back, the earlier rows from there on are dropped,
-    and rows of one step become one row in which later values win. A torn last line (a killed process) is
-    skipped with a note on stderr. UserError: no such run, no metrics.jsonl, or an unreadable line, as
-    file:line.
+
+def load_metrics(folder):
+    """Rows (dicts, ascending step) of a run folder.
+
+    Where a resumed run repeats steps, the later rows count; rows of one step are merged. A torn last line (of
+    a killed process) is skipped with a note. UserError: no such run, or a bad line, as file:line.
     """
-    path = Path(path)
+    path = Path(folder) / "metrics.jsonl"
     if not path.exists():
-        raise UserError(f"{path}: no such run")
-    if path.is_dir():
-        path = path / "metrics.jsonl"
-        if not path.exists():
-            raise UserError(f"{path.parent}: no metrics.jsonl in this folder")
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        raise UserError(f"{folder}: no metrics.jsonl there, so it is not the folder of a run")
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
     rows = []
-    for n, line in lines:
+    for n, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if n != lines[-1][0]:
-                raise UserError(f"{path}:{n}: not a JSON object: {line[:40]!r}") from None
+            row = {k: v for k, v in renamed(json.loads(line)).items() if v is not None}
+            if type(row["step"]) is not int:
+                raise TypeError
+            if not all(type(row.get(key, 0)) in (int, float) for key in NUMBERS):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if n < len(lines) or line.endswith("}"):
+                raise UserError(f"{path}:{n}: not a row of train.py: {line[:40]!r}") from None
             print(f"note: {path}:{n}: torn last line skipped", file=sys.stderr)
             break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), (int, float)):
-            raise UserError(f"{path}:{n}: not a JSON object with a step")
-        row = {key: value for key, value in row.items() if value is not None}
-        if "tokens_per_second" in row:  # its name until November 2026
-            row["positions_per_second"] = row.pop("tokens_per_second")
         if rows and row["step"] < rows[-1]["step"]:
             rows = [old for old in rows if old["step"] < row["step"]]
         if rows and row["step"] == rows[-1]["step"]:
@@ -95,169 +63,117 @@ def load_metrics(path):
 
 
 def describe(folder):
-    """What config.json in a run folder says of the run, {} if there is none: its knobs, and of corpus and
-    model what decides whether runs compare. All values are text, as in runs.csv."""
+    """(facts of a run folder, its config.json)."""
     path = Path(folder) / "config.json"
-    if not path.exists():
-        return {}
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-        facts = described["config"] | {key: described.get(key) for key in MODEL}
+        facts = renamed(described["config"]) | {key: described.get(key) for key in MODEL}
         facts |= {key: described["data"].get(key) for key in CORPUS}
-        if files := described["data"].get("sha256"):  # of all token files
-            files = json.dumps(files, sort_keys=True).encode()
-            facts["fingerprint"] = facts["fingerprint"] or hashlib.sha256(files).hexdigest()[:16]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} is not the config.json of a run") from None
-    return {key: str(value) for key, value in facts.items() if value not in (None, "")}
+        facts["max_steps"] = int(facts["max_steps"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is missing or damaged, so how it was made is not known") from None
+    return {k: str(v) for k, v in facts.items() if v not in (None, "")}, described
 
 
 def read_table(path):
-    """The lines of a CSV file as dicts of column to text, without the empty cells."""
-    with open(path, newline="", encoding="utf-8") as f:
-        lines = list(csv.DictReader(f))
+    """The rows of runs.csv or curves.csv as dicts of text, without empty cells."""
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            lines = list(csv.DictReader(f))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path} is not a table of tools.keep: {e}") from None
     for n, line in enumerate(lines, 2):
         if None in line or None in line.values() or not line.get("run"):
-            raise UserError(f"{path}: row {n} has not the columns of the first line")
-    return [{key: value for key, value in line.items() if value} for line in lines]
+            raise UserError(f"{path}: row {n} does not have the columns of the first line")
+    return [renamed({key: value for key, value in line.items() if value}) for line in lines]
 
 
-def read_kept(folder, wanted=None):
-    """The runs whose curves keep.py has kept in `folder`, or those whose name or label is `wanted`."""
-    known = {line["run"]: line for line in read_table(folder / "runs.csv")}
-    rows = {}
-    for line in read_table(folder / "curves.csv"):
-        name = line.pop("run")
-        try:
-            numbers = {
-                key: int(text) if text.isdigit() else float(text) for key, text in line.items()
-            }
-            rows.setdefault(name, []).append({"step": numbers.pop("step")} | numbers)
-        except (ValueError, KeyError):
-            raise UserError(
-                f"{folder / 'curves.csv'}: a row of {name} does not hold numbers"
-            ) from None
-    if unknown := rows.keys() - known.keys():
-        raise UserError(f"{folder}: {min(unknown)} is in curves.csv and not in runs.csv")
-    chosen = [line for line in known.values() if wanted in (None, line["run"], line.get("label"))]
-    drawn = [line for line in chosen if line["run"] in rows]
-    if not drawn:
-        raise UserError(f"{folder}: no curve of {wanted or 'any run'} is kept there")
-    if bare := len(chosen) - len(drawn):
-        print(
-            f"note: {folder}: {bare} runs of {len(chosen)} are kept without a curve: left out",
-            file=sys.stderr,
-        )
-    runs = []
-    for line in drawn:
-        measured = [key for key in line if key in WHO + OUTCOME + WHERE or key.startswith(METRICS)]
-        facts = {key: value for key, value in line.items() if key not in measured}
-        runs.append(
-            dict(name=line["run"], label=line.get("label"), rows=rows[line["run"]], facts=facts)
-        )
-    return runs
+def numbers(path, line, keys):
+    """Those `keys` of a row of text that it has, as numbers."""
+    try:
+        known = {key: line[key] for key in keys if key in line}
+        return {key: int(v) if v.isdigit() else float(v) for key, v in known.items()}
+    except ValueError as e:
+        raise UserError(f"{path}: a row of {line['run']} does not hold numbers: {e}") from None
+
+
+def read_kept(folder, wanted="*"):
+    """Runs that tools/keep.py kept in `folder` and whose name or label matches the pattern `wanted`. The rows
+    of a run without a curve are its last one alone."""
+    table, curves = read_table(folder / "runs.csv"), {}
+    for line in read_table(folder / "curves.csv") if (folder / "curves.csv").exists() else ():
+        row = numbers(folder / "curves.csv", line, [key for key in line if key != "run"])
+        curves.setdefault(line["run"], []).append(row)
+    for line in table:
+        if any(fnmatch(line.get(key, ""), wanted) for key in ("run", "label")):
+            end = numbers(folder / "runs.csv", line, ("steps", "max_steps", *ENDS))
+            rows = curves.get(line["run"]) or [{"step": end["steps"]} | end]
+            yield dict(name=line["run"], label=line.get("label"), rows=rows, facts=line)
 
 
 def read_runs(paths):
-    """The runs that `paths` name, as dicts of name, label (None where none is kept), rows and facts."""
+    """The runs that `paths` name: run folders, folders of tools/keep.py, or KEPT/PATTERN."""
     runs = []
     for path in map(Path, paths):
-        if (path / "curves.csv").exists():
-            runs += read_kept(path)
-            continue
-        kept = [
-            parent
-            for parent in path.parents
-            if not path.exists() and (parent / "curves.csv").exists()
-        ]
-        if kept:
-            runs += read_kept(kept[0], path.relative_to(kept[0]).as_posix())
-            continue
-        rows, folder = load_metrics(path), path.parent if path.is_file() else path
-        runs.append(
-            dict(
-                name=folder.resolve().name,
-                path=folder,
-                label=None,
-                rows=rows,
-                facts=describe(folder),
-            )
-        )
+        kept = next((p for p in (path, *path.parents) if (p / "runs.csv").exists()), None)
+        if kept and not (path / "metrics.jsonl").exists():
+            wanted = "*" if path == kept else path.relative_to(kept).as_posix()
+            runs += (found := list(read_kept(kept, wanted)))
+            if not found:
+                raise UserError(f"{kept}: no run of the name or label {wanted} is kept there")
+        else:
+            name = path.resolve().name
+            run = dict(name=name, path=str(path), label=None, rows=load_metrics(path))
+            runs.append(run | dict(facts=describe(path)[0]))
     names = [run["name"] for run in runs]
     for run in runs:
-        if names.count(run["name"]) > 1 and "path" in run:
-            run["name"] = str(run["path"])
+        if names.count(run["name"]) > 1:
+            run["name"] = run.get("path", run["name"])
         if not any("val_loss" in row for row in run["rows"]):
             raise UserError(f"{run['name']}: no validation rows")
     return runs
 
 
 def final(rows):
-    """The last row with a validation loss. UserError if there is none."""
-    for row in reversed(rows):
-        if "val_loss" in row:
-            return row
-    raise UserError("no validation rows")
+    """The last row with a validation loss."""
+    return next(row for row in reversed(rows) if "val_loss" in row)
 
 
 def tokenizer_of(run):
-    """What a run's tokens are, as text; None if it is not known."""
-    size = run["facts"].get("vocab_size")
-    return f"{run['facts'].get('encoding', 'unknown')} of {size}" if size else None
-
-
-def corpus_of(run):
-    """How much text a run has, as text; None if it is not known."""
-    sizes = [run["facts"].get(f"{split}_tokens") for split in ("train", "val")]
-    return " + ".join(sizes) + " tokens" if all(sizes) else None
+    """The tokenizer of a run as text."""
+    return "{} of {}".format(*(run["facts"].get(k, "unknown") for k in ("encoding", "vocab_size")))
 
 
 def measure_of(runs):
-    """The loss by which these runs compare: val_loss, or val_bpb if their tokenizers differ."""
-    if len({tokenizer_of(run) for run in runs} - {None}) < 2:
+    """The loss by which runs compare: val_loss, or val_bpb if their tokenizers differ."""
+    if len({tokenizer_of(run) for run in runs}) == 1:
         return "val_loss"
     for run in runs:
-        if not any("val_bpb" in row for row in run["rows"]):
-            raise UserError(
-                f"different tokenizers compare in bits per byte, and {run['name']} has no val_bpb"
-            )
+        if "val_bpb" not in final(run["rows"]):
+            raise UserError(f"{run['name']} has no val_bpb, by which different tokenizers compare")
     return "val_bpb"
 
 
 def notes_on_differences(runs):
-    """Sentences that name what differs between the runs and is no column of the table."""
-    sides = {"tokenizer": tokenizer_of, "corpus": corpus_of}
-    for knob in dict.fromkeys(key for run in runs for key in run["facts"]):
-        if knob not in SHOWN + FREE:
-            sides[knob] = lambda run, knob=knob: run["facts"].get(knob)
+    """Sentences that name what differs between runs apart from the columns of the table."""
     found = []
-    for what, value_of in sides.items():
-        values = {}
+    for fact in ("vocab_size", *CORPUS[3:5], *Config.__dataclass_fields__, "parameters"):
+        values = {}  # value: labels; a knob that is younger than a run is no difference
         for run in runs:
-            values.setdefault(value_of(run), {})[run["label"]] = None
-        values.pop(None, None)  # not known, such as a knob that is younger than the run
+            if fact in run["facts"] and fact not in FREE | IN_TABLE:
+                values.setdefault(run["facts"][fact], {})[run["label"]] = None
         if len(values) > 1:
             few = sum(map(len, values.values())) < 5
-            said = [
-                f"{value} ({', '.join(labels)})" if few else value
-                for value, labels in values.items()
-            ]
-            found.append(f"{what} {', '.join(said)}")
+            said = [f"{v} ({', '.join(labels)})" if few else v for v, labels in values.items()]
+            found.append(f"{fact} {', '.join(said)}")
     notes = [f"Not the same in all runs: {'; '.join(found)}."] if found else []
-    if measure_of(runs) == "val_bpb":
-        notes.append(
-            "Nats per token of different tokenizers do not compare: bits per byte count here."
-        )
-    blind = list(dict.fromkeys(run["name"] for run in runs if not run["facts"]))
-    if blind and len(runs) > 1:
-        notes.append(
-            f"Without config.json, model and corpus are not known to be the same: {', '.join(blind)}."
-        )
+    if len({tokenizer_of(run) for run in runs}) > 1:
+        notes.append("Nats per token of different tokenizers do not compare; bits per byte do.")
     return notes
 
 
 def markdown_table(cells):
-    """Rows of cells, the first being the header, as a table."""
+    """A markdown table of rows of cells, the header first."""
     cells = [cells[0], ["-:"] * len(cells[0]), *cells[1:]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     justify = lambda cell, width: cell.rjust(width, "-" if cell == "-:" else " ")

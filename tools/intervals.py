@@ -1,0 +1,74 @@
+"""What the spread of the seeds says about a result: the one statistical method of tools/.
+
+All intervals are 95 % intervals by Student's t, with the variance of both sides pooled. Seeds are not paired:
+runs of one seed share their initial weights but not the order of their text. The intervals say nothing about
+other data or other models.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Interval:
+    """A value with its 95 % interval; the bounds are NaN if there are too few seeds."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    def text(self, show="{:+.4f}".format):
+        bounds = f" (95 % {show(self.low)} to {show(self.high)})"
+        return show(self.value) + ("" if math.isnan(self.low + self.high) else bounds)
+
+
+def student_t(freedom):
+    """Two-sided 95 % quantile of Student's t: 12.71 for one degree of freedom, 2.78 for four."""
+    angle = np.linspace(0, math.pi / 2, 200_001)  # t = sqrt(freedom) * tan(angle)
+    density = np.cos(angle) ** (freedom - 1)
+    below = np.cumsum(density[1:] + density[:-1])  # trapezoids
+    return math.sqrt(freedom) * math.tan(np.interp(0.95 * below[-1], below, angle[1:]))
+
+
+def seeds_text(losses):
+    """Mean, standard deviation and number of the seeds: 1.4652 ± 0.0048 (3)."""
+    spread = f" ± {np.std(losses, ddof=1):.4f} ({len(losses)})" if len(losses) > 1 else ""
+    return f"{np.mean(losses):.4f}{spread}"
+
+
+def difference(ours, theirs):
+    """Interval of mean(ours) - mean(theirs), two lists of losses; its bounds need two seeds of each."""
+    value = float(np.mean(ours) - np.mean(theirs))
+    if min(len(ours), len(theirs)) < 2:
+        return Interval(value)
+    freedom = len(ours) + len(theirs) - 2
+    variance = sum(np.var(side) * len(side) for side in (ours, theirs)) / freedom
+    half = student_t(freedom) * math.sqrt(variance * (1 / len(ours) + 1 / len(theirs)))
+    return Interval(value, value - half, value + half)
+
+
+def crossing(lengths, differences):
+    """Length at which a baseline would end as low as a run, given the run's loss minus that of baselines of
+    ascending `lengths`. Linear over log length; 0 or inf if it is shorter or longer than all of them."""
+    if differences[0] > 0:
+        return 0.0
+    points = list(zip(lengths, differences))
+    for (l0, d0), (l1, d1) in zip(points, points[1:]):
+        if d0 <= 0 <= d1:
+            return l0 * (l1 / l0) ** (-d0 / (d1 - d0) if d1 > d0 else 0)
+    return math.inf
+
+
+def speedup(lengths, differences):
+    """Interval of that length, from the Intervals of the differences: bounds are where theirs are zero."""
+    bounds = zip(*((d.value, d.high, d.low) for d in differences))
+    return Interval(*(math.nan if np.isnan(b).any() else crossing(lengths, b) for b in bounds))
+
+
+def times(factor, lengths):
+    """A speed-up as text. Bounds, where `lengths` do not reach, are rounded to the safe side."""
+    if factor == math.inf:
+        return f"> {math.floor(100 * lengths[-1] + 1e-6) / 100:.2f}x"
+    return f"{factor:.2f}x" if factor else f"< {math.ceil(100 * lengths[0] - 1e-6) / 100:.2f}x"
