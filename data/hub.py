@@ -8,7 +8,7 @@ import hashlib
 import os
 
 from data.documents import Options, needs
-from data.pipeline import prepare, token_count, vocabulary
+from data.pipeline import prepare, token_count
 from data.writer import FETCHED, PROGRESS, Writer, prepared, saved_knobs
 from nanotst import UserError
 from nanotst.corpus import differing
@@ -23,8 +23,7 @@ def prepare_from_hub(repo, suffix, config):
     n_tokens, n_val, n_shard = (token_count(getattr(config, key), key) for key in keys)
     tokenizer = get_tokenizer(config.encoding)
     knobs = dict(repo=repo, folder=config.folder, revision=config.revision, seed=config.seed)
-    knobs |= dict(tokens=n_tokens, val_tokens=n_val, shard_tokens=n_shard)
-    knobs["encoding"] = vocabulary(tokenizer)
+    knobs |= dict(tokens=n_tokens, val_tokens=n_val, shard_tokens=n_shard, encoding=config.encoding)
     if prepared(config.out_dir, knobs, config.overwrite):
         return
     needs("pyarrow", repo)  # before anything is fetched
@@ -34,9 +33,7 @@ def prepare_from_hub(repo, suffix, config):
     size = sum(f.size for f in files) / 1e9
     print(f"{repo}/{config.folder} at {knobs['commit']}: {len(files):,} files, {size:,.1f} GB")
     if not config.keep:
-        print(
-            "each file is removed when its tokens are written; --keep leaves it in the hub's cache"
-        )
+        print("each file is removed when its tokens are written (see --keep)")
     folder = None if config.keep else os.path.join(config.out_dir, FETCHED)
 
     def fetch(name):

@@ -7,7 +7,6 @@ one, and do not depend on the number of workers.
 import hashlib
 import os
 import re
-import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,11 +15,10 @@ import numpy as np
 from data.documents import PIECE, kind, needs, pieces, read_documents
 from nanotst import UserError
 from nanotst.corpus import smallest_dtype
-from nanotst.formats import sha256_of
 
 AHEAD = 64  # documents that are tokenised ahead of the one being written
 SAID = {"train": "documents for training", "val": "documents held out for validation"}
-FEW_DOCUMENTS, FEW_TOKENS = 20, 1_000_000  # a validation split below both gets a warning
+FEW_DOCUMENTS, FEW_TOKENS = 20, 1_000_000  # a validation split below both is noisy
 
 
 def prepare(
@@ -35,8 +33,7 @@ def prepare(
     limits = limits or {}
     if out.tokenizer.note:
         print(f"warning: {out.tokenizer.note}")
-    interval = 0.5 if sys.stderr.isatty() else 30
-    bar = needs("tqdm", "preparing").tqdm(unit=" tokens", unit_scale=True, mininterval=interval)
+    bar = needs("tqdm", "preparing").tqdm(unit=" tokens", unit_scale=True, disable=None)
     with out, ThreadPoolExecutor(workers or os.cpu_count()) as pool, bar:
         state = out.state
         notes = state["notes"] = Counter(state["notes"])
@@ -45,8 +42,9 @@ def prepare(
         for i in range(state["inputs"], len(inputs)):
             split, names = inputs[i]
             limit = limits.get(split) or float("inf")
-            if out.n_tokens[split] >= limit:
-                break
+            if out.n_tokens[split] >= limit:  # true for "val" after a kill before the next file
+                state["documents"] = 0
+                continue
             paths = [fetch(name) for name in names] if fetch else names
             documents = choose(paths, split, options, val_fraction, state)
             for place, key, seen, ids, n_bytes in tokenised(documents, out.tokenizer, pool):
@@ -120,12 +118,6 @@ def tokenised(documents, tokenizer, pool):
             yield waiting.popleft().result()
     for result in waiting:
         yield result.result()
-
-
-def vocabulary(tokenizer):
-    """The name of a vocabulary; for a rank file, its content, wherever it lies."""
-    ranks = tokenizer.rank_file
-    return f"rank file {sha256_of(ranks)[:16]}" if ranks else tokenizer.name
 
 
 def token_count(text, knob):

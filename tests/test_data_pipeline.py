@@ -360,26 +360,32 @@ def test_limits_of_a_corpus_from_the_hub(tmp_path, hub, capsys):
 
 
 def test_a_corpus_from_the_hub_that_is_stopped(tmp_path, hub, monkeypatch, capsys):
-    hub.prepare(tmp_path / "whole", revision="v1")
-    whole, out = contents(tmp_path / "whole"), tmp_path / "out"
+    knobs, out = dict(revision="v1", val_tokens="20k"), tmp_path / "out"
+    hub.prepare(tmp_path / "whole", **knobs)
     hub.missing = {hub.fetched[2]}
     with pytest.raises(UserError, match=r"^fetching .* failed \(ConnectionError: no [^\n]*\)$"):
-        hub.prepare(out, revision="v1")
-    said = capsys.readouterr().err
+        hub.prepare(out, **knobs)
     shards = {p.name: p.stat().st_ino for p in (out / "unfinished.tmp").glob("*.bin")}
-    assert len(shards) > 1 and "finished shards are kept: the same command resumes" in said
-    assert not list((out / "unfinished.tmp" / "files").rglob("*.*"))  # what is done with is removed
-    hub.missing = set()
-    with monkeypatch.context() as patch, pytest.raises(Stop):  # now in the middle of a file
-        stop_after(len(shards) + 1, patch)
-        hub.prepare(out, revision="v1")
-    hub.newest = "c2"  # the branch moves on, the preparation does not
+    said = f"{len(shards)} finished shards are kept: the same command resumes"
+    assert len(shards) > 1 and said in capsys.readouterr().err
+    assert not list((out / "unfinished.tmp" / "files").rglob("*.*"))  # done with, so removed
+    hub.missing, hub.newest = set(), "c2"  # the branch moves on, the preparation does not
+    for n in (1, 2):  # in the middle of a file
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            stop_after(len(shards) + n, patch)
+            hub.prepare(out, **knobs)
     del hub.fetched[:]
-    hub.prepare(out, revision="v1")
-    assert contents(out) == whole and len(hub.fetched) == 2
-    assert shards.items() <= {
-        n: (out / n).stat().st_ino for n in contents(out) if n != "val.bin"
-    }.items() | {("val_00000.bin", (out / "val.bin").stat().st_ino)}
+    hub.prepare(out, **knobs)
+    assert contents(out) == contents(tmp_path / "whole") and len(hub.fetched) <= 2
+    assert shards["train_00000.bin"] == (out / "train_00000.bin").stat().st_ino
+    # after a kill between the last shard of the validation split, which fills its limit, and the next file
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(1, patch)
+        hub.prepare(tmp_path / "early", **knobs | {"revision": "c1"})
+    hub.prepare(tmp_path / "early", **knobs | {"revision": "c1"})
+    for split in ("train_00000", "val"):
+        files = [(tmp_path / folder / f"{split}.bin").read_bytes() for folder in ("early", "whole")]
+        assert files[0] == files[1]
 
 
 def test_a_finished_corpus_from_the_hub_is_known_without_a_network(tmp_path, hub, capsys):

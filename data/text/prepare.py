@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from data.documents import SUFFIXES, Options, kind  # noqa: E402
-from data.pipeline import choose, prepare, token_count, vocabulary  # noqa: E402
+from data.pipeline import choose, prepare, token_count  # noqa: E402
 from data.writer import Writer, prepared  # noqa: E402
 from nanotst import UserError  # noqa: E402
 from nanotst.configurator import entry_point  # noqa: E402
@@ -58,15 +58,10 @@ def find_files(arguments):
             continue
         for path in sorted(Path(argument).rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(argument).parts)
-            if (
-                path.is_file()
-                and is_text(path)
-                and not hidden
-                and path.resolve() != Path(__file__).resolve()
-            ):
+            if hidden or not is_text(path) or not path.is_file() or path.samefile(__file__):
+                left_out += [str(path)] * (path.is_symlink() or not path.is_dir())
+            else:
                 found.append(str(path))
-            elif not path.is_dir() or path.is_symlink():
-                left_out.append(str(path))
     paths = list({os.path.realpath(path): os.path.abspath(path) for path in found}.values())
     if arguments and not paths:
         raise UserError(f"no text files in {' '.join(arguments)} (looked for {' '.join(SUFFIXES)})")
@@ -124,9 +119,10 @@ def main(config):
     tokenizer = get_tokenizer(config.encoding)
     n_shard = token_count(config.shard_tokens, "shard_tokens")
     files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths + val_paths]
-    knobs = dict(files=hashlib.sha256(repr(files).encode()).hexdigest()[:16])
-    knobs |= dict(encoding=vocabulary(tokenizer), shard_tokens=n_shard, val=len(val_paths))
-    knobs |= {key: getattr(config, key) for key in ("val_fraction", "separator", "field")}
+    digest = hashlib.sha256(repr(files).encode()).hexdigest()
+    knobs = dict(files=digest[:16], val=len(val_paths), shard_tokens=n_shard)
+    for key in ("encoding", "val_fraction", "separator", "field"):
+        knobs[key] = getattr(config, key)
     if prepared(config.out_dir, knobs, config.overwrite):
         return
     options, val_fraction = Options(config.separator, config.field), config.val_fraction
