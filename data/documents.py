@@ -81,9 +81,9 @@ def unpacked(path):
 
 def text_documents(file, path, options):
     """Yield the texts between separators. The line end before a separator or the end of the file belongs to
-    no document. A text of options.cut bytes ends at the next empty line, of twice as many at the next line
-    end, of three times as many before the next word."""
-    separator, cut, most = options.separator.encode(), options.cut, 3 * options.cut
+    no document. After options.cut bytes a text ends at the next empty line; after three times as many at
+    the next line end, after four times before a word."""
+    separator, cut, most = options.separator.encode(), options.cut, 4 * options.cut
     text, line_start = bytearray(), True
     line = file.readline(min(PIECE, cut)).removeprefix(MARK)  # long lines come in parts
     while line or text:
@@ -92,7 +92,7 @@ def text_documents(file, path, options):
             n = len(text)
         else:
             text += line
-            n = len(text) if len(text) >= 2 * cut and line.endswith(b"\n") else 0
+            n = len(text) if len(text) >= 3 * cut and line.endswith(b"\n") else 0
             n = cut_point(text[: most + 2], most) if len(text) > most + 2 else n
         if text[:n].strip():
             yield text[:n].decode().removesuffix("\n").removesuffix("\r")

@@ -38,17 +38,17 @@ def prepared(out_dir, knobs, overwrite=False):
     others = []
     for name in (PROGRESS, "meta.json"):
         saved = saved_knobs(os.path.join(out_dir, name))
-        if saved is None:
-            continue
-        if not (different := differing(knobs, saved, knobs)):
+        if saved is not None and (different := differing(knobs, saved, knobs)):
+            others.append(different)
+        elif saved is not None:
             finished = name == "meta.json" and not overwrite
-            print(f"{out_dir} is prepared already; --overwrite prepares it again" * finished)
+            if finished:
+                print(f"{out_dir} is prepared already; --overwrite prepares it again")
             return finished
-        others.append(different)
     if not others and os.path.isdir(out_dir):
         others = [name for name in os.listdir(out_dir) if name.endswith(".bin")]
     if others and not overwrite:
-        todo = "choose another --out_dir, or replace it with --overwrite"
+        todo = "choose another folder, or replace it with --overwrite"
         raise UserError(f"{out_dir} holds another corpus ({others[0]}): {todo}")
     return False
 

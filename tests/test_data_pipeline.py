@@ -207,16 +207,25 @@ def test_an_unfinished_corpus_of_something_else_is_neither_resumed_nor_lost(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_a_failure_leaves_the_corpus_before_it_or_none(tmp_path, before):
-    if before:
-        fill(tmp_path / "out")
+def test_a_failure_leaves_the_former_corpus(tmp_path):
+    fill(tmp_path / "out")
     old = contents(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         with Writer(str(tmp_path / "out"), get_tokenizer("bytes"), {}) as out:
             out.add("train", np.full(9, 2), 9)
             raise KeyboardInterrupt
     assert contents(tmp_path / "out") == old
+
+
+def test_a_writer_without_progress_of_its_own_starts_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(1, patch)
+        fill(tmp_path / "out")
+    fill(tmp_path / "out")
+    assert {n: len(d) for n, d in contents(tmp_path / "out").items() if n != "meta.json"} == {
+        "train.bin": 9,
+        "val.bin": 4,
+    }
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
