@@ -150,7 +150,7 @@ ZSTD = zstandard.ZstdCompressor().compress(json_lines(make_documents(5)).encode(
         ("a.txt.zst", b"not zstd", r"cannot read .*a\.txt\.zst"),
         ("a.jsonl.zst", ZSTD[:-1], r"cannot read .*a\.jsonl\.zst: Truncated"),
         ("a.parquet", b"PAR1" + bytes(99) + b"PAR1", r"cannot read .*a\.parquet"),
-        ("a.txt", b"all one document", "17 tokens to train on and 0 held out for validation"),
+        ("a.txt", b"all one document", "0 tokens to train on and 17 held out for validation"),
         ("a.txt", b"\n\n", "0 tokens to train on and 0 held out for validation"),
     ],
 )
@@ -242,14 +242,6 @@ def test_what_is_read_and_left_out_is_said(tmp_path, capsys):
     assert len(all_documents(tmp_path / "out")) == 60
 
 
-def test_a_file_of_another_kind_that_was_named_is_read_as_text_and_that_is_said(tmp_path, capsys):
-    (tmp_path / "x.csv").write_text(SEPARATOR.join(make_documents(30)))
-    (tmp_path / "y.log").write_text("a,b")
-    prepare(tmp_path / "x.csv", val=str(tmp_path / "y.log"), out=tmp_path / "out")
-    assert re.search(r"read as plain text: 2: \S*x\.csv, \S*y\.log", capsys.readouterr().out)
-    assert byte_documents(tmp_path / "out") == {"train": make_documents(30), "val": ["a,b"]}
-
-
 def test_names_that_are_not_utf8(tmp_path):
     folder = os.fsdecode(os.fsencode(str(tmp_path)) + b"/caf\xe9")
     os.mkdir(folder)
@@ -263,13 +255,16 @@ def test_names_that_are_not_utf8(tmp_path):
     assert sorted(found) == sorted(make_documents(30) + make_documents(5))
 
 
-def test_separators_inside_lines_and_few_documents_are_said(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("<|endoftext|>".join(make_documents(30)))
-    (tmp_path / "v.txt").write_text("held out")
-    prepare(tmp_path / "a.txt", val=str(tmp_path / "v.txt"), out=tmp_path / "out")
+def test_what_may_be_wrong_is_said(tmp_path, capsys):
+    (tmp_path / "x.csv").write_text("<|endoftext|>".join(make_documents(30)))
+    (tmp_path / "y.log").write_text("a,b")
+    prepare(tmp_path / "x.csv", val=str(tmp_path / "y.log"), out=tmp_path / "out")
     said = capsys.readouterr().out
-    assert f"29 separators inside lines of {tmp_path / 'a.txt'} taken as text" in said
+    assert re.search(r"read as plain text: 2: \S*x\.csv, \S*y\.log\n", said)
+    assert f"29 separators inside lines of {tmp_path / 'x.csv'} taken as text" in said
     assert "1 documents held out for validation" in said and "warning: validation loss" in said
+    expected = {"train": ["<|endoftext|>".join(make_documents(30))], "val": ["a,b"]}
+    assert byte_documents(tmp_path / "out") == expected
 
 
 # ---------------------------------------------------------------------------------- what is held out
@@ -303,11 +298,16 @@ def test_of_few_documents_more_are_held_out(tmp_path, capsys, n):
     splits = byte_documents(tmp_path / "out")
     assert sorted(splits["train"] + splits["val"]) == sorted(texts)
     assert splits["val"] == [d for d in texts if smaller(d, share)] != []
+    prepare(tmp_path / "a.txt", val_fraction=1e-9, out=tmp_path / "one")
+    assert byte_documents(tmp_path / "one")["val"] == [min(texts, key=hash_of)]
+
+
+def hash_of(document):
+    return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "big")
 
 
 def smaller(document, fraction):
-    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return hash_of(document) < fraction * 2**64
 
 
 def test_a_hash_of_the_text_decides_what_is_held_out(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ class Config:
     tokens: str = "10B"  # tokens to train on; 0 for all there are
     val_tokens: str = "10M"  # tokens to validate on
     encoding: str = "gpt2"  # bytes, a name that tiktoken knows, or the path of a rank file
-    folder: str = "sample/100BT"  # or sample/10BT, sample/350BT, data
+    folder: str = "sample/100BT"  # folder of the repository (sample/10BT, data)
     revision: str = ""  # commit, branch or tag of the repository; the newest if empty
     seed: int = 0  # seed of the order of files and documents
     shard_tokens: str = "100M"  # tokens in a file of the corpus

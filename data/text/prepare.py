@@ -1,6 +1,7 @@
 """Your own text files as a corpus. See Config."""
 
 import hashlib
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -74,31 +75,35 @@ def is_text(path):
 
 def settle_documents(paths, options, val_fraction):
     """Set options.cut if the text has hardly any separators. -> the share of documents to hold out."""
-    n, size = look_at(paths, options)
+    keys, size = look_at(paths, options)
     plain = len(paths) < FEW_DOCUMENTS and all(kind(path) == "text" for path in paths)
-    if plain and n < FEW_DOCUMENTS and size >= 2 * CUT[0]:
+    if plain and len(keys) < FEW_DOCUMENTS and size >= 2 * CUT[0]:
         options.cut = min(max(size // 1000, CUT[0]), CUT[1])
         print(
-            f"{n} documents are too few to hold some out: the text is cut into documents of "
+            f"{len(keys)} documents are too few to hold some out: the text is cut into documents of "
             f"{options.cut / 1000:.0f} kB or more, at empty lines if there are any. Give --val=FILE or a "
             "--separator to avoid it"
         )
-        n, size = look_at(paths, options)
-    if 0 < n < MANY_DOCUMENTS and val_fraction == Config.val_fraction:
-        val_fraction = min(0.1, FEW_DOCUMENTS / n)
-        print(f"{n:,} documents are few: {val_fraction:.1%} are held out (see --val_fraction)")
+        keys, _ = look_at(paths, options)
+    if 0 < len(keys) < MANY_DOCUMENTS:
+        if val_fraction == Config.val_fraction:
+            val_fraction = min(0.1, FEW_DOCUMENTS / len(keys))
+            print(
+                f"{len(keys):,} documents are few: {val_fraction:.1%} are held out (see --val_fraction)"
+            )
+        val_fraction = max(val_fraction, math.nextafter(min(keys) / 2**64, 1))  # one at least
     return val_fraction
 
 
 def look_at(paths, options):
-    """Look at the beginning of the files. -> number of documents, at most MANY_DOCUMENTS, and their size"""
-    n = size = 0
-    for place, _, text, _ in choose(paths, "train", options):
-        n += place == "train"
+    """Look at the beginning of the files. -> hashes of up to MANY_DOCUMENTS documents, characters"""
+    keys, size = [], 0
+    for place, key, text, _ in choose(paths, "train", options):
+        keys += [int(key, 16)] * (place == "train")
         size += len(text)
-        if n >= MANY_DOCUMENTS or n < FEW_DOCUMENTS and size >= 1000 * CUT[1]:
+        if len(keys) >= MANY_DOCUMENTS or len(keys) < FEW_DOCUMENTS and size >= 1000 * CUT[1]:
             break
-    return n, size
+    return keys, size
 
 
 def main(config):
