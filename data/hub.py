@@ -9,7 +9,7 @@ import os
 
 from data.documents import Options, needs
 from data.pipeline import prepare, token_count
-from data.writer import FETCHED, PROGRESS, Writer, prepared, saved_knobs
+from data.writer import FETCHED, PROGRESS, Writer, prepared, read_json
 from nanotst import UserError
 from nanotst.corpus import differing
 from nanotst.tokenizer import get_tokenizer
@@ -27,7 +27,7 @@ def prepare_from_hub(repo, suffix, config):
     if prepared(config.out_dir, knobs, config.overwrite):
         return
     needs("pyarrow", repo)  # before anything is fetched
-    begun = saved_knobs(os.path.join(config.out_dir, PROGRESS)) or {}
+    begun = (read_json(os.path.join(config.out_dir, PROGRESS)) or {}).get("knobs", {})
     revision = config.revision if differing(knobs, begun, knobs) else begun["commit"]
     files, knobs["commit"] = list_files(repo, suffix, config, revision)
     size = sum(f.size for f in files) / 1e9

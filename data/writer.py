@@ -37,10 +37,12 @@ def prepared(out_dir, knobs, overwrite=False):
     """Whether out_dir holds the finished corpus of these knobs. UserError if it holds another one."""
     others = []
     for name in (PROGRESS, "meta.json"):
-        saved = saved_knobs(os.path.join(out_dir, name))
-        if saved is not None and (different := differing(knobs, saved, knobs)):
+        saved = read_json(os.path.join(out_dir, name))
+        if saved is None:
+            continue
+        if different := differing(knobs, saved.get("knobs") or {}, knobs):
             others.append(different)
-        elif saved is not None:
+        else:
             finished = name == "meta.json" and not overwrite
             if finished:
                 print(f"{out_dir} is prepared already; --overwrite prepares it again")
@@ -53,13 +55,13 @@ def prepared(out_dir, knobs, overwrite=False):
     return False
 
 
-def saved_knobs(path):
-    """The knobs in a JSON file; {} if it has none, None if there is no file."""
+def read_json(path):
+    """The object in a file; None if there is no file, {} if it is damaged."""
     try:
-        return json.loads(Path(path).read_text("utf-8")).get("knobs") or {}
+        return json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError):
+    except ValueError:
         return {}
 
 
@@ -83,11 +85,10 @@ class Writer:
         os.makedirs(self.folder, exist_ok=True)
         self.state = dict(knobs=self.knobs, shards={}, tokens={}, bytes={})  # of finished shards
         self.state |= dict(inputs=0, documents=0, notes={}, held_out={})  # prepare()'s
-        path = Path(self.out_dir, PROGRESS)
-        if saved_knobs(path) == self.knobs:
-            saved = json.loads(path.read_text("utf-8"))
-            if saved["inputs"] or saved["documents"]:  # else whoever wrote it writes it all again
-                self.state = saved
+        saved = read_json(os.path.join(self.out_dir, PROGRESS)) or self.state
+        # a script without progress of its own, such as python_source's, writes everything again
+        if saved.get("knobs") == self.knobs and (saved["inputs"] or saved["documents"]):
+            self.state = saved
         self.n_tokens, self.n_bytes = Counter(self.state["tokens"]), Counter(self.state["bytes"])
         return self
 
