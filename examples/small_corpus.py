@@ -4,49 +4,46 @@ split, and the same validation split.
     python -m examples.small_corpus python_source out/small --tokens=1000000
 """
 
-import json
 import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-
+from data.writer import Writer, prepared
 from nanotst import UserError
 from nanotst.configurator import entry_point
 from nanotst.corpus import open_corpus
+from nanotst.tokenizer import Tokenizer
 
-BLOCKS = 64  # of text that stands together
+BLOCKS = 64  # contiguous pieces of text
 
 
 @dataclass
 class Config:
     """Usage: python -m examples.small_corpus CORPUS FOLDER --tokens=N"""
 
-    corpus: str  # a prepared one, in data/ or elsewhere
-    folder: str  # to write to
-    tokens: int = 1_000_000  # of the training split
+    corpus: str  # prepared corpus, in data/ or elsewhere
+    folder: str  # folder to write to
+    tokens: int = 1_000_000  # tokens of the training split
+    overwrite: bool = False  # whether another corpus in the folder may be replaced
 
 
 def main(config):
-    corpus, folder = open_corpus(config.corpus), Path(config.folder)
-    size, apart = config.tokens // BLOCKS, len(corpus.train) // BLOCKS
+    corpus = open_corpus(config.corpus)
+    meta, n, knobs = corpus.meta, config.tokens, dict(of=corpus.fingerprint, tokens=config.tokens)
+    size, apart = n // BLOCKS, len(corpus.train) // BLOCKS
     if not 0 < size <= apart:
-        raise UserError(f"--tokens must lie in {BLOCKS}..{apart * BLOCKS}, got {config.tokens}")
-    train = np.concatenate([corpus.train[i * apart : i * apart + size] for i in range(BLOCKS)])
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, tokens in (("train", train), ("val", corpus.val[:])):
-        tokens.tofile(folder / f"{split}.bin")
-    keys = ("vocab_size", "encoding", "separator", "bytes_per_token")
-    meta = {key: corpus.meta[key] for key in keys} | {"dtype": train.dtype.name}
-    meta |= {"train_tokens": len(train), "val_tokens": len(corpus.val)}
-    meta["source"] = [
-        f"{config.tokens:,} tokens of {corpus.meta['train_tokens']:,}",
-        *(corpus.meta["source"] or []),
-    ]
-    if os.path.isfile(ranks := os.path.join(corpus.folder, meta["encoding"] or "")):
-        shutil.copy(ranks, folder)  # a vocabulary of its own
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        raise UserError(f"--tokens must lie in {BLOCKS}..{apart * BLOCKS}, got {n}")
+    if prepared(config.folder, knobs, config.overwrite):
+        return
+    ranks = os.path.join(corpus.folder, meta["encoding"] or "")
+    ranks = ranks if os.path.isfile(ranks) else ""
+    tokenizer = Tokenizer(
+        meta["encoding"], meta["vocab_size"], meta["separator"], None, None, ranks
+    )
+    with Writer(config.folder, tokenizer, knobs) as out:
+        for i in range(BLOCKS):
+            out.add("train", corpus.train[i * apart : i * apart + size], 0)
+        out.add("val", corpus.val[:], round(len(corpus.val) * (corpus.bytes_per_token or 0)))
+        out.source = [f"{n:,} tokens of {meta['train_tokens']:,}", *(meta.get("source") or [])]
 
 
 if __name__ == "__main__":

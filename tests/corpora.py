@@ -1,4 +1,4 @@
-"""What the tests of the prepare scripts share: text to prepare, and a plain reader of what they write."""
+"""Shared by the tests of data/: text to prepare, and a plain reader of the corpora."""
 
 import hashlib
 import json
@@ -8,23 +8,12 @@ from pathlib import Path
 import numpy as np
 
 SEPARATOR = "\n<|endoftext|>\n"
+WORDS = ["the", "then", "in", "other", "winter", "été", "中文", "x=1;", "12345", "don't"]
 
 
 def make_documents(n=300, seed=0):
-    rng = random.Random(seed)
-    words = [
-        "the",
-        "then",
-        "in",
-        "other",
-        "winter",
-        "\u00e9t\u00e9",
-        "\u4e2d\u6587",
-        "x=1;",
-        "12345",
-        "don't",
-    ]
-    words += ["\n", "\n\n\n", "", "", "\t"]
+    """n different documents with empty lines, tabs and double spaces in them."""
+    rng, words = random.Random(seed), [*WORDS, "\n", "\n\n\n", "", "", "\t"]
     return [
         f"document {i} of {seed} " + " ".join(rng.choices(words, k=rng.randrange(5, 200))) + "."
         for i in range(n)
@@ -36,15 +25,14 @@ def json_lines(documents):
 
 
 def dataset(folder):
-    """-> (meta, {split: list of documents, each a list of ids}), after checking one against the other."""
+    """-> (meta, {split: documents, each a list of ids}), checked against each other."""
     folder = Path(folder)
     meta = json.loads((folder / "meta.json").read_text())
     splits = {}
     for split in ("train", "val"):
-        names = sorted(n for n in meta["sha256"] if n.startswith(split) and n.endswith(".bin"))
+        names = sorted(n for n in meta["sha256"] if n.startswith(split))
         data = [(folder / n).read_bytes() for n in names]
-        for name, content in zip(names, data):
-            assert hashlib.sha256(content).hexdigest() == meta["sha256"][name]
+        assert [hashlib.sha256(d).hexdigest() for d in data] == [meta["sha256"][n] for n in names]
         ids = np.frombuffer(b"".join(data), dtype=meta["dtype"])
         assert len(ids) == meta[f"{split}_tokens"]
         assert ids[-1] == meta["separator"] and ids.max() < meta["vocab_size"]
@@ -54,13 +42,12 @@ def dataset(folder):
 
 
 def byte_documents(folder):
-    """{split: list of documents} of a corpus of bytes."""
-    _, splits = dataset(folder)
-    return {split: [bytes(d).decode() for d in documents] for split, documents in splits.items()}
+    """{split: documents} of a corpus of bytes."""
+    splits = dataset(folder)[1].items()
+    return {split: [bytes(d).decode() for d in documents] for split, documents in splits}
 
 
 def contents(folder):
-    """{name: bytes} of all files below a folder, none if it is not there."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()
-    }
+    """{name: bytes} of all files below a folder; empty if there is no folder."""
+    files = (p for p in Path(folder).rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}

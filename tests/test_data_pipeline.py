@@ -1,35 +1,33 @@
-"""Large corpora: shards, stopping and going on, the Hugging Face hub. No network but this machine's own."""
+"""From documents to shards: resuming, limits, corpora that are in the way, and the Hugging Face hub, which is
+a fake here."""
 
+import errno
 import hashlib
-import json
 import os
-import random
 import re
-import socket
+import signal
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import unquote
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from conftest import write_corpus
 from corpora import byte_documents, contents, dataset, json_lines, make_documents
-from huggingface_hub import constants as huggingface_constants
-from killed_preparations import campaign
 from test_tokenizer import write_ranks
 
 from data import hub as data_hub
-from data import pipeline, token_files
 from data.dclm import prepare as dclm
 from data.fineweb_edu import prepare as fineweb_edu
-from data.pipeline import File, Group, token_count
+from data.pipeline import token_count
 from data.text import prepare as text
-from data.token_files import TokenFiles
+from data.writer import Writer
+from examples import small_corpus
 from nanotst import UserError
 from nanotst.corpus import open_corpus
 from nanotst.tokenizer import get_tokenizer
@@ -39,9 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def inputs(tmp_path):
-    """Five files of 60 documents, about 30 kB each."""
-    for i in range(5):
-        (tmp_path / "in").mkdir(exist_ok=True)
+    """Three files of 60 documents, about 30 kB each."""
+    (tmp_path / "in").mkdir()
+    for i in range(3):
         (tmp_path / "in" / f"{i}.jsonl").write_text(json_lines(make_documents(60, i)))
     return tmp_path / "in"
 
@@ -51,78 +49,93 @@ def prepare(inputs, out, **knobs):
     text.main(text.Config(inputs=[str(inputs)], out_dir=str(out), **knobs))
 
 
-def test_shards_hold_what_one_file_holds(tmp_path, inputs):
-    prepare(inputs, tmp_path / "one", shard_tokens="0")
-    prepare(inputs, tmp_path / "many")
-    assert byte_documents(tmp_path / "many") == byte_documents(tmp_path / "one")
-    meta, _ = dataset(tmp_path / "many")
-    names = [n for n in sorted(meta["sha256"]) if n.startswith("train")]
-    assert len(names) > 5 and names == [f"train_{i:05d}.bin" for i in range(len(names))]
-    sizes = [(tmp_path / "many" / n).stat().st_size for n in names]
-    assert min(sizes[:-1]) >= 20_000 and max(sizes) < 23_000
-    corpus = open_corpus(str(tmp_path / "many"))
-    assert len(corpus.train) == meta["train_tokens"] and len(corpus.val) == meta["val_tokens"]
-
-
-def test_an_old_corpus_leaves_no_shards_behind(tmp_path, inputs):
-    prepare(inputs, tmp_path / "out")
-    prepare(inputs, tmp_path / "out", shard_tokens="0")
-    assert sorted(contents(tmp_path / "out")) == ["meta.json", "train.bin", "val.bin"]
-
-
-def test_a_large_corpus_gets_checksums_of_its_parts(tmp_path, inputs, monkeypatch):
-    monkeypatch.setattr(token_files, "LARGE", 50_000)
-    prepare(inputs, tmp_path / "out")
-    meta, _ = dataset(tmp_path / "out")
-    names = set(contents(tmp_path / "out"))
-    assert {n for n in names if n.endswith(".crc")} == {
-        n[:-3] + "crc" for n in names if n.endswith(".bin")
-    }
-    assert set(meta["sha256"]) == names - {"meta.json"}
+def fill(folder, value=1, **knobs):
+    with Writer(str(folder), get_tokenizer("bytes"), knobs) as out:
+        for split, n in (("train", 9), ("val", 4)):
+            out.add(split, np.full(n, value), n)
 
 
 class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_stopped_after_every_shard_and_started_again(tmp_path, inputs, monkeypatch, workers):
-    """The same files, no shard made twice, and what was read is not tokenised again."""
-    monkeypatch.setattr(pipeline, "BATCH", 3000)
-    prepare(inputs, tmp_path / "whole")
-    expected, tokenised = contents(tmp_path / "whole"), []
-    encode, close = pipeline.encode_batch, TokenFiles.close_shard
-
-    def encode_and_count(tokenizer, batch, separator):
-        tokenised.append(sum(len(piece.text) for piece in batch))
-        return encode(tokenizer, batch, separator)
+def stop_after(n, monkeypatch):
+    """Stop a preparation when it has finished n shards."""
+    close = Writer.close_shards
 
     def close_and_stop(self):
         close(self)
-        raise Stop
+        if len(self.state["shards"]) >= n:
+            raise Stop
 
-    monkeypatch.setattr(pipeline, "encode_batch", encode_and_count)
-    monkeypatch.setattr(TokenFiles, "close_shard", close_and_stop)
+    monkeypatch.setattr(Writer, "close_shards", close_and_stop)
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+def test_shards_hold_what_one_file_holds(tmp_path, inputs):
+    prepare(inputs, tmp_path / "one", shard_tokens="0")
+    prepare(inputs, tmp_path / "many")
+    assert byte_documents(tmp_path / "many") == byte_documents(tmp_path / "one")
+    meta, _ = dataset(tmp_path / "many")
+    names = [n for n in sorted(meta["sha256"]) if n.startswith("train")]
+    assert len(names) > 3 and names == [f"train_{i:05d}.bin" for i in range(len(names))]
+    sizes = [(tmp_path / "many" / n).stat().st_size for n in names]
+    assert min(sizes[:-1]) >= 20_000 and max(sizes) < 23_000
+    corpus = open_corpus(str(tmp_path / "many"))
+    assert len(corpus.train) == meta["train_tokens"] and len(corpus.val) == meta["val_tokens"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("val", [False, True])
+def test_stopped_after_every_shard_and_started_again(tmp_path, inputs, monkeypatch, workers, val):
+    """The same files, and no finished shard is made again."""
+    held_out = tmp_path / "v.jsonl"
+    held_out.write_text(json_lines(make_documents(60, 1)[:40]))  # copies of training documents
+    knobs = dict(workers=workers, val=str(held_out) if val else "")
+    prepare(inputs, tmp_path / "whole", **knobs)
+    unfinished, before, n_stops = tmp_path / "out" / "unfinished.tmp", {}, 0
     for n_shards in range(1, 100):
-        try:
-            prepare(inputs, tmp_path / "out", workers=workers)
-        except Stop:
-            state = json.loads((tmp_path / "out" / "unfinished.tmp" / "progress.json").read_text())
-            assert sum(s["split"] == "train" for s in state["shards"]) == n_shards
-        else:
-            break
-    assert n_shards > 5
-    assert contents(tmp_path / "out") == expected
-    n_text = sum(
-        len(d) for documents in byte_documents(tmp_path / "out").values() for d in documents
-    )
-    assert (
-        sum(tokenised) < n_text + n_shards * (2 * workers + 2) * 3000 + 3000
-    )  # plus what was under way
+        with monkeypatch.context() as patch:
+            stop_after(n_shards, patch)
+            try:
+                prepare(inputs, tmp_path / "out", **knobs)
+            except Stop:
+                shards = {p.name: p.stat().st_ino for p in unfinished.glob("*.bin")}
+                assert before.items() <= shards.items()
+                before, n_stops = shards, n_stops + 1
+            else:
+                break
+    prepare(inputs, tmp_path / "out", **knobs)
+    assert n_stops > 3 and not unfinished.exists()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_killed_at_random_moments(tmp_path):
+    """Real processes and kill -9."""
+    (tmp_path / "in.jsonl").write_text(json_lines(make_documents(6000)))
+
+    def start(out):
+        command = [sys.executable, str(ROOT / "data/text/prepare.py"), str(tmp_path / "in.jsonl")]
+        command += ["--shard_tokens=100k", "--val_fraction=0.02", f"--out_dir={tmp_path / out}"]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    unfinished, n_killed = tmp_path / "out" / "unfinished.tmp", 0
+    assert start("whole").wait() == 0
+    for n_shards in (1, 3, 5):
+        process = start("out")
+        while process.poll() is None and len(list(unfinished.glob("train_*.bin"))) < n_shards:
+            time.sleep(0.001)
+        time.sleep(0.003 * n_shards)
+        process.kill()
+        n_killed += process.wait() == -signal.SIGKILL
+    assert start("out").wait() == 0 and n_killed
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_kill_while_the_files_move_into_place(tmp_path, inputs, monkeypatch):
-    prepare(inputs, tmp_path / "whole")
+    prepare(inputs, tmp_path / "whole", overwrite=True)
     expected, replace, moved = contents(tmp_path / "whole"), os.replace, []
     prepare(inputs, tmp_path / "out", val_fraction=0.5)  # another corpus is there before
     for stop_at in range(4):
@@ -137,420 +150,255 @@ def test_a_kill_while_the_files_move_into_place(tmp_path, inputs, monkeypatch):
         monkeypatch.setattr(os, "replace", die)
         moved.clear()
         with pytest.raises(Stop):
-            prepare(inputs, tmp_path / "out")
+            prepare(inputs, tmp_path / "out", overwrite=True)
         assert not (tmp_path / "out" / "meta.json").exists()
     monkeypatch.setattr(os, "replace", replace)
-    prepare(inputs, tmp_path / "out")
+    prepare(inputs, tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "out") == expected
 
 
-@pytest.fixture
-def stopped(tmp_path, inputs, monkeypatch):
-    """A preparation in tmp_path / "out" that was stopped after its first shard."""
-    close = TokenFiles.close_shard
-
-    def close_and_stop(self):
-        close(self)
-        raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TokenFiles, "close_shard", close_and_stop)
-        with pytest.raises(Stop):
-            prepare(inputs, tmp_path / "out")
-    return tmp_path / "out" / "unfinished.tmp"
+# ------------------------------------------------------------------------------------- what is in the way
 
 
-def test_an_unfinished_preparation_of_something_else_is_neither_gone_on_with_nor_lost(
-    inputs, stopped
+def test_another_corpus_is_only_replaced_when_asked_for(tmp_path, inputs, capsys):
+    out = tmp_path / "out"
+    prepare(inputs, out)
+    before = contents(out)
+    prepare(inputs, out)
+    assert "out is prepared already; --overwrite prepares it again" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another corpus .shard_tokens 20000 there, 0 here.*--over"):
+        prepare(inputs, out, shard_tokens="0")
+    (inputs / "0.jsonl").write_text(json_lines(make_documents(60, 77)))
+    with pytest.raises(UserError, match="out holds another corpus .files .* there, .* here"):
+        prepare(inputs, out)
+    assert contents(out) == before
+    prepare(inputs, out, shard_tokens="0", overwrite=True)  # leaves no shards behind
+    assert sorted(contents(out)) == ["meta.json", "train.bin", "val.bin"]
+    foreign = Path(write_corpus(tmp_path / "foreign", range(99), range(9), 99))
+    for _ in range(2):  # with a meta.json that does not say what it was made from, and without
+        before = contents(foreign)
+        with pytest.raises(UserError, match="foreign holds another corpus"):
+            prepare(inputs, foreign)
+        assert contents(foreign) == before
+        (foreign / "meta.json").unlink(missing_ok=True)
+
+
+def test_an_unfinished_corpus_of_something_else_is_neither_resumed_nor_lost(
+    tmp_path, inputs, monkeypatch
 ):
-    before, knobs = contents(stopped), {}
-    for change in ("knob", "input"):
-        if change == "knob":
-            knobs = dict(val_fraction=0.2)
-        else:
-            (inputs / "0.jsonl").write_text(json_lines(make_documents(60, 77)))
-        with pytest.raises(
-            UserError, match="holds 2 finished shards of other input or other knobs"
-        ):
-            prepare(inputs, stopped.parent, **knobs)
-        assert contents(stopped) == before
-
-
-def test_a_damaged_shard_is_not_gone_on_with(tmp_path, inputs, stopped, capsys):
-    shard = stopped / "train_00000.bin"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    prepare(inputs, tmp_path / "whole")
-    prepare(inputs, tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(1, patch)
+        prepare(inputs, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match="another corpus .val_fraction 0.1 there, 0.2 here"):
+        prepare(inputs, tmp_path / "out", val_fraction=0.2)
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "out" / "unfinished.tmp" / "progress.json").write_text('{"by": "an older version"}')
+    prepare(inputs, tmp_path / "out", val_fraction=0.2, overwrite=True)
+    prepare(inputs, tmp_path / "whole", val_fraction=0.2)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert "train_00000.bin is damaged: all shards are made again" in capsys.readouterr().err
 
 
-def test_limits_and_shuffled_shards(tmp_path, inputs):
-    """Documents of a shard change their order, by the seed; reading ends with the document that fills the
-    limit."""
-    files = [File(str(p), p.stat().st_size) for p in sorted(inputs.iterdir())]
-    groups = [Group("val", files[:1], 5_000), Group("train", files[1:], 70_000)]
-    found = {}
-    for name, seed in (("order", None), ("a", 1), ("again", 1), ("b", 2)):
-        knobs = dict(workers=1 + (name == "again"), shard_tokens=20_000, seed=seed)
-        pipeline.prepare(
-            groups, get_tokenizer("bytes"), str(tmp_path / name), text.Options(), **knobs
-        )
-        found[name] = byte_documents(tmp_path / name)
-    assert contents(tmp_path / "a") == contents(tmp_path / "again")
-    train = [d for seed in (1, 2, 3, 4) for d in make_documents(60, seed)]
-    n = len(found["order"]["train"])
-    assert found["order"]["train"] == train[:n]
-    size = [sum(len(d.encode()) + 1 for d in train[: n - k]) for k in (0, 1)]
-    assert size[0] >= 70_000 > size[1]
-    assert found["order"]["val"] == make_documents(60, 0)[: len(found["order"]["val"])]
-    shard = [
-        len(d) for d in (tmp_path / "order" / "train_00000.bin").read_bytes().split(b"\0")[:-1]
-    ]
-    for name in ("a", "b"):
-        for split in ("train", "val"):
-            assert found[name][split] != found["order"][split]
-            assert sorted(found[name][split]) == sorted(found["order"][split])
-        assert sorted(found[name]["train"][: len(shard)]) == sorted(
-            train[: len(shard)]
-        )  # within shards
-    assert found["a"] != found["b"]
+def test_a_failure_leaves_the_former_corpus(tmp_path):
+    fill(tmp_path / "out")
+    old = contents(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        with Writer(str(tmp_path / "out"), get_tokenizer("bytes"), {}) as out:
+            out.add("train", np.full(9, 2), 9)
+            raise KeyboardInterrupt
+    assert contents(tmp_path / "out") == old
+
+
+def test_a_writer_without_progress_of_its_own_starts_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(1, patch)
+        fill(tmp_path / "out")
+    fill(tmp_path / "out")
+    found = contents(tmp_path / "out")
+    assert (len(found["train.bin"]), len(found["val.bin"]), len(found)) == (9, 4, 3)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot write .*train_00000.bin: the disk is full"):
+        fill(tmp_path / "out")
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_a_small_corpus_spares_what_is_there(tmp_path):
+    large = write_corpus(tmp_path / "large", np.arange(6400), range(64), 6400)
+    before = contents(large)
+    for folder in ("large", "small", "small"):
+        config = small_corpus.Config(large, str(tmp_path / folder), tokens=640)
+        if folder == "large":
+            with pytest.raises(UserError, match="large holds another corpus"):
+                small_corpus.main(config)
+        else:
+            small_corpus.main(config)  # the second time nothing is to be done
+    assert contents(large) == before and len(open_corpus(str(tmp_path / "small")).train) == 640
+    with pytest.raises(UserError, match="small holds another corpus .tokens 640 there, 1280 here"):
+        small_corpus.main(small_corpus.Config(large, str(tmp_path / "small"), tokens=1280))
 
 
 def test_token_counts_in_words():
-    for written, n in (
-        ("10B", 10**10),
-        ("2.5M", 2_500_000),
-        ("100_000", 10**5),
-        ("1e9", 10**9),
-        ("3 k", 3000),
-        ("0", 0),
-        ("0.5k", 500),
-        (str(2**48), 2**48),
-    ):
-        assert token_count(written, "tokens") == n
-    for wrong in ("", "ten", "-1", "10X", "1e", "nan"):
+    words = {"10B": 10**10, "2.5M": 2_500_000, "100_000": 10**5, "1e9": 10**9, "3 k": 3000}
+    words |= {"0": 0, "0.5k": 500, str(2**48): 2**48}
+    assert {written: token_count(written, "tokens") for written in words} == words
+    for wrong in ("", "ten", "-1", "10X", "1e", "nan", "0.5", "1e400", "9" * 400, "1000T"):
         with pytest.raises(UserError, match="--tokens takes a number of tokens such as 10B"):
             token_count(wrong, "tokens")
-    for wrong in ("0.5", "0.0001k", "1e400", "9" * 400, "1e300T", "1000T"):
-        with pytest.raises(UserError, match=r"--tokens is 0 or from 1 to 2\^48 tokens, got"):
-            token_count(wrong, "tokens")
 
 
-def test_killed_at_random_moments(tmp_path):
-    """A short form of killed_preparations.py: real processes and kill -9."""
-    (tmp_path / "in.jsonl").write_text(json_lines(make_documents(6000)))
-    command = [sys.executable, str(ROOT / "data/text/prepare.py"), str(tmp_path / "in.jsonl")]
-    assert (
-        campaign([*command, "--shard_tokens=100k", "--val_fraction=0.02"], tmp_path, kills=4) == []
-    )
+# --------------------------------------------------------------------------------------------- the hub
 
 
-# ------------------------------------------------------------------------------------- the hub
-
-
-class Hub(ThreadingHTTPServer):
-    """What huggingface_hub asks of the hub, for one repository of small files."""
-
-    daemon_threads = True
-
-    def __init__(self, repo, files):
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.repo, self.files, self.sha = repo, files, "0123456789abcdef" * 2 + "01234567"
-        self.cut = set()  # files whose next connection breaks half way
-        self.missing = set()
-        self.log = []  # (name, first byte sent)
-        self.asked = []  # paths, for what the newest commit is or that of a tag
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class HubHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, status, body=b"", **headers):
-        self.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        hub, path = self.server, unquote(self.path.split("?")[0])
-        api, resolve = f"/api/datasets/{hub.repo}", f"/datasets/{hub.repo}/resolve/{hub.sha}/"
-        if path in (api, f"{api}/revision/v1"):
-            hub.asked.append(path)
-            self.answer(200, json.dumps({"id": hub.repo, "sha": hub.sha}).encode())
-        elif path.startswith(f"{api}/tree/{hub.sha}"):
-            folder = path.removeprefix(f"{api}/tree/{hub.sha}").strip("/")
-            tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": f"{i:040x}"}
-                for i, (name, data) in enumerate(hub.files.items())
-                if name.startswith(folder)
-            ]
-            self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
-        elif (
-            path.startswith(resolve)
-            and path.removeprefix(resolve) in hub.files.keys() - hub.missing
-        ):
-            self.send_file(path.removeprefix(resolve))
-        else:
-            self.answer(404, X_Error_Code="EntryNotFound")
-
-    def send_file(self, name):
-        hub = self.server
-        data, start = hub.files[name], 0
-        headers = dict(
-            ETag=f'"{hashlib.sha256(data).hexdigest()}"',
-            X_Repo_Commit=hub.sha,
-            Accept_Ranges="bytes",
-        )
-        if wanted := self.headers.get("Range"):
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
-            headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        if self.command == "GET":
-            hub.log.append((name, start))
-            if name in hub.cut:
-                hub.cut.discard(name)
-                self.send_response(200)
-                for key, value in {"Content-Length": len(data), **headers}.items():
-                    self.send_header(key.replace("_", "-"), str(value))
-                self.end_headers()
-                self.wfile.write(data[: len(data) // 4 * 3])
-                self.wfile.flush()
-                self.connection.shutdown(socket.SHUT_RDWR)
-                self.close_connection = True
-                return
-        self.answer(206 if start else 200, data[start:], **headers)
-
-
-def parquet(documents, noise=b""):
+def parquet(documents):
     sink = pyarrow.BufferOutputStream()
-    table = pyarrow.table({"text": documents, "noise": [noise, *[b""] * (len(documents) - 1)]})
-    pyarrow.parquet.write_table(table, sink, row_group_size=20)
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), sink, row_group_size=20)
     return sink.getvalue().to_pybytes()
 
 
-def zst(documents, noise=b""):
-    skipped = b"\x50\x2a\x4d\x18" + len(noise).to_bytes(4, "little") + noise  # a frame without text
-    return skipped + zstandard.ZstdCompressor().compress(json_lines(documents).encode())
+def zst(documents):
+    return zstandard.ZstdCompressor().compress(json_lines(documents).encode())
 
 
 SCRIPTS = {
-    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample/100BT/{}.parquet", parquet),
-    "dclm": ("mlfoundations/dclm-baseline-1.0", "global-shard_0{}/shard_processed.jsonl.zst", zst),
+    fineweb_edu: ("HuggingFaceFW/fineweb-edu", "sample/100BT/{}.parquet", parquet),
+    dclm: ("mlfoundations/dclm-baseline-1.0", "global-shard_0{}/shard_processed.jsonl.zst", zst),
 }
 
 
-# a prepare script that hands over little at a time, and is stopped when it has that many finished shards
-STOPPED = """
-import runpy, sys
-from data import pipeline, token_files
-sys.argv, most = sys.argv[1:-1], int(sys.argv[-1])
-close = token_files.TokenFiles.close_shard
-def close_and_stop(self):
-    close(self)
-    if len(self.state["shards"]) >= most:
-        raise KeyboardInterrupt
-pipeline.BATCH, token_files.TokenFiles.close_shard = 3000, close_and_stop
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+class Hub:
+    """What data/hub.py uses of huggingface_hub, for one repository of four files of 60 documents."""
+
+    def __init__(self, script, cache):
+        self.script, self.cache = script, cache
+        self.repo, self.name, pack = SCRIPTS[script]
+        self.documents = {self.name.format(i): make_documents(60, i) for i in range(4)}
+        self.files = {name: pack(documents) for name, documents in self.documents.items()}
+        self.files["sample/100BT/README.md"] = b"no data"
+        self.newest, self.asked, self.fetched, self.missing = "c1", [], [], set()
+        self.HfApi, self.utils = (lambda: self), self
+        self.disable_progress_bars = lambda: None
+
+    def dataset_info(self, repo, revision):
+        assert repo == self.repo
+        self.asked.append(revision)
+        return SimpleNamespace(sha=revision if revision == "c1" else self.newest)
+
+    def list_repo_tree(self, repo, folder, recursive, revision, repo_type):
+        assert (repo, recursive, repo_type) == (self.repo, True, "dataset")
+        names = [n for n in self.files if n.startswith(folder or "")]
+        return [SimpleNamespace(path=name, size=len(self.files[name])) for name in names]
+
+    def hf_hub_download(self, repo, name, repo_type, revision, local_dir):
+        assert (repo, repo_type) == (self.repo, "dataset")
+        if name in self.missing:
+            raise ConnectionError(f"no\n{name}")
+        self.fetched.append(name)
+        path = Path(local_dir or self.cache, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self.files[name])
+        return str(path)
+
+    def prepare(self, out, **knobs):
+        few = dict(encoding="bytes", tokens="0", val_tokens="5k", shard_tokens="20k", workers=2)
+        self.script.main(self.script.Config(out_dir=str(out), **few | knobs))
 
 
-@pytest.fixture(params=SCRIPTS)
-def hub(request, tmp_path):
-    """A hub of six files of 60 documents and a file of another kind; hub.prepare(out, ...) runs the script.
-
-    One file is larger than the 10 MB that huggingface_hub writes at a time, and so can be gone on with."""
-    repo, name, pack = SCRIPTS[request.param]
-    noise = random.Random(0).randbytes(15_000_000)
-    server = Hub(
-        repo, {name.format(i): pack(make_documents(60, i), noise * (i == 5)) for i in range(6)}
-    )
-    server.files["sample/100BT/README.md"] = b"no data"
-    server.name = name
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= dict(
-        HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1"
-    )
-    environment |= dict(PYTHONPATH=str(ROOT))
-
-    def prepare(out, stop_at=0, **knobs):
-        knobs = dict(encoding="bytes", tokens="0", val_tokens="5k", shard_tokens="50k") | knobs
-        command = [str(ROOT / "data" / request.param / "prepare.py"), f"--out_dir={out}"]
-        command += [f"--{key}={value}" for key, value in knobs.items()]
-        command = ["-c", STOPPED, *command, str(stop_at)] if stop_at else command
-        return subprocess.run(
-            [sys.executable, *command],
-            env=environment,
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
-
-    server.prepare = prepare
-    yield server
-    server.shutdown()
-    server.server_close()
+@pytest.fixture(params=SCRIPTS, ids=lambda script: Path(script.__file__).parent.name)
+def hub(request, tmp_path, monkeypatch):
+    fake = Hub(request.param, tmp_path / "cache")
+    needs = data_hub.needs
+    modules = {"huggingface_hub": fake, "huggingface_hub.utils": fake}
+    monkeypatch.setattr(data_hub, "needs", lambda m, why: modules.get(m) or needs(m, why))
+    return fake
 
 
-def test_from_the_hub_with_broken_connections(tmp_path, hub):
-    ranks = write_ranks(tmp_path / "tiny.model")
-    first = hub.prepare(tmp_path / "smooth", workers=1)
-    assert first.returncode == 0, first.stderr
-    assert len(hub.log) == len({name for name, _ in hub.log}) == 6  # each file once
-    smooth = contents(tmp_path / "smooth")
-    meta, _ = dataset(tmp_path / "smooth")
-    splits = byte_documents(tmp_path / "smooth")
-    # one file is validated on and no other, each training document is there once, in another order
-    by_file = {hub.name.format(i): make_documents(60, i) for i in range(6)}
-    (val,) = (name for name, documents in by_file.items() if splits["val"][0] in documents)
-    assert set(splits["val"]) < set(by_file[val]) and len(splits["val"]) > 5
-    train = [d for name, documents in by_file.items() if name != val for d in documents]
+def test_a_corpus_from_the_hub(tmp_path, hub):
+    hub.prepare(tmp_path / "out", workers=1)
+    assert sorted(hub.fetched) == sorted(hub.documents) and hub.asked == [None]
+    splits = byte_documents(tmp_path / "out")
+    # the first file in the order of the seed is held out, each training document is there once
+    order = sorted(hub.documents, key=lambda n: hashlib.sha256(f"0 {n}".encode()).digest())
+    assert hub.fetched == order and set(splits["val"]) < set(hub.documents[order[0]])
+    assert 5_000 <= sum(len(d.encode()) + 1 for d in splits["val"]) < 6_500
+    train = [d for name in order[1:] for d in hub.documents[name]]
     assert sorted(splits["train"]) == sorted(train) and splits["train"] != train
-    assert len([n for n in meta["sha256"] if n.startswith("train")]) > 2
-    assert f"{val}: {len(splits['val'])} documents, held out" in meta["source"]
-    assert meta["source"][0] == f"{hub.repo} at {hub.sha}, seed 0"
+    # an input has shards of its own
+    meta, _ = dataset(tmp_path / "out")
+    shards = [n for n in sorted(meta["sha256"]) if n.startswith("train")]
+    for n in shards:
+        documents = (tmp_path / "out" / n).read_bytes().decode().split("\0")[:-1]
+        assert len({document.split()[3] for document in documents}) == 1
+    assert len(shards) > 5
+    assert meta["source"] == [f"{hub.repo} at c1, seed 0", f"{order[0]}, held out", *order[1:]]
+    # other seeds give other orders, workers change nothing, and --keep keeps
+    hub.prepare(tmp_path / "again", keep=True)
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    assert len(contents(hub.cache)) == 4
+    hub.prepare(tmp_path / "seed", seed=1)
+    assert byte_documents(tmp_path / "seed")["train"] != splits["train"]
 
-    # a connection breaks half way, and another file is not there at first
-    hub.log.clear()
-    large = max(by_file, key=lambda name: len(hub.files[name]))
-    hub.cut, hub.missing = {large}, {next(name for name in by_file if name not in (val, large))}
-    stopped = hub.prepare(tmp_path / "broken")
-    assert stopped.returncode == 1
-    assert (
-        "no shard is finished, what was fetched is kept: the same command goes on" in stopped.stderr
-    )
-    assert "error: fetching" in stopped.stderr and "RemoteEntryNotFoundError" in stopped.stderr
-    hub.missing = set()
-    assert hub.prepare(tmp_path / "broken").returncode == 0
-    assert contents(tmp_path / "broken") == smooth
-    # the rest of the broken file was asked for, and nothing again after the stop
-    assert sorted(hub.log) == sorted([(name, 0) for name in by_file] + [(large, 10 * 2**20)])
 
-    # finished is finished, and something else is not taken for it
-    hub.log.clear(), hub.asked.clear()
-    assert "is prepared already" in hub.prepare(tmp_path / "broken").stdout
+def test_limits_of_a_corpus_from_the_hub(tmp_path, hub, capsys):
+    """Reading ends with the document that fills the limit, and what is not needed is not fetched."""
+    hub.prepare(tmp_path / "out", tokens="45k", val_tokens="1M")
+    sizes = [len(d.encode()) + 1 for d in byte_documents(tmp_path / "out")["train"]]
+    assert 45_000 <= sum(sizes) < 45_000 + max(sizes) and len(hub.fetched) < 4
+    said = capsys.readouterr().out
+    assert re.search(r"warning: there are only [23]\d,\d{3} tokens for val\n", said)
+    assert "tokens for train" not in said
+
+
+def test_a_corpus_from_the_hub_that_is_stopped(tmp_path, hub, monkeypatch, capsys):
+    knobs, out = dict(revision="v1", val_tokens="20k"), tmp_path / "out"
+    hub.prepare(tmp_path / "whole", **knobs)
+    hub.missing = {hub.fetched[2]}
+    with pytest.raises(UserError, match=r"^fetching .* failed \(ConnectionError: no [^\n]*\)$"):
+        hub.prepare(out, **knobs)
+    shards = {p.name: p.stat().st_ino for p in (out / "unfinished.tmp").glob("*.bin")}
+    said = f"{len(shards)} finished shards are kept: the same command resumes"
+    assert len(shards) > 1 and said in capsys.readouterr().err
+    assert not list((out / "unfinished.tmp" / "files").rglob("*.*"))  # done with, so removed
+    hub.missing, hub.newest = set(), "c2"  # the branch moves on, the preparation does not
+    for n in (1, 2):  # in the middle of a file
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            stop_after(len(shards) + n, patch)
+            hub.prepare(out, **knobs)
+    del hub.fetched[:]
+    hub.prepare(out, **knobs)
+    assert contents(out) == contents(tmp_path / "whole") and len(hub.fetched) <= 2
+    assert shards["train_00000.bin"] == (out / "train_00000.bin").stat().st_ino
+    # after a kill between the last shard of the validation split, which fills its limit, and the next file
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(1, patch)
+        hub.prepare(tmp_path / "early", **knobs | {"revision": "c1"})
+    hub.prepare(tmp_path / "early", **knobs | {"revision": "c1"})
+    for split in ("train_00000", "val"):
+        files = [(tmp_path / folder / f"{split}.bin").read_bytes() for folder in ("early", "whole")]
+        assert files[0] == files[1]
+
+
+def test_a_finished_corpus_from_the_hub_is_known_without_a_network(tmp_path, hub, capsys):
+    ranks = write_ranks(tmp_path / "tiny.model")
+    hub.prepare(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    hub.HfApi = None
+    hub.prepare(tmp_path / "out")
+    assert "is prepared already" in capsys.readouterr().out
     for other in (dict(seed=1), dict(revision="v1"), dict(tokens="9k"), dict(encoding=ranks)):
-        refused = hub.prepare(tmp_path / "broken", **other)
-        assert refused.returncode == 1 and not hub.log and not hub.asked
         (knob,) = other
-        assert re.search(
-            rf"holds a corpus of other knobs \({knob} [^,]* there, [^,]* here\): choose another --out_dir",
-            refused.stderr,
-        )
-    assert contents(tmp_path / "broken") == smooth
+        with pytest.raises(UserError, match=rf"another corpus \({knob} [^,]* there, [^,]* here\)"):
+            hub.prepare(tmp_path / "out", **other)
+    assert contents(tmp_path / "out") == before
 
 
-def test_from_the_hub_stopped_after_finished_shards(tmp_path, hub):
-    """Gone on with in the middle of a file: the same files, no finished shard made again."""
-    assert hub.prepare(tmp_path / "whole", shard_tokens="20k").returncode == 0
-    for workers in (1, 3):
-        out = tmp_path / f"out{workers}"
-        unfinished, before = out / "unfinished.tmp", {}
-        for stop_at in (2, 5):
-            assert hub.prepare(out, stop_at, workers=workers, shard_tokens="20k").returncode != 0
-            state = json.loads((unfinished / "progress.json").read_text())
-            assert len(state["shards"]) >= stop_at and state["place"][2] > 0
-            shards = {p.name: p.stat().st_ino for p in unfinished.glob("*.bin")}
-            assert len(shards) == len(state["shards"]) and before.items() < shards.items()
-            before = shards
-        hub.log.clear()
-        resumed = hub.prepare(out, workers=workers, shard_tokens="20k")
-        assert f"going on after {len(shards)} finished shards" in resumed.stdout
-        assert len(hub.log) < 6
-        moved = {p.stat().st_ino for p in out.glob("*.bin")}
-        assert set(before.values()) <= moved
-        assert contents(out) == contents(tmp_path / "whole")
-
-
-def test_a_revision_of_the_repository(tmp_path, hub):
-    assert hub.prepare(tmp_path / "out", revision="v1", tokens="9k").returncode == 0
-    assert hub.asked == [f"/api/datasets/{hub.repo}/revision/v1"]
-    assert hub.prepare(tmp_path / "none", revision="v2").returncode == 1
-    assert not (tmp_path / "none" / "meta.json").exists()
-
-
-@pytest.mark.parametrize("script, package", [(dclm, "zstandard"), (fineweb_edu, "pyarrow.parquet")])
-def test_a_missing_package_is_said_before_anything_is_fetched(
-    tmp_path, monkeypatch, script, package
-):
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(data_hub, "list_files", None)
-    config = script.Config(out_dir=str(tmp_path / "out"), encoding="bytes")
-    with pytest.raises(UserError, match=f"needs the package {package.split('.')[0]}: pip install"):
-        script.main(config)
-
-
-def test_starting_again_is_proposed_where_it_can_help():
-    for status, helps in (
-        (None, True),
-        (503, True),
-        (429, True),
-        (408, True),
-        (404, False),
-        (401, False),
-    ):
-        error = OSError("no")
-        error.response = status and SimpleNamespace(status_code=status)
-
-        def refuse(error=error):
-            raise error
-
-        with pytest.raises(UserError, match="^fetching x failed [(]OSError: no[)]") as e:
-            data_hub.ask("fetching x", refuse)
-        assert str(e.value).endswith("; start again to go on") == helps
-
-
-def test_the_disk_that_fetched_files_lie_on_is_measured(tmp_path, monkeypatch):
-    """For three files of 400 MB, one of them to validate on: what is needed is said where nothing is free."""
-    monkeypatch.setattr(huggingface_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-
-    def which(path):
-        return os.path.relpath(path, tmp_path).split(os.sep)[0]
-
-    def needed(on, limit=0, stays=False, shard_tokens=10**6, seed=None, n_here=0, one_disk=True):
-        folder = "" if stays else str(tmp_path / "out" / "unfinished.tmp" / "files")
-        files = [
-            data_hub.HubFile(f"{i}.parquet", 400 * 10**6, "", "a/b", "", folder) for i in range(3)
-        ]
-        monkeypatch.setattr(data_hub.HubFile, "is_here", lambda self: self in files[:n_here])
-        monkeypatch.setattr(pipeline, "disk_of", lambda path: one_disk or which(path))
-        monkeypatch.setattr(pipeline, "existing", lambda path: path)
-        monkeypatch.setattr(
-            pipeline.shutil,
-            "disk_usage",
-            lambda path: SimpleNamespace(free=0 if which(path) == on else 1e15),
-        )
-        groups = [Group("val", files[:1], 1000), Group("train", files[1:], limit)]
-        with pytest.raises(UserError, match=f"{on} needs .* MB or more, 0 MB are free there") as e:
-            pipeline.prepare(
-                groups,
-                get_tokenizer("bytes"),
-                str(tmp_path / "out"),
-                text.Options(),
-                shard_tokens=shard_tokens,
-                seed=seed,
-            )
-        return re.search(r"needs (.*) MB or", str(e.value))[1]
-
-    assert needed("out") == "1,600"  # 800 MB of tokens, and a file that is read while another comes
-    assert needed("out", limit=10**6) == "801"  # one file to train on is enough
-    assert needed("out", shard_tokens=0) == "2,000"  # no file is removed before the end
-    assert (
-        needed("out", shard_tokens=0, seed=0) == "2,800"
-    )  # and the 800 MB are written again to shuffle them
-    assert needed("out", stays=True) == "2,000"
-    assert needed("out", stays=True, n_here=2) == "1,200"
-    assert needed("out", stays=True, one_disk=False) == "800"
-    assert needed("hub", stays=True, one_disk=False) == "1,200"
+def test_a_missing_package_is_said_before_anything_is_fetched(tmp_path, hub, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="needs the package pyarrow: pip install"):
+        hub.prepare(tmp_path / "out")
+    assert not hub.asked

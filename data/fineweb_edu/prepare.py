@@ -17,23 +17,20 @@ class Config:
         pip install huggingface_hub pyarrow
         python data/fineweb_edu/prepare.py --tokens=10B [--encoding=path/to/llama-3/tokenizer.model]
 
-    Files are taken in an order of the seed, documents are shuffled (row groups within a file, documents
-    within a shard), and the first file is kept for validation. Stopped and started again, it goes on.
+    The seed gives the order of the files, of the row groups in them, and of the documents in a shard. The
+    first file is for validation. The same command resumes a preparation that was stopped.
     """
 
-    tokens: str = "10B"  # to train on; 0: all there are
-    val_tokens: str = "10M"  # to validate on
+    tokens: str = "10B"  # tokens to train on; 0 for all there are
+    val_tokens: str = "10M"  # tokens to validate on
     encoding: str = "gpt2"  # bytes, a name that tiktoken knows, or the path of a rank file
-    folder: str = (
-        "sample/100BT"  # of the repository: sample/10BT, sample/100BT, sample/350BT or data
-    )
-    revision: str = ""  # commit, branch or tag of the repository; empty: the newest
-    seed: int = 0  # order of files and documents
-    shard_tokens: str = "100M"  # tokens of a file of the corpus
-    workers: int = 0  # tokenising threads; 0: one a core
-    keep: bool = (
-        False  # leave the files in the hub's cache instead of removing each when it is done
-    )
+    folder: str = "sample/100BT"  # folder of the repository (sample/10BT, data)
+    revision: str = ""  # commit, branch or tag of the repository; the newest if empty
+    seed: int = 0  # seed of the order of files and documents
+    shard_tokens: str = "100M"  # tokens in a file of the corpus
+    workers: int = 0  # tokenising threads; 0 for one per core
+    keep: bool = False  # whether fetched files stay in the hub's cache
+    overwrite: bool = False  # whether another corpus in out_dir may be replaced
     out_dir: str = str(HERE)  # folder to write to
 
 

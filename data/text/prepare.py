@@ -1,27 +1,24 @@
 """Your own text files as a corpus. See Config."""
 
+import hashlib
 import math
 import os
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from data.documents import SUFFIXES, Options, kind  # noqa: E402
-from data.pipeline import File, Group, prepare, read_pieces, token_count  # noqa: E402
+from data.pipeline import choose, prepare, token_count  # noqa: E402
+from data.writer import Writer, prepared  # noqa: E402
 from nanotst import UserError  # noqa: E402
 from nanotst.configurator import entry_point  # noqa: E402
 from nanotst.tokenizer import get_tokenizer  # noqa: E402
 
-FEW_DOCUMENTS = (
-    20  # with fewer than these, text is cut into documents by itself; to be held out at least
-)
-MANY_DOCUMENTS = 4000  # from here on --val_fraction as it is holds out enough of them
-CUT_AT = "empty lines", "line ends"  # the first of these that a text has enough of, or else words
-CUT = 2_000, 64_000  # bytes of such a document, at least and at most
-NAMES = 5  # of files left out that are said
+FEW_DOCUMENTS = 20  # text of fewer documents is cut into more; as many are held out at least
+MANY_DOCUMENTS = 4000  # from here on --val_fraction by default holds out enough
+CUT = 2_000, 64_000  # smallest and largest size of the documents that text is cut into, in bytes
 
 
 @dataclass
@@ -30,171 +27,115 @@ class Config:
 
         python data/text/prepare.py FILE_OR_FOLDER ... [--encoding=gpt2] [--val=FILE] [--out_dir=data/mine]
 
-    Files are .txt, .md and .py (documents separated by a line that holds exactly the separator), .jsonl and
-    .ndjson (an object with a text field per line), each also as .gz, .xz or .zst, and .parquet (a column of
-    text). Folders are searched for these names, hidden ones left out. The line end before a separator and at
-    the end of a file is not part of the document. A text without separators, one book, is cut at empty lines.
-    Memory does not grow with the input, and a large corpus that was stopped goes on when it is started again.
-    Documents keep their order, so shuffle them beforehand if it means something (all of one author, then all
-    of the next).
+    Files are .txt, .md and .py (a line that holds only the separator ends a document), .jsonl, .ndjson and
+    .json (an object with a text field per line), each also as .gz, .xz or .zst, and .parquet (a column of
+    text). Folders are searched for these names, except for plain .json; hidden files are left out. The line
+    end before a separator or the end of a file is not part of the document. A text without separators, such
+    as a book, is cut at empty lines. At most one shard is held in memory. A document of JSON or parquet may
+    have 100 MB. The same command resumes a preparation that was stopped. Documents keep their order, so
+    shuffle them beforehand if it means something (all of one author, then all of the next).
     """
 
     inputs: list[str]  # files and folders
-    encoding: str = (
-        "bytes"  # bytes, a name that tiktoken knows such as gpt2, or the path of a rank file
-    )
+    encoding: str = "bytes"  # bytes, a name that tiktoken knows (gpt2), or the path of a rank file
     out_dir: str = str(HERE)  # folder to write to
+    overwrite: bool = False  # whether another corpus in out_dir may be replaced
     val: str = ""  # files and folders to validate on, separated by commas
-    val_fraction: float = 0.005  # of documents to validate on, without --val; of few, 20 or 10 %
-    separator: str = "<|endoftext|>"  # the line between documents; empty: an empty line
+    val_fraction: float = 0.005  # share of documents to validate on; more if there are few
+    separator: str = "<|endoftext|>"  # line between documents; an empty line if empty
     field: str = "text"  # field of JSON objects, or column of parquet files
-    shard_tokens: str = "100M"  # a larger corpus becomes several files of this many tokens
-    workers: int = 0  # tokenising threads; 0: one a core
+    shard_tokens: str = "100M"  # tokens in a file of the corpus
+    workers: int = 0  # tokenising threads; 0 for one per core
 
 
 def find_files(arguments):
-    """Paths in a fixed order, each file once, and {why left out: [paths]}."""
-    paths, left_out = [], {}
+    """-> (paths in a fixed order, each file once; paths left out)"""
+    found, left_out = [], []
     for argument in arguments:
         if not os.path.exists(argument):
-            link = f" (a link to {os.readlink(argument)})" if os.path.islink(argument) else ""
-            raise UserError(f"no such file or folder: {argument}{link}")
+            raise UserError(f"no such file or folder: {argument}")
         if not os.path.isdir(argument):
-            paths.append(argument)  # named by hand: any suffix will do
+            found.append(argument)  # named by hand: any suffix will do
             continue
-        for folder, subfolders, names in os.walk(argument, onerror=cannot_read):
-            for name in sorted([*subfolders, *names]):
-                path = os.path.join(folder, name)
-                is_folder = name in subfolders
-                if name.startswith("."):
-                    why = "hidden"
-                elif is_folder:
-                    why = "a link to a folder" if os.path.islink(path) else ""
-                elif not name.lower().endswith(SUFFIXES):
-                    why = "another kind of file"
-                elif not os.path.isfile(path):
-                    why = "a broken link" if os.path.islink(path) else "not a regular file"
-                else:
-                    why = (
-                        "this program"
-                        if os.path.realpath(path) == os.path.realpath(__file__)
-                        else ""
-                    )
-                if why:
-                    left_out.setdefault(why, []).append(path)
-                elif not is_folder:
-                    paths.append(path)
-            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-    return list({os.path.realpath(p): p for p in paths}.values()), left_out
+        for path in sorted(Path(argument).rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(argument).parts)
+            if hidden or not is_text(path) or not path.is_file() or path.samefile(__file__):
+                left_out += [str(path)] * (path.is_symlink() or not path.is_dir())
+            else:
+                found.append(str(path))
+    paths = list({os.path.realpath(path): os.path.abspath(path) for path in found}.values())
+    if arguments and not paths:
+        raise UserError(f"no text files in {' '.join(arguments)} (looked for {' '.join(SUFFIXES)})")
+    return paths, left_out
 
 
-def cannot_read(error):
-    raise UserError(f"cannot read {error.filename}: {error.strerror}")
+def is_text(path):
+    return str(path).lower().endswith(tuple(SUFFIXES))
 
 
-def some(paths):
-    """Names for people: the first few, and how many more."""
-    more = f" and {len(paths) - NAMES:,} more" if len(paths) > NAMES else ""
-    return ", ".join(paths[:NAMES]) + more
-
-
-def settle_documents(files, options, val_fraction):
-    """Set options.cut if the text has (nearly) no separators. -> the share of documents to hold out."""
-    keys, found = look_at(files, options)
-    if can_be_cut(files, options) and len(keys) < FEW_DOCUMENTS and found["bytes"] >= 2 * CUT[0]:
-        size = min(max(found["bytes"] // 1000, CUT[0]), CUT[1])
-        many = found["bytes"] // (2 * size)
-        options.cut, options.cut_at = size, next((w for w in CUT_AT if found[w] > many), "words")
+def settle_documents(paths, options, val_fraction):
+    """Set options.cut if the text has hardly any separators. -> the share of documents to hold out."""
+    keys, size = look_at(paths, options)
+    plain = len(paths) < FEW_DOCUMENTS and all(kind(path) == "text" for path in paths)
+    if plain and len(keys) < FEW_DOCUMENTS and size >= 2 * CUT[0]:
+        options.cut = min(max(size // 1000, CUT[0]), CUT[1])
         print(
-            f"{len(keys)} documents in {found['bytes'] / 1e6:,.1f} MB or more are too few to hold some of "
-            f"them out: the text is cut at {options.cut_at} into documents of {size / 1000:.0f} kB or more. "
-            "Give --val=FILE, or a --separator, for another way"
+            f"{len(keys)} documents are too few to hold some out: the text is cut into documents of "
+            f"{options.cut / 1000:.0f} kB or more, at empty lines if there are any. Give --val=FILE or a "
+            "--separator to avoid it"
         )
-        keys, _ = look_at(files, options)
-    if len(keys) >= MANY_DOCUMENTS:
-        return val_fraction
-    if keys and val_fraction == Config.val_fraction:
-        val_fraction = min(0.1, FEW_DOCUMENTS / len(keys))
-        print(
-            f"{len(keys):,} documents are few: {val_fraction:.1%} of them are held out (see --val_fraction)"
-        )
-    distinct = sorted(set(keys))
-    if len(distinct) > 1 and not distinct[0] < val_fraction * 2**64 <= distinct[-1]:
-        val_fraction = math.nextafter(distinct[0] / 2**64, 1)
-        print("that would be none or all, so one is held out: that with the smallest hash")
+        keys, _ = look_at(paths, options)
+    if 0 < len(keys) < MANY_DOCUMENTS:
+        if val_fraction == Config.val_fraction:
+            val_fraction = min(0.1, FEW_DOCUMENTS / len(keys))
+            print(
+                f"{len(keys):,} documents are few: {val_fraction:.1%} are held out (see --val_fraction)"
+            )
+        val_fraction = max(val_fraction, math.nextafter(min(keys) / 2**64, 1))  # one at least
     return val_fraction
 
 
-def look_at(files, options):
-    """-> (keys of the first documents, at most MANY_DOCUMENTS; Counter of what would be places to cut at)"""
-    keys, found, may_cut = [], Counter(), can_be_cut(files, options)
-    for piece in read_pieces(Group("", files), 0, 0, (), options, 0.0):
-        if piece.last and piece.split != "empty":
-            keys.append(int.from_bytes(piece.key, "big"))
-        if may_cut and len(keys) < FEW_DOCUMENTS:
-            found["bytes"] += len(piece.text.encode())
-            found["line ends"] += piece.text.count("\n")
-            found["empty lines"] += piece.text.count("\n\n") + piece.text.count("\n\r\n")
-            if found["bytes"] >= 1000 * CUT[1]:
-                break
-        if len(keys) >= MANY_DOCUMENTS:
+def look_at(paths, options):
+    """Look at the beginning of the files. -> hashes of up to MANY_DOCUMENTS documents, characters"""
+    keys, size = [], 0
+    for place, key, text, _ in choose(paths, "train", options):
+        keys += [int(key, 16)] * (place == "train")
+        size += len(text)
+        if len(keys) >= MANY_DOCUMENTS or len(keys) < FEW_DOCUMENTS and size >= 1000 * CUT[1]:
             break
-    return keys, found
-
-
-def can_be_cut(files, options):
-    """Few files of plain text may be books; other files say themselves where a document ends."""
-    return (
-        not options.cut
-        and len(files) < FEW_DOCUMENTS
-        and all(kind(f.name) == "text" for f in files)
-    )
+    return keys, size
 
 
 def main(config):
     if not 0 < config.val_fraction < 1 or config.workers < 0:
-        raise UserError("--val_fraction is between 0 and 1, --workers at least 0")
+        raise UserError("--val_fraction must lie between 0 and 1, --workers must be at least 0")
     val_paths, val_left_out = find_files([v for v in config.val.split(",") if v])
     found, left_out = find_files(config.inputs)
-    for why, some_paths in val_left_out.items():
-        left_out.setdefault(why, []).extend(some_paths)
-    held_out = {os.path.realpath(p) for p in val_paths}
-    paths = [p for p in found if os.path.realpath(p) not in held_out]
-    for why, some_paths in left_out.items():
-        print(f"left out, {why}: {len(some_paths):,}: {some(some_paths)}")
-    for arguments, some_paths in ((config.inputs, paths), (config.val.split(","), val_paths)):
-        if arguments != [""] and not some_paths:
-            raise UserError(
-                f"no text files in {' '.join(arguments)} (looked for {' '.join(SUFFIXES)})"
-            )
-    if other := [p for p in paths + val_paths if not p.lower().endswith(SUFFIXES)]:  # named by hand
-        print(f"{some(other)}: read as plain text")
-    kinds = ", ".join(
-        f"{n:,} {k} file{'s' * (n > 1)}" for k, n in Counter(map(kind, paths)).items()
-    )
-    print(f"reading {kinds}: {some(paths)}" + f"; held out: {some(val_paths)}" * bool(val_paths))
+    held_out = set(map(os.path.realpath, val_paths))
+    paths = [path for path in found if os.path.realpath(path) not in held_out]
+    if not paths:
+        raise UserError("all inputs are files to validate on, and nothing is left to train on")
+    said = {"left out, hidden or of another kind": left_out + val_left_out, "reading": paths}
+    said["read as plain text"] = [path for path in paths + val_paths if not is_text(path)]
+    for what, names in (said | {"held out": val_paths}).items():
+        if names:
+            print(f"{what}: {len(names):,}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
 
     tokenizer = get_tokenizer(config.encoding)
+    n_shard = token_count(config.shard_tokens, "shard_tokens")
+    files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths + val_paths]
+    digest = hashlib.sha256(repr(files).encode()).hexdigest()
+    knobs = dict(files=digest[:16], val=len(val_paths), shard_tokens=n_shard)
+    for key in ("encoding", "val_fraction", "separator", "field"):
+        knobs[key] = getattr(config, key)
+    if prepared(config.out_dir, knobs, config.overwrite):
+        return
     options, val_fraction = Options(config.separator, config.field), config.val_fraction
-    files, val_files = (
-        [
-            File(os.path.abspath(p), os.path.getsize(p), str(os.stat(p).st_mtime_ns))
-            for p in some_paths
-        ]
-        for some_paths in (paths, val_paths)
-    )
-    groups = [Group("val", val_files), Group("train", files)] if val_files else [Group("", files)]
-    if not val_files:
-        val_fraction = settle_documents(files, options, val_fraction)
-    prepare(
-        groups,
-        tokenizer,
-        config.out_dir,
-        options,
-        val_fraction=val_fraction,
-        workers=config.workers,
-        shard_tokens=token_count(config.shard_tokens, "shard_tokens"),
-    )
+    inputs = [("val", val_paths), ("train", paths)] if val_paths else [("", paths)]
+    if not val_paths:
+        val_fraction = settle_documents(paths, options, val_fraction)
+    out = Writer(config.out_dir, tokenizer, knobs, n_shard)
+    prepare(inputs, out, options, val_fraction=val_fraction, workers=config.workers)
 
 
 if __name__ == "__main__":
