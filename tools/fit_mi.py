@@ -10,7 +10,7 @@ Counting is biased: most of the V^2 pairs are seen once or never, and that looks
 GPT-2 tokens seem to share 1 nat with another document's, and all of it would go into c0. Two corrections:
 
 1. Grassberger's entropy (arXiv physics/0307138), which suffices while most pairs are seen several times.
-2. What it leaves is measured on pairs that share nothing, the text and its segments in random order: there the
+2. Its error is measured on pairs that share nothing, the text and its segments in random order. There the
    first correction takes away C and leaves an error E. At distance d it takes away C(d), so E C(d) / C is
    subtracted, at most E: tokens that depend on each other form fewer pairs, each seen more often.
 
