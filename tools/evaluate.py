@@ -28,8 +28,8 @@ from tools.runs import markdown_table, notes_on_differences
 
 BLOCKS = 50  # blocks of neighbouring rows, whose means count as independent
 LOGITS = 2**25  # logits computed at once
-ABOUT_ERRORS = """± is one standard error; for a difference, of both sides on the same rows. It includes the spread
-of seeds only for sides with several. With one seed, a difference may be no more than that spread."""
+ABOUT_ERRORS = """± is one standard error; for a difference, of both sides on the same rows. It includes the
+spread of seeds only for sides with several. With one seed, a difference may be no more than that spread."""
 
 
 @dataclass
