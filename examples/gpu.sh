@@ -15,10 +15,10 @@
 #     11m      11 million parameters, 18 bytes per parameter
 #     moe      a mixture of experts, as wide as the dense model for each position
 #
-# Nothing is installed or downloaded: PYTHON (default: python) needs torch and numpy, for checks also pytest.
-# Prepare DATASET (default: python_source) first. Runs go to OUT (default: out/gpu). Several train at the same time,
-# since a small model leaves the GPU idle, but no more than JOBS (default: 6), which is as many as 16 cores can
-# compile for. Start the same command again after an interruption: finished runs are skipped, others resumed.
+# Nothing is installed or downloaded: PYTHON (default: python) needs torch and numpy, and pytest for checks.
+# Prepare DATASET (default: python_source) first. Runs go to OUT (default: out/gpu). JOBS runs (default: 6)
+# train at the same time, since a small model leaves the GPU idle; more than 6 compile too slowly on 16 cores.
+# Start the same command again after an interruption: finished runs are skipped, others resumed.
 set -eu
 trap 'exit 130' INT TERM
 python=${PYTHON:-python} out=${OUT:-out/gpu} dataset=${DATASET:-python_source} jobs=${JOBS:-6}
@@ -33,11 +33,11 @@ fi
 failed=
 
 sweep() { # NAME KNOBS: runs that several parts want are trained once; a table for each part
-    name=$1; shift
-    "$python" -m tools.sweep config/gpu.py --dataset="$dataset" --out_dir="$out/runs" --jobs="$jobs" --plot=no \
-        "$@" $tiny || failed="$failed $name"
+    name=$1 folder=$out/${runs:-runs}; shift
+    "$python" -m tools.sweep config/gpu.py --dataset="$dataset" --out_dir="$folder" --jobs="$jobs" \
+        --plot=no "$@" $tiny || failed="$failed $name"
     for ending in md csv; do
-        for written in "$out/runs/table.$ending" "$out/runs/runs.$ending"; do
+        for written in "$folder/table.$ending" "$folder/runs.$ending"; do
             [ ! -e "$written" ] || mv "$written" "$out/$name.$ending"
         done
     done
@@ -49,7 +49,7 @@ measure() { # NAME KNOBS: figures that are there are kept
     mv "$out/$name.part" "$out/$name.json"
 }
 
-checks() { NANOTST_CUDA_DRY_RUN=$dry make test-cuda PYTHON="$python" || failed="$failed checks"; }
+checks() { NANOTST_CUDA_DRY_RUN=$dry "$python" -m pytest -q tests/cuda || failed="$failed checks"; }
 speed() {
     if [ -n "${NANOGPT:-}" ]; then
         measure nanogpt --parts=nanogpt --nanogpt="$NANOGPT" --shape=gpt2_124m --rows=16 --repeats=1
@@ -61,12 +61,18 @@ speed() {
 }
 curves() { sweep curves --bag_size=1,4 --seed=1337,1,2; }
 sizes() { sweep sizes --bag_size=1,2,4,8,16; }
-rates() { sweep rates --bag_size=1,4 --max_steps=2000 --warmup_steps=150 --learning_rate=1e-3,2e-3,4e-3 --best_of=none; }
+rates() {
+    sweep rates --bag_size=1,4 --max_steps=2000 --warmup_steps=150 --learning_rate=1e-3,2e-3,4e-3 \
+        --rows=learning_rate --best_of=none
+}
 long() { sweep long --bag_size=1 --max_steps=4200 --seed=1337,1,2; }
 11m() {
-    sweep 11m --bag_size=1,4 --n_layer=6 --n_head=6 --n_embd=384 --ff_dim=1024 --learning_rate=1e-3 --max_steps=6000
+    runs=11m sweep 11m --bag_size=1,4 --n_layer=6 --n_head=6 --n_embd=384 --ff_dim=1024 \
+        --learning_rate=1e-3 --max_steps=6000
 }
-moe() { sweep moe --bag_size=1,4 --n_expert=32 --top_k=4 --ff_dim=176 --qk_norm=True --max_steps=1500; }
+moe() {
+    runs=moe sweep moe --bag_size=1,4 --n_expert=32 --top_k=4 --ff_dim=176 --qk_norm=True --max_steps=1500
+}
 
 all="checks speed curves sizes rates long 11m moe"
 mkdir -p "$out"
