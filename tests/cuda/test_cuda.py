@@ -24,10 +24,7 @@ os.environ.setdefault(
 )  # before CUDA starts, for --deterministic
 DEVICE = "cpu" if os.environ.get("NANOTST_CUDA_DRY_RUN") else "cuda"
 HEAD = {"float32": 3e-3, "bfloat16": 2e-2}  # bounds of the losses' gradients
-WHOLE = {
-    "float32": 4e-2,
-    "bfloat16": 1e-1,
-}  # of a whole model's gradients; a mixture's are the worst
+WHOLE = {"float32": 3e-2, "bfloat16": 5e-2}  # of a whole model's
 
 
 @pytest.fixture(autouse=True)
@@ -166,13 +163,17 @@ SHAPES = {
     "dense": dict(n_kv_head=2, qk_norm=True),
     "tied, window": dict(tie_embeddings=True, attention_window=40),
     "mixture": dict(n_expert=8, top_k=2, ff_dim=64, qk_norm=True),
+    # in bfloat16 some positions change their experts, so there all are chosen
+    "all experts": dict(n_expert=4, top_k=4, ff_dim=64, qk_norm=True),
 }
+KINDS = [
+    (name, dtype) for name in SHAPES for dtype in HEAD if (name, dtype) != ("mixture", "bfloat16")
+]
 
 
-@pytest.mark.parametrize("dtype, compiled", [("float32", False), ("bfloat16", True)])
-@pytest.mark.parametrize("name", SHAPES)
-def test_whole_model(name, dtype, compiled):
-    """Loss and gradients of bags, with the twins that training uses, against the CPU in float32."""
+@pytest.mark.parametrize("name, dtype", KINDS)
+def test_whole_model(name, dtype):
+    """Loss and gradients of bags against the CPU in float32: eager, in bfloat16 compiled."""
     plain = GPT(GPTConfig(500, 128, 2, 4, 64, **SHAPES[name]))
     model = copy.deepcopy(plain).to(DEVICE)
     if hasattr(kernels, "use_twins"):
@@ -180,13 +181,14 @@ def test_whole_model(name, dtype, compiled):
     tokens = torch.randint(500, (4, 129 * 4))  # (B, L*s + s)
     loss, _ = plain(*bags_and_labels(tokens, 4, 4))
     loss.backward()
-    net = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
+    low = dtype == "bfloat16"
+    net = torch.compile(model, dynamic=False, fullgraph=True) if low else model
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=low):
         found, _ = net(*bags_and_labels(tokens.to(DEVICE), 4, 4))
     found.backward()
     assert found.item() == pytest.approx(loss.item(), rel=2e-3)
     for (key, p), wanted in zip(model.named_parameters(), plain.parameters()):
-        if "router" not in key:  # a position that changes its expert moves these most
+        if "router" not in key or name == "mixture":  # else it is small, and mostly rounding
             assert distance(p.grad, wanted.grad) < WHOLE[dtype], key
 
 
