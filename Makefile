@@ -2,12 +2,13 @@
 # make moe      the same for a small mixture of experts, to curves_moe.png
 # make bench    step time, loss and loader, as ratios
 # make test     ruff, then all tests
+# make test-cuda   tests on a GPU, with PYTHON as it is
 # make clean    removes the environment and the pictures; the runs in out/ stay
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: curves moe bench test clean
+.PHONY: curves moe bench test test-cuda clean
 
 # Both sides at their own best learning rate, which is the same one (results/seeds).
 curves: .venv/ready data/python_source/meta.json
@@ -27,6 +28,9 @@ test: .venv/ready-test
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/python -m pytest -q
+
+test-cuda:
+	$(PYTHON) -m pytest -q tests/cuda
 
 data/python_source/meta.json: data/python_source/wheels.txt | .venv/ready
 	$(BIN)/python data/python_source/prepare.py

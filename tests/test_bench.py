@@ -1,38 +1,35 @@
-"""tools/bench.py: that clock and tables say what their columns promise, and that configs are its shapes."""
+"""tools/bench.py: clock and tables say what their columns promise. The command lines of examples/gpu.sh."""
 
+import itertools
 import json
-import pickle
+import os
+import subprocess
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
+import train
 from model import GPT
 from nanotst import UserError
-from nanotst.checkpoint import model_config
-from nanotst.configurator import read_file
-from nanotst.corpus import open_corpus
+from nanotst.configurator import parse
 from nanotst.machine import Machine
-from tools import bench
+from tools import bench, sweep
+from tools.runner import places
 
 ON_CPU = dict(device="cpu", dtype="float32", compile="off", repeats=1)
 
 
 class Clock:
-    """A clock that only runs when told to."""
+    """A clock that runs only when told to."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0
         monkeypatch.setattr(bench.time, "perf_counter", lambda: self.now)
 
-    def takes(self, *seconds):
-        """A function whose calls take so long, one after the other."""
-        left = list(seconds)
-
-        def run():
-            self.now += left.pop(0)
-
-        return run
+    def takes(self, seconds):
+        self.now += seconds
 
 
 @pytest.fixture
@@ -42,175 +39,151 @@ def figures(tmp_path):
     def of(**knobs):
         path = tmp_path / "bench.json"
         bench.main(bench.Config(**{**ON_CPU, "json": str(path), **knobs}))
-        figures = json.loads(path.read_text())
-        return {
-            title: rows
-            for title, rows in figures.items()
-            if isinstance(rows, list) and title != "command"
-        }
+        found = json.loads(path.read_text())
+        return {k: rows for k, rows in found.items() if isinstance(rows, list) and k != "command"}
 
     return of
 
 
 def test_variants_take_turns_after_an_unmeasured_call_and_the_median_counts(monkeypatch):
     clock, order = Clock(monkeypatch), []
-    b = bench.Bench(bench.Config(**ON_CPU))
-    times = {"a": clock.takes(50, 1, 9, 2), "b": clock.takes(50, 4, 5, 60)}
-    noted = {
-        name: lambda name=name, run=run: (order.append(name), run()) for name, run in times.items()
-    }
-    assert b.seconds(noted, repeats=3) == {"a": 2, "b": 5}
+    b = bench.Bench(bench.Config(**ON_CPU | {"repeats": 3}))
+    left = {"a": [50, 1, 9, 2], "b": [50, 4, 5, 60]}
+
+    def variant(name):
+        order.append(name)
+        clock.takes(left[name].pop(0))
+
+    assert b.seconds({"a": lambda: variant("a"), "b": lambda: variant("b")}) == {"a": 2, "b": 5}
     assert order == ["a", "b"] * 4
 
 
-def test_a_step_of_one_second_has_the_ratios_of_its_table(figures, monkeypatch):
-    """s = 1 takes one second, s = 3 two; the machine could do the FLOPs of ten such steps in a second."""
-    clock = Clock(monkeypatch)
-    make, flops = bench.make_step, []
+def test_a_step_has_the_ratios_of_its_table(figures, monkeypatch):
+    """A micro-step of s 1 takes 1.5 seconds, of s 3 2.5, the update half a second; the machine could do the
+    FLOPs of ten steps in two seconds. The config has 64 micro-steps."""
+    clock, made = Clock(monkeypatch), []
 
-    def slow(b, shape, rows):
-        model, _ = make(b, shape, rows)
-        flops.append(model.flops_per_position() * rows * shape.block_size)
-        return model, lambda s: clock.takes({1: 1.0, 3: 2.0}[s])()
+    class Slow(bench.Step):
+        def __init__(self, *args, **changes):
+            super().__init__(*args, **changes)
+            made.append(self.positions * self.model.flops_per_position())
 
-    monkeypatch.setattr(bench, "make_step", slow)
-    monkeypatch.setattr(Machine, "peak_flops", property(lambda self: 10 * flops[0]))
-    [(title, rows)] = figures(parts="step", shape="curves", rows=2, bag_sizes="1,3").items()
-    assert title == "training step, curves: 139,584 parameters, 2 rows of 128"
-    one, three = rows
-    assert (one["s"], one["ms"], one["time / s = 1"], one["first call s"]) == (1, 1000, 1, 1)
-    assert (three["s"], three["ms"], three["time / s = 1"], three["first call s"]) == (
-        3,
-        2000,
-        2,
-        2,
-    )
-    assert (one["positions/s"], three["positions/s"]) == (256, 128)
-    assert (one["data tokens/s"], three["data tokens/s"]) == (256, 3 * 128)
-    assert one["MFU"] == pytest.approx(0.1) and three["MFU"] == pytest.approx(0.05)
-    assert one["TFLOP/s"] == pytest.approx(flops[0] / 1e12)
+        def micro(self, s):
+            clock.takes({1: 1.5, 3: 2.5}[s])
+
+        def update(self):
+            clock.takes(0.5)
+
+    monkeypatch.setattr(bench, "Step", Slow)
+    monkeypatch.setattr(Machine, "peak_flops", property(lambda self: 5 * made[0]))
+    ((title, (one, three)),) = figures(
+        parts="step", shape="curves", rows=2, bag_sizes="1,3"
+    ).items()
+    assert title == "training step, curves, 2 rows of 128"
+    assert (one[""], one["ms"], one["ms of update"], one["time / first"]) == ("s 1", 2000, 500, 1)
+    assert (three["ms"], three["time / first"]) == (3000, 1.5)
+    assert (one["positions/s"], three["positions/s"]) == (128, 85)
+    assert (one["data tokens/s"], three["data tokens/s"]) == (128, 256)
+    assert one["MFU"] == pytest.approx(0.1)
+    assert one["at 64 micro-steps"] == pytest.approx(64 / 5 / (64 * 1.5 + 0.5))
+    assert one["TFLOP/s"] == pytest.approx(made[0] / 2e12)
 
 
-def test_a_real_step_trains_and_without_a_known_peak_there_is_no_mfu(figures):
-    b = bench.Bench(bench.Config(**ON_CPU))
-    shape, rows = bench.read_shape(b, "curves")
-    model, step = bench.make_step(b, shape, 2)
-    before = [p.detach().clone() for p in model.parameters()]
+def test_a_real_step_trains():
+    step = bench.Step(bench.Bench(bench.Config(**ON_CPU | {"rows": 2})), "curves")
+    before = [p.detach().clone() for p in step.model.parameters()]
     step(3)
-    assert all((p != old).any() for p, old in zip(model.parameters(), before))
-    [table] = figures(parts="step", shape="curves", rows=2, bag_sizes="1,3").values()
-    assert [row["s"] for row in table] == [1, 3] and not any("MFU" in row for row in table)
+    assert all((p != old).any() for p, old in zip(step.model.parameters(), before))
 
 
-def test_losses_are_timed_against_cross_entropy_of_one_label(figures):
-    [(title, rows)] = figures(parts="loss", positions=32, losses="bce").items()
+def test_busy_seconds_are_those_of_kernels():
+    kind = torch.autograd.DeviceType
+
+    def event(device, microseconds, annotation=False):
+        span = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(device_type=device, time_range=span, is_user_annotation=annotation)
+
+    events = [event(kind.CUDA, 30.0), event(kind.CUDA, 12.0), event(kind.CPU, 500.0)]
+    assert bench.busy_seconds([*events, event(kind.CUDA, 60.0, annotation=True)]) == pytest.approx(
+        42e-6
+    )
+
+
+@pytest.fixture
+def called_once(monkeypatch):
+    """Variants are called once and take 1, 2, 3 ... seconds, and as many MB."""
+    numbers = itertools.count(1)
+    seconds = lambda b, variants: {
+        k: (v(), float(i))[1] for i, (k, v) in enumerate(variants.items(), 1)
+    }
+    monkeypatch.setattr(bench.Bench, "seconds", seconds)
+    monkeypatch.setattr(bench.Bench, "extra_memory", lambda b, variant: next(numbers) * 1e6)
+
+
+def test_losses_are_timed_against_cross_entropy_of_one_label(figures, called_once):
+    ((title, rows),) = figures(parts="loss", positions=32).items()
     assert title == "loss alone, N 32, V 50304, C 256"
-    names = [
-        "products",
-        "cross-entropy",
-        *["paper's loop"] * 3,
-        *["plain MCE"] * 3,
-        *["fused MCE"] * 3,
-    ]
-    assert [row["variant"] for row in rows] == names + ["chunked bce"] * 3
-    base = rows[1]
-    for row in rows:
-        assert row["time / cross-entropy"] == pytest.approx(row["ms"] / base["ms"])
-        assert row["memory / cross-entropy"] == pytest.approx(
-            row["extra MB"] / (base["extra MB"] or 1e-6)
-        )
+    names = [name for name in ("paper's loop", "plain MCE", "fused MCE") for _ in range(3)]
+    assert [row["loss"] for row in rows] == ["cross-entropy", *names]
+    assert [row["s"] for row in rows] == [1, *[1, 8, 16] * 3]
+    for i, row in enumerate(rows, 1):
+        assert (row["ms"], row["time / first"]) == (1e3 * i, i)
+        assert (row["extra MB"], row["memory / first"]) == (i, i)
 
 
-def test_mixtures_have_the_active_parameters_of_the_dense_model_but_for_their_routers(
-    figures, monkeypatch
-):
-    clock = Clock(monkeypatch)
-    seconds, make = iter((1.0, 2.0, 4.0)), bench.make_step
-
-    def slow(*args):
-        model, t = make(*args)[0], next(seconds)
-        return model, lambda s: clock.takes(t)()
-
-    monkeypatch.setattr(bench, "make_step", slow)
-    [rows] = figures(parts="moe").values()
-    assert [row["tokens/s / dense"] for row in rows] == [1, 0.5, 0.25]
-    assert [row["positions/s"] for row in rows] == [32 * 128, 32 * 64, 32 * 32]
-    for row, n_expert in zip(rows, (0, 8, 32)):
-        assert (
-            row["active"] == rows[0]["active"] + 2 * 128 * n_expert
-        )  # a router in each of 2 blocks
+def test_loader_counts_the_tokens_of_bags(figures, called_once):
+    (rows,) = figures(parts="loader").values()
+    for row, (s, seconds) in zip(rows, ((1, 1), (4, 2), (16, 3))):
+        assert (row["s"], row["million tokens/s"]) == (s, pytest.approx(0.065536 * s / seconds))
 
 
-def test_loader_counts_the_tokens_of_bags(figures):
-    [rows] = figures(parts="loader").values()
-    assert [row["s"] for row in rows] == [1, 4, 16]
-    for row in rows:
-        assert row["million tokens/s"] == pytest.approx(64 * 1024 * row["s"] / row["ms"] / 1e3)
+def test_mixtures_have_the_active_parameters_of_the_dense_model_but_for_their_routers(figures):
+    (rows,) = figures(parts="moe", rows=1).values()
+    assert [row[""] for row in rows] == ["dense", "8 experts, top 2", "32 experts, top 4"]
+    for row, n_expert in zip(rows, (0, 8, 32)):  # a router in each of 2 blocks
+        assert row["active parameters"] == rows[0]["active parameters"] + 2 * 128 * n_expert
 
 
-# A trainer that prints what theirs prints, or what ours does, and takes 4 ms a step, or 2.
+# Prints what theirs prints, or ours, and takes 4 ms a step, or 2
 TRAINER = """
-import json, sys
+import json, os, sys
 ours = any(arg.startswith("--max_steps") for arg in sys.argv)
 with open("arguments.txt", "a") as f:
-    f.write(json.dumps(sys.argv[1:]) + "\\n")
+    f.write(json.dumps([*sys.argv[1:], os.environ.get("GOMP_SPINCOUNT")]) + "\\n")
 for i in range(41):
     ms = 900 if i < 9 else 2 if ours else 4
-    if ours:
-        print(f"step {i}/40 | s 1 | loss 5.5 | {ms}.0 ms | 1k pos/s")
-    else:
-        print(f"iter {i}: loss 5.5, time {ms}.00ms, mfu 1%")
+    print(f"step {i}/40 | s 1 | {ms}.0 ms |" if ours else f"iter {i}: loss 5.5, time {ms}.00ms, mfu 1%")
 """
 
 
-def test_trainers_are_compared_by_their_steps_after_the_first_ones(figures, monkeypatch, tmp_path):
-    folders = {}
-    for name in ("theirs", "ours"):
-        folders[name] = tmp_path / name
-        folders[name].mkdir()
-        (folders[name] / "train.py").write_text(TRAINER)
+def test_trainers_are_compared_by_their_later_steps_in_the_users_environment(
+    figures, monkeypatch, tmp_path
+):
+    folders = {name: tmp_path / name for name in ("theirs", "ours")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "train.py").write_text(TRAINER)
     (folders["ours"] / "config").symlink_to(bench.ROOT / "config")
     monkeypatch.setattr(bench, "ROOT", folders["ours"])
-    monkeypatch.setattr(Machine, "peak_flops", property(lambda self: 1e9))
-    monkeypatch.setattr(bench, "write_words", lambda folder, vocab_size: None)
-    [(title, (theirs, ours))] = figures(
-        parts="nanogpt", rows=2, repeats=3, nanogpt=str(folders["theirs"])
-    ).items()
-    assert title.endswith("curves: 2 layers, width 64, context 128, 2 rows")
-    assert (theirs["trainer"], theirs["ms a step"], theirs["tokens/s"]) == (
-        "nanoGPT",
-        4,
-        2 * 128 * 250,
-    )
-    assert (ours["trainer"], ours["ms a step"], ours["tokens/s"]) == ("nanoTST", 2, 2 * 128 * 500)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # as nanotst may set it in its own process
+    monkeypatch.delitem(bench.USERS, "GOMP_SPINCOUNT", raising=False)
+    found = figures(parts="nanogpt", rows=2, repeats=3, nanogpt=str(folders["theirs"]))
+    ((title, (theirs, ours)),) = found.items()
+    assert title == "against nanoGPT's train.py, curves, 2 rows of 128"
+    assert (theirs["trainer"], theirs["ms"], theirs["tokens/s"]) == ("nanoGPT", 4, 2 * 128 * 250)
+    assert (ours["trainer"], ours["ms"], ours["tokens/s"]) == ("nanoTST", 2, 2 * 128 * 500)
     assert (theirs["tokens/s / nanoGPT"], ours["tokens/s / nanoGPT"]) == (1, 2)
-    # GPT-2's block: 4 C^2 weights in attention, 8 C^2 in its MLP; 12 C L FLOPs of attention for each layer
-    assert theirs["MFU"] == pytest.approx(
-        64_000 * (6 * (2 * 12 * 64**2 + 256 * 64) + 2 * 12 * 64 * 128) / 1e9
-    )
-    assert ours["MFU"] == pytest.approx(128_000 * 933_888 / 1e9)
-    assert theirs["runs"] == "4 4 4" and theirs["peak MB"] > 10
     calls = [
-        json.loads(line) for line in (folders["theirs"] / "arguments.txt").read_text().splitlines()
+        [json.loads(line) for line in (folder / "arguments.txt").read_text().splitlines()]
+        for folder in folders.values()
     ]
-    assert len(calls) == 3 and "--batch_size=2" in calls[0] and "--n_layer=2" in calls[0]
-    assert "--total_batch=256" in (folders["ours"] / "arguments.txt").read_text()
-
-
-def test_both_trainers_can_read_the_words_and_their_frequencies_fall_as_in_a_language(tmp_path):
-    bench.write_words(tmp_path, 50304)
-    corpus = open_corpus(str(tmp_path))
-    assert (
-        corpus.vocab_size
-        == pickle.loads((tmp_path / "meta.pkl").read_bytes())["vocab_size"]
-        == 50304
+    assert [len(each) for each in calls] == [3, 3] and all(
+        call[-1] is None for each in calls for call in each
     )
-    words = np.fromfile(tmp_path / "train.bin", np.uint16)
-    assert len(words) == len(corpus.train) and words.max() < 50304
-    count = np.bincount(words, minlength=50304)
-    assert count[:10].sum() / count[:1000].sum() == pytest.approx(
-        np.log(11) / np.log(1001), abs=0.01
-    )
+    assert {"--batch_size=2", "--n_layer=2", "--n_embd=64"} <= set(calls[0][0])
+    c = parse(train.Config, [str(ROOT / calls[1][0][0]), *calls[1][0][1:-1]])
+    assert (c.total_batch, c.max_steps, c.bag_size, c.dtype) == (256, 40, 1, "float32")
+    train.check(c, 1)
 
 
 @pytest.mark.parametrize(
@@ -219,51 +192,81 @@ def test_both_trainers_can_read_the_words_and_their_frequencies_fall_as_in_a_lan
         ("curves", 139_584, 128),
         ("wide", 3_344_640, 16),
         ("gpt2_124m", 162_220_800, 64),
-        ("dense_270m", 267_225_408, 16),
-        ("dense_600m", 600_208_320, 16),
+        ("gpu", 3_344_640, 64),
     ],
 )
 def test_shapes_are_those_of_the_configs(name, parameters, rows):
     b = bench.Bench(bench.Config(**ON_CPU))
-    on_cpu, rows_on_cpu = bench.read_shape(b, name)
+    on_cpu, rows_on_cpu, _ = bench.read_shape(b, name)
     b.cuda = True
-    shape, rows_on_cuda = bench.read_shape(b, name)
+    shape, rows_on_cuda, _ = bench.read_shape(b, name)
     with torch.device("meta"):
-        assert GPT(shape).n_params() == parameters
-    knobs = read_file(str(bench.ROOT / "config" / f"{name}.py"))
-    assert shape == model_config(knobs, {"vocab_size": shape.vocab_size}) and rows_on_cuda == rows
-    assert (on_cpu.block_size, rows_on_cpu) == (
-        (256, 1) if knobs["block_size"] > 256 else (shape.block_size, rows)
-    )
+        assert GPT(shape).n_params() == parameters and rows_on_cuda == rows
+    cut = shape.block_size > 256
+    assert (on_cpu.block_size, rows_on_cpu) == ((256, 1) if cut else (shape.block_size, rows))
 
 
-def test_a_compiler_that_does_not_work_is_said_and_not_used(monkeypatch, capsys):
-    def broken(function):
-        raise RuntimeError("no C compiler")
+def test_out_of_memory_is_one_line(monkeypatch):
+    def too_large(b):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
 
-    b = bench.Bench(bench.Config(**ON_CPU))
-    monkeypatch.setattr(torch, "compile", broken)
-    assert not b.compiler_works() and "no C compiler" in capsys.readouterr().out
+    monkeypatch.setitem(bench.PARTS, "step", too_large)
+    with pytest.raises(UserError, match="^step: out of memory; give fewer --rows or --positions$"):
+        bench.main(bench.Config(**ON_CPU, parts="step"))
 
 
 @pytest.mark.parametrize(
-    "wrong, word",
+    "wrong, words",
     [
         (dict(bag_sizes="1,x"), "bag_sizes"),
+        (dict(repeats=0), "repeats must be at least 1"),
         (dict(parts="lost"), "roofline, loss"),
-        (dict(losses="mse"), "mce, mce_alt"),
-        (dict(parts="step", shape="big"), "curves"),
+        (dict(parts="step", shape="big"), "config/big.py"),
         (dict(parts="nanogpt"), "clone of karpathy/nanoGPT"),
     ],
 )
-def test_what_it_does_not_know_is_one_line(wrong, word):
-    with pytest.raises(UserError, match=word):
+def test_what_it_does_not_know_is_one_line(wrong, words):
+    with pytest.raises(UserError, match=words):
         bench.main(bench.Config(**{**ON_CPU, **wrong}))
 
 
-@pytest.mark.parametrize(
-    "knob, least", [("repeats", 1), ("rows", 0), ("positions", 0), ("threads", "negative")]
-)
-def test_numbers_that_cannot_be_are_one_line(knob, least):
-    with pytest.raises(UserError, match=f"{knob} must .*{least}"):
-        bench.main(bench.Config(parts="loss", **{knob: -1}))
+def test_every_part_of_gpu_sh_is_command_lines_that_work(tmp_path):
+    """With a Python that only writes down what it is asked for, and the figures that bench would."""
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(
+        f'#!/bin/sh\nfor word; do printf "%s\\n" "$word" >> {log}; case $word in --json=*) echo {{}} > '
+        f'"${{word#--json=}}" ;; esac; done\necho "" >> {log}\n'
+    )
+    python.chmod(0o755)
+    env = {
+        "PATH": os.environ["PATH"],
+        "PYTHON": str(python),
+        "OUT": str(tmp_path),
+        "NANOGPT": "clone",
+    }
+    script = ["bash", str(ROOT / "examples" / "gpu.sh")]
+    for again, dry in enumerate(([], ["--dry-run"])):
+        log.write_text("")
+        done = subprocess.run([*script, *dry], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr
+        calls = [call.split("\n")[1:] for call in log.read_text().strip().split("\n\n")]
+        assert calls[0] == ["pytest", "-q", "tests/cuda"]
+        tools = [name for name, *_ in calls[1:]]
+        assert tools == ["tools.bench"] * 3 * (not again) + ["tools.sweep"] * 6  # kept figures stay
+        steps = set()
+        for name, *arguments in calls[1:]:
+            if name == "tools.bench":
+                c = parse(bench.Config, arguments)
+                assert set(c.parts.split(",")) <= set(bench.PARTS)
+                continue
+            c = parse(sweep.Config, places(arguments, sweep.Config))
+            members, _ = sweep.plan(c.arguments, tmp_path / c.out_dir)
+            for member in members:
+                run = parse(train.Config, member.arguments)
+                train.check(run, 1)
+                steps.add(run.max_steps)
+        assert steps == ({10} if dry else {1500, 2000, 3000, 4200, 6000})
+    unknown = subprocess.run(
+        [*script, "nothing"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert unknown.returncode == 1 and "no part nothing; there are checks" in unknown.stderr
