@@ -134,14 +134,15 @@ def check_config(c, folder, transformers, say):
         config = transformers.AutoConfig.for_model(**written)
     except Exception as e:  # of many classes
         raise ValueError(f"transformers refuses its config.json: {e!r}") from None
-    rope = dict(getattr(config, "rope_parameters", None) or config.rope_scaling or {})
+    scaling = getattr(config, "rope_parameters", None) or config.rope_scaling or {}
+    rope = dict(scaling)
     theta = rope.pop("rope_theta", getattr(config, "rope_theta", None))
     if written.get("rope_parameters") and written.get("rope_scaling"):
         raise ValueError("it has rope_parameters and rope_scaling; remove the wrong one")
     if written.get("rope_theta", theta) != theta:
         raise ValueError(f"its rope_theta is both {written['rope_theta']} and {theta}")
     if rope.pop("rope_type", rope.pop("type", "default")) != "default" or any(rope.values()):
-        raise ValueError(f"this model cannot scale rotary positions: {written}")
+        raise ValueError(f"this model cannot scale rotary positions as in {scaling}")
     for key, value in PLAIN.items():
         if getattr(config, key, value) not in (value, None):
             raise ValueError(f"it has {key}={getattr(config, key)}, this model {key}={value}")

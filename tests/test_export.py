@@ -181,7 +181,7 @@ def test_another_shape_names_the_knob(knob, value, exported):
         ({"layer_types": ["sliding_attention", "full_attention"]}, "some layers only"),
         ({"model_type": "gpt2"}, "model_type gpt2"),
         ({"model_type": ["llama"]}, "model_type"),
-        ({"hidden_size": "x"}, "hidden_size"),
+        ({"hidden_size": "x"}, "hidden_size|n_embd=x"),
         ({"num_hidden_layers": None}, "num_hidden_layers|n_layer=None"),
     ],
 )

@@ -134,8 +134,9 @@ def tokenizer_files(tokenizer, block_size):
     """{file name: dict} with which transformers gives the ids of a Tokenizer. One difference is intended: the
     names of special tokens, such as <|endoftext|>, are read as those tokens. Raises UserError for other
     vocabularies than bytes, GPT-2 and rank files."""
-    from tokenizers import AddedToken
-    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Fast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
     n, pattern = tokenizer.separator, LLAMA3_PATTERN
@@ -147,9 +148,19 @@ def tokenizer_files(tokenizer, block_size):
         raise UserError(f"the rules of {tokenizer.name} are not known here")
     elif tokens[n] == b"<|end_of_text|>":  # Llama 3, where <|begin_of_text|> is before it
         n -= 1
-    converter = TikTokenConverter({token: i for i, token in enumerate(tokens[:n])}, pattern)
-    converter.load_tiktoken_bpe = lambda ranks: ranks  # given a path, it may read a stale copy
-    theirs = converter.converted()
+    letters = bytes_to_unicode()  # GPT-2's printable letter for each byte
+    vocab = {"".join(letters[b] for b in token): i for i, token in enumerate(tokens[:n])}
+    merges = []  # by the rank of the whole, then of the left part
+    for token in vocab:
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        merges += sorted(
+            (pair for pair in pairs if vocab.keys() >= {*pair}), key=lambda p: vocab[p[0]]
+        )
+    theirs = Fast(models.BPE(vocab, merges, ignore_merges=True))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces = pre_tokenizers.Split(Regex(pattern), "isolated")
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([pieces, byte_level])
+    theirs.decoder = decoders.ByteLevel()
     special = [token.decode() for token in tokens[n:] or tokens[:1]]
     theirs.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     text = tokenizer.decode(range(1, n))  # every token once
