@@ -1,276 +1,172 @@
-"""Checkpoints to Hugging Face folders, and back as initial weights.
+"""Checkpoints as Hugging Face folders, for transformers, vLLM, lm-eval and others.
 
-    python -m tools.export out/run/best.pt out/hf [--dtype=bfloat16]    for transformers, lm-eval ...
-    python train.py --init_from=hf:out/hf ...
+    python -m tools.export out/run/best.pt out/hf [--dtype=bfloat16]
+    python train.py --init_from=hf:out/hf ...                             the way back
 
-                            dense                    MoE
+                            dense                    mixture of experts
     without qk_norm         LlamaForCausalLM         MixtralForCausalLM
     the same, windowed      MistralForCausalLM       MixtralForCausalLM
     with qk_norm            Qwen3ForCausalLM         Qwen3MoeForCausalLM
 
-The numbers stay what they are: nothing is permuted or rescaled, fused matrices are only cut (q|k|v, gate|up,
-the stack of experts) and the vocabulary's padding is left out.
+Weights keep their values: nothing is permuted or rescaled, fused matrices are cut (q|k|v, gate|up, the stack
+of experts), and the padding of the vocabulary is left out.
 """
 
 import json
 import os
-import shutil
+import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from model import GPT
 from nanotst import UserError
-from nanotst.checkpoint import all_finite, load_checkpoint, model_config
+from nanotst.checkpoint import load_model
 from nanotst.configurator import entry_point
-from nanotst.huggingface import (
-    INSTALL,
-    KINDS,
-    import_packages,
-    model_type_of,
-    one_line,
-    tensor_table,
-)
+from nanotst.huggingface import config_names, import_transformers, model_type_of, tensor_table
 from nanotst.tokenizer import LLAMA3_PATTERN
 from nanotst.vocabulary import tokenizer_of
 
-LIST = "nanotst_export.json"  # names every file of an export: what may be replaced
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit
 
 
 @dataclass
 class Config:
     """Usage: python -m tools.export CHECKPOINT FOLDER [--key=value ...]
 
-    Writes a checkpoint of train.py as a Hugging Face model: configuration, weights and, where its rules are
-    known, the tokenizer. The folder must be new, empty or an earlier export.
+    Writes a checkpoint of train.py as a Hugging Face model: configuration, weights and, for bytes, gpt2 and
+    rank files, the tokenizer. The folder appears only if transformers computes the same logits from it. That
+    check holds the model twice in float32: 8 bytes of memory for each parameter.
     """
 
     checkpoint: str  # such as out/run/best.pt
-    folder: str  # where the Hugging Face model goes
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in the files
-    data: str = (
-        ""  # folder of the corpus if it has moved since; only a vocabulary in a rank file needs it
-    )
-    overwrite: bool = False  # replace the export that is in the folder
+    folder: str  # new folder for the Hugging Face model
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the exported weights
+    data: str = ""  # folder of the corpus if it has moved; needed for the vocabulary of a rank file
+    overwrite: bool = False  # replace an earlier export
 
 
-# ----------------------------------------------------------------------------------------- config and tensors
-
-
-def hf_config(c, dtype="float32", separator=None, balance_coef=0.001):
-    """The config.json of a GPTConfig c, a dict. separator: id of the token between documents, if known."""
-    kind = model_type_of(c)
-    config = {
-        "architectures": [KINDS[kind][2]],
-        "model_type": kind,
-        "torch_dtype": dtype,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.n_embd,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_kv_head,
-        "head_dim": c.head_dim,
-        "intermediate_size": c.ff_dim,
-        "hidden_act": "silu",
+def hf_config(c, dtype="float32", separator=None, balance_coef=0.0):
+    """The config.json of a GPTConfig, a dict. separator: id of the token between documents, balance_coef:
+    weight of the experts' balance loss."""
+    kind, transformers = model_type_of(c), import_transformers()
+    settings = {name: getattr(c, knob) for knob, name in config_names(kind).items()}
+    settings |= {
         "max_position_embeddings": c.block_size,
-        "rms_norm_eps": c.norm_eps,
-        "tie_word_embeddings": c.tie_embeddings,
-        "attention_dropout": 0.0,
-        "rope_theta": c.rope_theta,  # where transformers before version 5 looks for it, and others still do
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
         "bos_token_id": separator,
         "eos_token_id": separator,
+        "rope_theta": c.rope_theta,  # read by transformers before version 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "sliding_window": c.attention_window or None,
     }
-    window = c.attention_window or None
-    if kind == "llama":
-        config |= {"attention_bias": False, "mlp_bias": False}
-    elif c.qk_norm:
-        config |= {
-            "attention_bias": False,
-            "use_sliding_window": bool(window),
-            "max_window_layers": 0,
-        }
-    if kind != "llama":
-        config |= {"sliding_window": window}
-    if kind == "mixtral":
-        config |= {"num_local_experts": c.n_expert}
-    if kind == "qwen3_moe":
-        config |= {
-            "num_experts": c.n_expert,
-            "moe_intermediate_size": c.ff_dim,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-        }
+    if c.qk_norm:
+        settings |= {"use_sliding_window": c.attention_window > 0, "max_window_layers": 0}
     if c.n_expert:
-        config |= {
-            "num_experts_per_tok": c.top_k,
-            "output_router_logits": False,
-            "router_aux_loss_coef": balance_coef,
-        }
-    return config
+        settings |= {"norm_topk_prob": True, "router_aux_loss_coef": balance_coef}
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    auto = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    settings |= {"architectures": [auto[kind]], "torch_dtype": dtype}
+    return config.to_diff_dict() | settings
 
 
-# ------------------------------------------------------------------------------------------------ to a folder
-
-
-def save_hf(
-    state, c, folder, dtype="float32", overwrite=False, extra=None, shard_bytes=5 * 10**9, **options
-):
-    """Write a Hugging Face model. state: a GPT's state_dict, c: its GPTConfig, extra: {file name: dict} of
-    further JSON files, options: of hf_config. Raises UserError for a model that transformers has no like of,
-    and for a folder that holds anything else than an earlier export."""
-    safetensors, hub = import_packages()
-    check_weights(state, c)
-    kind, table = getattr(torch, dtype), {hf: (us, view) for hf, us, view in tensor_table(c)}
-    shapes = {
-        hf: torch.empty(view(state[us]).shape, dtype=kind, device="meta")
-        for hf, (us, view) in table.items()
-    }
-    plan = hub.split_torch_state_dict_into_shards(shapes, max_shard_size=shard_bytes)
-    files = dict(extra or {})
-    if plan.is_sharded:
-        files["model.safetensors.index.json"] = {
-            "metadata": plan.metadata,
-            "weight_map": plan.tensor_to_filename,
-        }
-    files["config.json"] = hf_config(c, dtype, **options)  # last: before it, the folder is no model
-    make_room(folder, plan.metadata["total_size"], overwrite)
-    try:
-        write_json(folder, LIST, {"files": sorted([*plan.filename_to_tensors, *files])})
-        for name, tensors in plan.filename_to_tensors.items():  # one at a time is copied
-            shard = {}
-            for hf in tensors:
-                us, view = table[hf]
-                shard[hf] = view(state[us]).to(
-                    kind, copy=True, memory_format=torch.contiguous_format
-                )
-            safetensors.torch.save_file(
-                shard, os.path.join(folder, name), metadata={"format": "pt"}
-            )
-        for name, value in files.items():
-            write_json(folder, name, value)
-    except (OSError, safetensors.SafetensorError) as e:
-        raise UserError(
-            f"cannot write the model in {folder}, which is unfinished now: {one_line(e)}"
-        ) from None
-
-
-def check_weights(state, c):
-    """Raise UserError for weights that are not those of a GPTConfig c, or that no other program could use."""
-    with torch.device("meta"):
-        shapes = {name: t.shape for name, t in GPT(c).state_dict().items()}
-    for name, shape in shapes.items():
-        if getattr(state.get(name), "shape", None) != shape:
-            raise UserError(f"the checkpoint's {name} does not fit its configuration")
-    if not all_finite(state.values()):
-        raise UserError("the weights in the checkpoint are not finite; use another one")
-    if any(name.endswith("mlp.bias") and bias.any() for name, bias in state.items()):
-        raise UserError(
-            "a model trained with balance_bias has no counterpart: there no bias helps to choose experts"
-        )
-
-
-def make_room(folder, n_bytes, overwrite):
-    """Make the folder, or empty it of an earlier export. Whatever else is in it is a UserError and stays."""
-    if folder.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth")):
-        raise UserError(
-            f"{folder} is named like a file of another kind, an export is a folder: choose another name"
-        )
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise UserError(f"{folder} is a file: choose another name")
-    there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    try:
-        with open(os.path.join(folder, LIST), encoding="utf-8") as f:
-            ours = {LIST, *json.load(f)["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = set()
-    if others := sorted(there - ours):
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise UserError(
-            f"{folder} holds {', '.join(others[:3])}{more}, which no export wrote: choose another folder"
-        )
-    if there and not overwrite:
-        raise UserError(f"{folder} already holds an export: choose another folder or --overwrite")
-    os.makedirs(folder, exist_ok=True)
-    free = shutil.disk_usage(folder).free + sum(
-        os.path.getsize(os.path.join(folder, name)) for name in there
-    )
-    if free < n_bytes:
-        raise UserError(
-            f"the model takes {n_bytes / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free"
-        )
-    for name in sorted(
-        there, key=lambda name: (name != "config.json", name == LIST)
-    ):  # at once no model any more
-        os.remove(os.path.join(folder, name))
-
-
-def write_json(folder, name, value):
-    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
-
-
-# -------------------------------------------------------------------------------------------------- tokenizer
-
-
-def hf_tokenizer(tokenizer):
-    """tokenizer.json (a dict) that gives the ids of a Tokenizer; None for one whose rules are not known here.
-
-    One difference is wanted: the names of special tokens, such as <|endoftext|>, are read as those tokens.
+@torch.no_grad()
+def save_hf(model, folder, dtype="float32", overwrite=False, files=(), **options):
+    """Write a GPT as a Hugging Face folder, rounding the model's weights to dtype. files: {file name: dict}
+    of further JSON files; options: see hf_config. Raises UserError, and leaves what was there as it was, if
+    transformers computes other logits than the model or if the folder holds anything but an earlier export.
     """
-    if not (tokenizer.name in ("bytes", "gpt2", "r50k_base") or tokenizer.rank_file):
-        return None
-    try:
-        from tokenizers import AddedToken
-        from transformers.convert_slow_tokenizer import TikTokenConverter
-    except ImportError:
-        raise UserError(f"it needs: {INSTALL}") from None
+    from safetensors.torch import save_file
+
+    folder, dtype = os.path.realpath(folder), getattr(torch, dtype)
+    there = os.listdir(folder) if os.path.exists(folder) else []
+    if others := sorted(set(there) - FILES):
+        raise UserError(f"{folder} holds {others[0]}, which no export wrote; choose another folder")
+    if there and not overwrite:
+        raise UserError(f"{folder} holds an earlier export; choose another folder or --overwrite")
+    for p in model.parameters():
+        p.copy_(p.to(dtype))
+    parent, state, table = os.path.dirname(folder), model.state_dict(), tensor_table(model.config)
+    if missing := {us for _, us, _ in table} - state.keys():
+        raise UserError(
+            f"this model has no {min(missing)}, which {model_type_of(model.config)} needs"
+        )
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as temporary:
+        new = os.path.join(temporary, "new")
+        os.mkdir(new)
+        tensors = {name: view(state[us]) for name, us, view in table}
+        tensors = {name: t.to(dtype, copy=True).contiguous() for name, t in tensors.items()}
+        save_file(tensors, os.path.join(new, "model.safetensors"), metadata={"format": "pt"})
+        del tensors
+        config = hf_config(model.config, str(dtype)[6:], **options)
+        for name, value in {"config.json": config, **dict(files)}.items():
+            with open(os.path.join(new, name), "w", encoding="utf-8") as f:
+                json.dump(value, f, indent=1, ensure_ascii=False)
+        compare(model, new)
+        if os.path.exists(folder):
+            os.rename(folder, os.path.join(temporary, "old"))
+        os.rename(new, folder)
+
+
+@torch.no_grad()
+def compare(model, folder):
+    """Raise UserError unless transformers computes the model's logits from a folder, in float32 on random
+    tokens. Rounding may send a position to other experts, so a mixture of experts has three attempts, on
+    shorter rows."""
+    c, transformers = model.config, import_transformers()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    length = min(c.block_size, max(64, 2 * c.attention_window)) if c.n_expert else c.block_size
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3 if c.n_expert else 1):
+        tokens = torch.randint(c.vocab_size, (1, length), generator=generator)
+        ours = model.eval()(tokens)  # (1, L, V)
+        difference = (ours - theirs(tokens, use_cache=False).logits).abs().max()
+        if difference <= TOLERANCE * ours.abs().max():
+            return
+    raise UserError(
+        f"{type(theirs).__name__} does not compute the same as this model: logits up to "
+        f"{ours.abs().max():.3g} differ by {difference:.3g}. Nothing was exported"
+    )
+
+
+def tokenizer_files(tokenizer, block_size):
+    """{file name: dict} with which transformers gives the ids of a Tokenizer. One difference is intended: the
+    names of special tokens, such as <|endoftext|>, are read as those tokens. Raises UserError for other
+    vocabularies than bytes, GPT-2 and rank files."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Fast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
     n, pattern = tokenizer.separator, LLAMA3_PATTERN
-    if (
-        tokenizer.name == "bytes"
-    ):  # NUL is the separator. It takes the place of the byte, which no text holds
+    if tokenizer.name == "bytes":  # the separator takes the place of NUL, which no text holds
         tokens[0], n = b"<|endoftext|>", 256
-    elif not tokenizer.rank_file:
+    elif tokenizer.name in ("gpt2", "r50k_base"):
         from tiktoken_ext.openai_public import r50k_pat_str as pattern
-    elif (
-        tokens[n] == b"<|end_of_text|>"
-    ):  # of Llama 3, whose first special token is <|begin_of_text|>
+    elif not tokenizer.rank_file:
+        raise UserError(f"the rules of {tokenizer.name} are not known here")
+    elif tokens[n] == b"<|end_of_text|>":  # Llama 3, where <|begin_of_text|> is before it
         n -= 1
-    converter = TikTokenConverter({token: i for i, token in enumerate(tokens[:n])}, pattern)
-    converter.load_tiktoken_bpe = lambda ranks: (
-        ranks
-    )  # by a path, it might get an older vocabulary from a cache
-    theirs = converter.converted()
-    special = tokens[n:] or tokens[:1]
-    theirs.add_special_tokens(
-        [AddedToken(name.decode(), normalized=False, special=True) for name in special]
-    )
+    letters = bytes_to_unicode()  # GPT-2's printable letter for each byte
+    vocab = {"".join(letters[b] for b in token): i for i, token in enumerate(tokens[:n])}
+    merges = []  # by the rank of the whole, then of the left part
+    for token in vocab:
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        merges += sorted(
+            (pair for pair in pairs if vocab.keys() >= {*pair}), key=lambda p: vocab[p[0]]
+        )
+    theirs = Fast(models.BPE(vocab, merges, ignore_merges=True))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces = pre_tokenizers.Split(Regex(pattern), "isolated")
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([pieces, byte_level])
+    theirs.decoder = decoders.ByteLevel()
+    special = [token.decode() for token in tokens[n:] or tokens[:1]]
+    theirs.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     text = tokenizer.decode(range(1, n))  # every token once
-    if (
-        theirs.get_vocab_size() != tokenizer.vocab_size
-        or theirs.encode(text).ids != tokenizer.encode(text).tolist()
-    ):
-        return None
-    return json.loads(theirs.to_str())
-
-
-def tokenizer_files(path, saved, block_size, data=""):
-    """({file name: dict} of a checkpoint's tokenizer, empty if there is none; lines to say about it)."""
-    try:
-        tokenizer = tokenizer_of(path, saved, data)
-        theirs = hf_tokenizer(tokenizer)
-    except (
-        UserError
-    ) as e:  # a rank file that is not where it was, a package that is not installed ...
-        return {}, [f"no tokenizer is written: {e}"]
-    if not theirs:
-        return {}, [f"no tokenizer is written: the rules of {tokenizer.name} are not known here"]
-    name = next(
-        token["content"] for token in theirs["added_tokens"] if token["id"] == tokenizer.separator
-    )
+    if theirs.encode(text).ids != tokenizer.encode(text).tolist():
+        raise UserError(f"transformers splits text in another way than {tokenizer.name}")
+    name = tokens[tokenizer.separator].decode()
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": name,
@@ -278,35 +174,25 @@ def tokenizer_files(path, saved, block_size, data=""):
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
-    notes = [f"the text {name} is read as the separator; none is put before a text by itself"]
-    if tokenizer.name == "bytes":
-        notes.append(
-            "llama.cpp's converter does not know a vocabulary of bytes: no GGUF file can be made of this"
-        )
-    elif tokenizer.rank_file and tokenizer.vocab_size != 128256:
-        notes.append(
-            "llama.cpp's converter does not know this vocabulary: no GGUF file can be made of this"
-        )
-    return {"tokenizer.json": theirs, "tokenizer_config.json": settings}, notes
+    return {"tokenizer.json": json.loads(theirs.to_str()), "tokenizer_config.json": settings}
 
 
 def main(config):
     c = config
-    saved = load_checkpoint(c.checkpoint)
-    shape, meta = model_config(saved["config"], saved["meta"]), saved["meta"]
-    files, notes = tokenizer_files(c.checkpoint, saved, shape.block_size, c.data)
-    options = {
-        "separator": meta.get("separator"),
-        "balance_coef": saved["config"].get("balance_coef"),
-    }
-    if shape.n_expert and type(options["balance_coef"]) is not float:
-        raise UserError(f"{c.checkpoint}: its configuration has no balance_coef")
-    save_hf(saved["model"], shape, c.folder, c.dtype, c.overwrite, files, **options)
-    for note in notes:
-        print(note)
-    print(
-        f"{c.folder}: {KINDS[model_type_of(shape)][2]}, {c.dtype}, texts of up to {shape.block_size} tokens"
-    )
+    import_transformers().utils.logging.disable_progress_bar()
+    model, saved = load_model(c.checkpoint)
+    files, meta, length = {}, saved["meta"], model.config.block_size
+    try:
+        tokenizer = tokenizer_of(c.checkpoint, saved, c.data)
+        files = tokenizer_files(tokenizer, length)
+        if tokenizer.vocab_size not in (50257, 128256):
+            print("llama.cpp does not know this vocabulary: no GGUF file can be made of this model")
+    except UserError as e:  # such as a rank file that has moved
+        print(f"exported without a tokenizer: {e}")
+    options = {"separator": meta.get("separator")}
+    options["balance_coef"] = saved["config"].get("balance_coef", 0.0)
+    save_hf(model, c.folder, c.dtype, c.overwrite, files, **options)
+    print(f"{c.folder}: {model_type_of(model.config)}, {c.dtype}, texts of up to {length} tokens")
 
 
 if __name__ == "__main__":
