@@ -21,9 +21,10 @@ import torch.nn.functional as F
 
 from model import GPT
 from nanotst import UserError
-from nanotst.checkpoint import load_checkpoint, load_weights, model_config, write_safely
+from nanotst.checkpoint import load_checkpoint, load_weights, model_config
 from nanotst.configurator import entry_point
 from nanotst.corpus import check_vocabulary
+from nanotst.files import write_safely
 from nanotst.machine import pick_device
 from nanotst.mixture import open_mixture
 from nanotst.stream import validation_rows
