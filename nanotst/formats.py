@@ -107,7 +107,7 @@ def read_ours(folder, names):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} describes no corpus ({type(e).__name__}: {e}); {AGAIN}") from None
     # files without a hash are of a former corpus, unless there are no hashes at all
-    files = shards(folder, sha256 or [name for name in names if name.startswith(("train", "val"))])
+    files = shards(folder, [n for n in sha256 or names if n.startswith(("train", "val"))])
     meta["vocabulary"] = vocabulary = meta["encoding"]
     if (
         vocabulary in names or vocabulary in hashes

@@ -213,21 +213,32 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_complete(
     assert value_in(path) == 4 and len(parts_of(path)) == 1
 
 
-def test_an_interrupted_sharded_run_resumes_bit_for_bit(run, one_rank, tmp_path, monkeypatch):
+def test_a_sharded_run_resumes_bit_for_bit_and_gives_initial_weights(
+    run, one_rank, tmp_path, monkeypatch
+):
     def fsdp(**knobs):
         if dist.is_initialized():
             dist.destroy_process_group()
         monkeypatch.setenv("MASTER_PORT", free_port())
-        rows = run(parallel="fsdp", threads=1, **MOE, **knobs)
-        return [
-            [row[key] for key in ("step", "loss", "grad_norm", "max_violation")] for row in rows
-        ]
+        return run(parallel="fsdp", threads=1, **MOE, **knobs)
 
     unbroken = fsdp(out_dir=str(tmp_path / "whole"))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(StopSignals, "stop", lambda self, step: step == 5)
         fsdp()
-    assert fsdp(resume=True) == unbroken
+    for row, other in zip(fsdp(resume=True), unbroken, strict=True):
+        assert all(row[key] == other[key] for key in ("step", "loss", "grad_norm", "max_violation"))
+    # sharded from sharded, plain from sharded, sharded from plain
+    frozen = dict(learning_rate=1e-30, max_steps=2, superposition_ratio=0.5)
+    fsdp(init_from=str(tmp_path / "run"), out_dir=str(tmp_path / "b"), **frozen)
+    with monkeypatch.context() as patch:
+        patch.delenv("RANK")
+        run(init_from=f"{tmp_path}/b/last.pt", out_dir=str(tmp_path / "c"), **MOE, **frozen)
+    fsdp(init_from=f"{tmp_path}/c/last.pt", out_dir=str(tmp_path / "d"), **frozen)
+    models = [load_checkpoint(f"{tmp_path}/{path}")["model"] for path in ("run", "d/last.pt")]
+    assert all(
+        torch.equal(t, models[1][name]) for name, t in models[0].items() if "bias" not in name
+    )
     one_rank.start(train.Config(**TINY, parallel="fsdp", threads=1))  # for the fixture to end
 
 

@@ -6,9 +6,7 @@ or by torchrun; the rest by one rank in this process.
 
 import json
 import os
-import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,19 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY, read_rows
-from test_train import column, free_port
+from test_train import free_port
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
-import sample
 import train
 from model import GPT, BagEmbedding, GPTConfig, Head, Linear, Router
-from nanotst import UserError, checkpoint, log, machine, parallel, sharded
+from nanotst import UserError, checkpoint, log, machine, parallel
 from nanotst.checkpoint import load_checkpoint
-from tools import export
 
 # Nothing divides by the ranks: width 26 and 3 heads of 6, 50 tokens, 5 experts, of which one rank of four has
 # none
@@ -69,13 +63,6 @@ SAME = [  # (kind, ranks, knobs)
     ("moe", 4, dict(parallel="fsdp", shard_size=2, batch_size=3)),
     ("tied", 2, dict(parallel="fsdp", batch_size=2)),
 ]
-GOES_ON = [  # (kind, parallel and ranks before step 7, those after it)
-    *(("moe", "fsdp 4", after) for after in ("fsdp 1", "fsdp 2", "fsdp 3", "ddp 2", "none 1")),
-    ("dense", "fsdp 2", "fsdp 4"),
-    ("dense", "none 1", "fsdp 4"),
-]
-STOP = 7  # two steps after the switch
-
 A_PROCESS = """
 import json, os, shutil, sys, train
 from nanotst.machine import StopSignals
@@ -109,25 +96,13 @@ def job(corpus, folder, name, ranks, stop=None, copy=None, **knobs):
 
 @pytest.fixture(scope="module")
 def ranks(corpus, tmp_path_factory):
-    """A folder with all runs of SAME and GOES_ON, by name, and those they are compared with."""
+    """A folder with all runs of SAME, by name, and the runs they are compared with."""
     folder, jobs = tmp_path_factory.mktemp("ranks"), []
     for kind, knobs in KINDS.items():
         jobs.append(job(corpus, folder, f"{kind} long", 1, **LONG, **knobs))
         jobs.append(job(corpus, folder, f"{kind} short", 1, **SHORT, **knobs))
     for kind, n, knobs in SAME:
         jobs.append(job(corpus, folder, name_of(kind, n, knobs), n, **LONG | knobs, **KINDS[kind]))
-    for kind, before in dict.fromkeys((kind, before) for kind, before, _ in GOES_ON):
-        how, n = before.replace("none", "auto").split()
-        knobs = {**SHORT, **KINDS[kind], "parallel": how}
-        jobs.append(job(corpus, folder, f"{kind} {before}", int(n), STOP, **knobs))
-    for kind, before, after in GOES_ON:
-        how, n = after.replace("none", "auto").split()
-        knobs = {**SHORT, **KINDS[kind], "parallel": how, "resume": True}
-        jobs.append(
-            job(
-                corpus, folder, f"{kind} {before} {after}", int(n), copy=f"{kind} {before}", **knobs
-            )
-        )
     start_ranks(jobs)
     return folder
 
@@ -191,57 +166,6 @@ def test_ranks_train_as_one_process_does(ranks, kind, n, knobs):
         len({row["phase"] for row in wanted}) == 2 and min(row["grad_norm"] for row in wanted) > 0
     )
     assert_same_losses(read_rows(ranks / name_of(kind, n, knobs)), wanted)
-
-
-@pytest.mark.parametrize(
-    "kind, before, after", GOES_ON, ids=[" to ".join(case[1:]) for case in GOES_ON]
-)
-def test_any_number_of_ranks_goes_on_from_a_checkpoint(ranks, kind, before, after):
-    """Sharded or not, from sharded or not: with the text, the moments and the shares of experts where they
-    were."""
-    there = ranks / f"{kind} {before} {after}"
-    assert_same_losses(read_rows(there), read_rows(ranks / f"{kind} short"))
-    assert len(read_rows(ranks / f"{kind} {before}")) == STOP
-    form = "last.dcp" if after.startswith("fsdp") else "last.pt"  # one form alone, the new one
-    assert [name for name in ("last.pt", "last.dcp") if (there / name).exists()] == [form]
-
-
-def test_every_checkpoint_is_the_same_dict(ranks):
-    """Of a run on four ranks, as one process reads it, and of the same run in one process."""
-    mine, plain = (
-        load_checkpoint(f"{ranks}/moe fsdp 4/last.dcp"),
-        load_checkpoint(f"{ranks}/moe short/last.pt"),
-    )
-    assert (
-        mine["step"] == STOP and mine.keys() == plain.keys() and mine["stream"] == plain["stream"]
-    )
-    shapes = [
-        [getattr(x, "shape", None) for x in tree_leaves(saved["optimizer"])]
-        for saved in (mine, plain)
-    ]
-    assert shapes[0] == shapes[1]
-    later = load_checkpoint(f"{ranks}/moe fsdp 4 fsdp 3/last.dcp")
-    for name, t in plain["model"].items():
-        torch.testing.assert_close(later["model"][name], t, rtol=1e-3, atol=1e-5)
-
-
-def test_sample_and_export_read_a_sharded_checkpoint(ranks, tmp_path, capsys):
-    path = shutil.copytree(f"{ranks}/dense fsdp 2/last.dcp", tmp_path / "last.dcp")
-    state = torch.load(next(path.glob("step_*/state.pt")), weights_only=True)
-    state["meta"]["encoding"] = "bytes"  # the tiny corpus has no vocabulary
-    torch.save(state, next(path.glob("step_*/state.pt")))
-    sign(path)
-    sample.main(sample.Config(checkpoint=str(path), prompt="\n", n_tokens=5, device="cpu"))
-    assert capsys.readouterr().out.startswith("\n")
-    export.main(export.Config(str(path), str(tmp_path / "hf")))
-    assert (tmp_path / "hf" / "model.safetensors").exists()
-
-
-def sign(path):
-    """Bring the manifest up to date with changed files."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"] = {name: sharded.sha256_of(path / name) for name in manifest["files"]}
-    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 # ---- one rank in this process
@@ -325,7 +249,7 @@ def test_bfloat16_is_where_the_unsharded_run_has_it(fsdp, run, a_rank, tmp_path,
     rows = fsdp(dtype="bfloat16", **MOE)
     assert seen["Router"] == seen["BagEmbedding"] == {torch.float32}
     assert seen["Linear"] == seen["Head"] == {torch.bfloat16}
-    saved = load_checkpoint(str(tmp_path / "run" / "last.dcp"))
+    saved = load_checkpoint(str(tmp_path / "run" / "last.pt"))
     moments = [t for kept in saved["optimizer"][0]["state"].values() for t in kept.values()]
     assert {t.dtype for t in [*saved["model"].values(), *moments]} == {torch.float32}
     monkeypatch.delenv("RANK")
@@ -351,15 +275,6 @@ def test_units_are_compiled_one_by_one_before_the_first_step(fsdp, monkeypatch):
     assert seen + [counter.frame_count] == [seen[0]] * 11 and 6 <= seen[0] <= 8
 
 
-def test_an_interrupted_sharded_run_goes_on_bit_for_bit(fsdp, tmp_path, monkeypatch):
-    unbroken = fsdp(out_dir=str(tmp_path / "whole"), **MOE)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(machine.StopSignals, "stop", lambda self, step: step == 5)
-        fsdp(**MOE)
-    keys = "step", "loss", "val_loss", "grad_norm", "lr", "data_tokens", "max_violation"
-    assert column(fsdp(resume=True, **MOE), *keys) == column(unbroken, *keys)
-
-
 def test_what_begins_anew_at_the_switch_is_the_same_sharded(fsdp, run, tmp_path, monkeypatch):
     anew = dict(reinit_at_switch="embedding,head,optimizer", **DENSE)
     rows = fsdp(**anew)
@@ -371,181 +286,10 @@ def test_what_begins_anew_at_the_switch_is_the_same_sharded(fsdp, run, tmp_path,
     )
 
 
-def test_a_checkpoint_is_a_copy_of_its_moment(fsdp, tmp_path, monkeypatch):
-    """A thread writes it, slowly, while training goes on and changes the weights."""
-    write = checkpoint.write_folder
-
-    def slowly(path, state, *args):
-        if path.endswith("last.dcp") and state["step"] == 4:
-            time.sleep(1)
-        write(path, state, *args)
-        if path.endswith("last.dcp") and state["step"] == 4:
-            shutil.copytree(path, tmp_path / "copy.dcp")
-
-    monkeypatch.setattr(checkpoint, "write_folder", slowly)
-    fsdp(save_interval=4, eval_interval=100)
-    monkeypatch.undo()
-    for key, value in dict(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1"
-    ).items():
-        monkeypatch.setenv(key, value)
-    with pytest.raises(SystemExit), monkeypatch.context() as patch:
-        patch.setattr(machine.StopSignals, "stop", lambda self, step: step == 4)
-        fsdp(out_dir=str(tmp_path / "stopped"), eval_interval=100)
-    a, b = (load_checkpoint(str(tmp_path / name)) for name in ("copy.dcp", "stopped/last.dcp"))
-    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-
-
-@pytest.mark.parametrize("where", ["a part", "the manifest"])
-def test_the_last_good_checkpoint_stays_until_the_new_one_is_whole(
-    fsdp, tmp_path, monkeypatch, where
-):
-    """The disk fills up in the second save."""
-    import errno
-
-    full, saves = OSError(errno.ENOSPC, "No space left on device"), []
-    module, name = (
-        (dcp.FileSystemWriter, "write_data") if where == "a part" else (sharded, "write_safely")
-    )
-    real = getattr(module, name)
-
-    def fill(*args, **kwargs):
-        saves.append(1)
-        if len(saves) > 1:
-            raise full
-        return real(*args, **kwargs)
-
-    unbroken = fsdp(out_dir=str(tmp_path / "whole"))
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(UserError, match="last.dcp.*disk is full.*untouched"),
-    ):
-        patch.setattr(module, name, fill)
-        fsdp(save_interval=3, eval_interval=100)
-    assert load_checkpoint(str(tmp_path / "run" / "last.dcp"))["step"] == 3
-    assert fsdp(resume=True)[-1]["loss"] == unbroken[-1]["loss"]
-    assert len(os.listdir(tmp_path / "run" / "last.dcp")) == 2  # the manifest, and what it names
-
-
-def test_weights_that_are_not_finite_never_replace_a_sharded_checkpoint(
-    fsdp, tmp_path, monkeypatch
-):
-    step = torch.optim.AdamW.step
-
-    def spoil(self, *args):
-        step(self, *args)
-        p = self.param_groups[0]["params"][0]
-        if self.state[p]["step"] == 6:
-            p.detach().to_local()[0, 0] = float("nan")
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
-    with pytest.raises(UserError, match="not finite"):
-        fsdp(save_interval=1)
-    assert all(
-        t.isfinite().all()
-        for t in load_checkpoint(str(tmp_path / "run/last.dcp"))["model"].values()
-    )
-
-
 @pytest.fixture
 def folder(fsdp, tmp_path):
     fsdp(max_steps=4)
-    return tmp_path / "run" / "last.dcp"
-
-
-def test_every_flipped_bit_in_a_sharded_checkpoint_is_found(fsdp, folder):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert {Path(name).name for name in manifest["files"]} == {
-        ".metadata",
-        "state.pt",
-        "__0_0.distcp",
-    }
-    for file in (folder / name for name in manifest["files"]):
-        whole = file.read_bytes()
-        for damaged in (
-            bytes([whole[0] ^ 1]) + whole[1:],
-            whole[:-1] + bytes([whole[-1] ^ 128]),
-            whole[:-5],
-        ):
-            file.write_bytes(damaged)
-            with pytest.raises(UserError, match=f"last.dcp is damaged: .*{re.escape(file.name)}"):
-                load_checkpoint(str(folder))
-        with pytest.raises(UserError, match="last.dcp is damaged"):
-            fsdp(max_steps=4, resume=True)
-        file.unlink()
-        with pytest.raises(UserError, match="last.dcp is damaged"):
-            load_checkpoint(str(folder))
-        file.write_bytes(whole)
-    load_checkpoint(str(folder))
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"files": {}}', '{"files": {"../x/y": "0"}}', '{"files": {"a/b": 1}}']
-)
-def test_a_damaged_manifest_is_one_line(folder, text):
-    (folder / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match="last.dcp is damaged: its manifest.json") as e:
-        load_checkpoint(str(folder))
-    assert "\n" not in str(e.value)
-
-
-def test_a_folder_without_a_manifest_is_no_checkpoint(fsdp, folder):
-    """A rank was killed in the first save: the run starts anew, over what was left."""
-    (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="there is no checkpoint .*last.dcp"):
-        load_checkpoint(str(folder))
-    with pytest.raises(UserError, match="no last.dcp to go on from"):
-        fsdp(max_steps=4)
-    fsdp(max_steps=4, overwrite=True)
-    assert load_checkpoint(str(folder))["step"] == 4 and len(os.listdir(folder)) == 2
-
-
-def test_a_sharded_checkpoint_cannot_run_code(folder, tmp_path):
-    """DCP would unpickle its .metadata."""
-
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "was run"),)
-
-    metadata = next(folder.glob("step_*/.metadata"))
-    for code in (Code(), pickle.loads(metadata.read_bytes())):
-        if not isinstance(code, Code):
-            code.planner_data = Code()
-        metadata.write_bytes(pickle.dumps(code))
-        sign(folder)
-        with pytest.raises(UserError, match="last.dcp is not a checkpoint"):
-            load_checkpoint(str(folder))
-    assert not (tmp_path / "was run").exists()
-
-
-def test_of_two_forms_the_later_step_counts(fsdp, run, folder, tmp_path, monkeypatch):
-    """A run that is sharded now was killed before it could remove what it was saved as before."""
-    with monkeypatch.context() as patch:
-        patch.delenv("RANK")
-        run(max_steps=6, out_dir=str(tmp_path / "other"))
-    shutil.copy(tmp_path / "other" / "last.pt", folder.parent)
-    assert checkpoint.newest(str(folder)) == str(folder.parent / "last.pt")
-    (tmp_path / "other" / "last.pt").unlink()
-    assert checkpoint.newest(str(tmp_path / "other" / "last.dcp")) is None
-
-
-def test_initial_weights_from_either_form(fsdp, run, folder, tmp_path, monkeypatch):
-    wanted = load_checkpoint(str(folder))["model"]
-    frozen = dict(learning_rate=1e-30, max_steps=2, superposition_ratio=0.5)
-    fsdp(init_from=str(folder), out_dir=str(tmp_path / "sharded"), **frozen)
-    with monkeypatch.context() as patch:
-        patch.delenv("RANK")
-        run(init_from=str(folder), out_dir=str(tmp_path / "plain"), **frozen)
-    fsdp(init_from=str(tmp_path / "plain" / "last.pt"), out_dir=str(tmp_path / "again"), **frozen)
-    export.main(export.Config(str(folder), str(tmp_path / "hf")))
-    fsdp(init_from=f"hf:{tmp_path}/hf", out_dir=str(tmp_path / "hugging"), **frozen)
-    hugging = load_checkpoint(f"{tmp_path}/hugging/last.dcp")["model"]
-    assert all(
-        torch.equal(hugging[name][:50], t[:50]) for name, t in wanted.items()
-    )  # without the padding
-    for path in ("sharded/last.dcp", "plain/last.pt", "again/last.dcp"):
-        got = load_checkpoint(str(tmp_path / path))["model"]
-        assert all(torch.equal(got[name], wanted[name]) for name in wanted), path
+    return tmp_path / "run" / "last.pt"
 
 
 @pytest.mark.parametrize(
@@ -557,7 +301,7 @@ def test_initial_weights_from_either_form(fsdp, run, folder, tmp_path, monkeypat
         (dict(shard_size=-1), "shard_size"),
         (
             dict(parallel="fsdp", n_embd=32, resume=True, allow_changes=True),
-            "last.dcp does not fit this model",
+            "last.pt does not fit this model",
         ),
         (dict(parallel="fsdp", max_steps=5, resume=True), "max_steps 4 -> 5"),
         (dict(parallel="fsdp"), "already holds a run"),
@@ -660,7 +404,7 @@ def test_a_run_whose_ranks_are_killed_or_fail_goes_on_by_itself(torchrun, corpus
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     assert_same_losses(read_rows(tmp_path / "run"), read_rows(ranks / "moe short"))
-    assert "going on from the beginning" in out and "last.dcp" in out
+    assert "going on from the beginning" in out and "last.pt" in out
     assert "ZeroDivisionError: a bug of rank 0" in out
     assert (
         out.count("error: another rank has ended or hangs") == 2
@@ -683,7 +427,7 @@ def test_sigterm_saves_before_torchrun_kills(torchrun, corpus, tmp_path):
         "stopped by SIGTERM after step" in out
         and 'Traceback (most recent call last):\n  File "train.py' not in out
     )
-    saved = load_checkpoint(str(tmp_path / "run" / "last.dcp"))
+    saved = load_checkpoint(str(tmp_path / "run" / "last.pt"))
     assert saved["step"] == read_rows(tmp_path / "run")[-1]["step"] < 100_000
 
 
