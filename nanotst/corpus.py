@@ -1,40 +1,27 @@
-"""Prepared corpora: files of token ids behind len() and [a:b], whoever wrote them (formats.py says who may).
+"""Prepared corpora: token files as one sequence with len() and [a:b], whoever wrote them (see formats.py).
 
-    corpus = open_corpus("python_source")  # a folder in data/, or the path of one
-    corpus.train[1000:2000]                # (1000,) ids, out of one file or over the edge of two
-    corpus.meta                            # what a checkpoint remembers of it, with its fingerprint
+    corpus = open_corpus("python_source")  # a folder in data/, or a path
+    corpus.train[1000:2000]                # (1000,) ids, from one file or across several
+    corpus.meta                            # what a checkpoint keeps of it, with its fingerprint
 
-What is verified, so that damage is found before it is trained on. A corpus is large above 1 GB of tokens:
-
-    sizes             of all files, by their dtype and the number of tokens in meta.json, when it is opened
-    headers, ids      when it is opened; of a large corpus, of whatever is read
-    every byte        against "sha256" in meta.json, when it is opened. Of a large corpus whatever is read, in
-                      parts of 64 KB where there are checksums of them (see write_sums), or else a whole file
-                      when it is first read. Without "sha256" a flipped bit shows only by the fingerprint
-    the fingerprint   against that in the checkpoint: of all tokens; of a large corpus, of 1024 blocks of 4096
-"""
+Opening a corpus checks the sizes of its files, their headers, and, up to 1 GB of tokens, every id and the
+sha256 in meta.json. Ids of a larger corpus are checked when they are read. The fingerprint, which a resumed
+run compares, covers all tokens; of a larger corpus, 1024 blocks of 4096."""
 
 import bisect
+import functools
 import hashlib
-import itertools
-import mmap
 import os
-import struct
-import threading
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 
 from nanotst import UserError
-from nanotst.formats import AGAIN, damaged, find, readable, sha256_of
+from nanotst.formats import AGAIN, find, readable, sha256_of
 
-LARGE = 2**30  # bytes of tokens; a larger corpus is not read whole to open it
-PART = 2**16  # bytes to a checksum
-BLOCK, N_BLOCKS = 4096, 1024  # tokens to a block, and blocks, in the fingerprint of a large corpus
-OPEN_FILES = (
-    100  # that a split keeps mapped: each holds a file descriptor, of which a process has few
-)
+LARGE = 2**30  # bytes of tokens
+BLOCK, N_BLOCKS = 4096, 1024  # of the fingerprint of a large corpus: tokens in a block, blocks
+OPEN_FILES = 100  # of a split; each takes a file descriptor
 HEADER = 256 * 4  # bytes
 
 
@@ -44,7 +31,7 @@ class Corpus:
     meta: dict  # plain values, for a checkpoint
     train: "Tokens"
     val: "Tokens"
-    note: str = ""  # what was guessed of it, a line for people
+    note: str = ""  # a line for people about what was guessed
 
     @property
     def vocab_size(self):
@@ -52,7 +39,7 @@ class Corpus:
 
     @property
     def bytes_per_token(self):
-        """Of the validation text; None where nobody knows."""
+        """Of the validation text; None if unknown."""
         return self.meta["bytes_per_token"]
 
     @property
@@ -62,36 +49,28 @@ class Corpus:
 
 
 def open_corpus(name):
-    """The corpus in the folder `name` or else in data/`name`. UserError if there is none or it is damaged."""
+    """The corpus in the folder `name`, or else in data/`name`. UserError if it is missing or damaged."""
     found = find(name)
-    meta, files = found.meta, {}
-    for split, names in found.files.items():
-        files[split] = [
-            TokenFile(
-                os.path.join(found.folder, name),
-                found.dtype,
-                found.header,
-                found.sha256.get(name),
-                found.sha256.get(sums_name(name)),
+    meta, splits = found.meta, []
+    for split in ("train", "val"):
+        paths = [os.path.join(found.folder, name) for name in found.files[split]]
+        tokens = Tokens(paths, found.dtype, found.header, meta["vocab_size"])
+        if len(tokens) != meta.setdefault(f"{split}_tokens", len(tokens)):
+            files, said = ", ".join(paths[:1] + paths[1:][-1:]), meta[f"{split}_tokens"]
+            raise UserError(
+                f"{files} hold {len(tokens):,} tokens, meta.json says {said:,}; {AGAIN}"
             )
-            for name in names
-        ]
-        n_tokens = sum(file.n_tokens for file in files[split])
-        if n_tokens != meta.setdefault(f"{split}_tokens", n_tokens):
-            whose = files[split][0].path + (
-                f" to {names[-1]}: they hold" if names[1:] else " holds"
-            )
-            said = meta[f"{split}_tokens"]
-            raise UserError(f"{whose} {n_tokens:,} tokens, meta.json says {said:,}; {AGAIN}")
-    n_tokens = meta["train_tokens"] + meta["val_tokens"]
-    large = n_tokens * smallest_dtype(meta["vocab_size"]).itemsize > LARGE
-    train, val = (Tokens(files[split], meta["vocab_size"], large) for split in ("train", "val"))
-    meta["fingerprint"] = fingerprint(train, val, meta["vocab_size"], large)
-    return Corpus(found.folder, meta, train, val, found.note)
+        splits.append(tokens)
+    large = sum(map(len, splits)) * smallest_dtype(meta["vocab_size"]).itemsize > LARGE
+    for name, sha256 in () if large else found.sha256.items():
+        if sha256_of(path := os.path.join(found.folder, name)) != sha256:
+            raise UserError(f"{path} is damaged: its sha256 is not the one in meta.json; {AGAIN}")
+    meta["fingerprint"] = fingerprint(*splits, meta["vocab_size"], large)
+    return Corpus(found.folder, meta, *splits, found.note)
 
 
 def check_same(corpus, saved, where):
-    """UserError unless `saved`, the meta of the checkpoint `where`, is that of the same tokens."""
+    """UserError unless `saved`, the meta in the checkpoint `where`, describes the same tokens."""
     if corpus.fingerprint != saved.get("fingerprint"):
         keys = ("vocabulary", "vocab_size", "train_tokens", "val_tokens", "separator")
         what = differing(corpus.meta, saved, keys) or "as many tokens, but others"
@@ -111,32 +90,24 @@ def check_vocabulary(corpus, saved, where):
 
 
 def differing(meta, saved, keys):
-    different = [key for key in keys if saved.get(key) != meta.get(key)]
-    return ", ".join(f"{key} {saved.get(key)} there, {meta.get(key)} here" for key in different)
+    """The values of two descriptions that differ, in words."""
+    keys = [key for key in keys if saved.get(key) != meta.get(key)]
+    return ", ".join(f"{key} {saved.get(key)} there, {meta.get(key)} here" for key in keys)
 
 
 def fingerprint(train, val, vocab_size, large):
-    """A hash of the tokens, whatever the files; what it covers stands above."""
+    """A hash of the tokens, which does not depend on the files."""
     dtype, parts = smallest_dtype(vocab_size), [vocab_size, len(train), len(val)]
     for tokens in (train, val):
-        parts.append(hash_of(tokens, dtype, large))
-        tokens.maps.clear()  # or all that was read would count as memory in use
+        digest, length, starts = hashlib.sha256(), 2**20, range(0, len(tokens), 2**20)
+        if large:
+            length, last = BLOCK, max(0, len(tokens) - BLOCK)
+            starts = (i * last // (N_BLOCKS - 1) for i in range(N_BLOCKS))
+        for start in starts:
+            digest.update(tokens[start : start + length].astype(dtype, copy=False))
+        parts.append(digest.hexdigest())
+        tokens.map.cache_clear()  # or all that was read would count as memory in use
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def hash_of(tokens, dtype, large):
-    """sha256 of a split's tokens in `dtype`; of a large corpus, of blocks of them."""
-    file = tokens.files[0]
-    if not large and file.sha256 and len(tokens.files) == 1 and file.dtype == dtype:
-        tokens[:]  # verifies the file
-        return file.sha256
-    starts, length, digest = range(0, len(tokens), 2**20), 2**20, hashlib.sha256()
-    if large:
-        last, length = max(0, len(tokens) - BLOCK), BLOCK
-        starts = (i * last // (N_BLOCKS - 1) for i in range(N_BLOCKS))
-    for start in starts:
-        digest.update(tokens[start : start + length].astype(dtype, copy=False))
-    return digest.hexdigest()
 
 
 def smallest_dtype(vocab_size):
@@ -146,136 +117,60 @@ def smallest_dtype(vocab_size):
 class Tokens:
     """The ids of a split, over all its files: len() and [a:b] -> (b-a,), read-only. Threads may share it."""
 
-    def __init__(self, files, vocab_size, large):
-        self.files, self.vocab_size, self.large = files, vocab_size, large
-        self.stops = list(itertools.accumulate(file.n_tokens for file in files))
-        self.may_exceed = np.iinfo(files[0].dtype).max >= vocab_size
-        self.maps = {}  # number of a file: its tokens
-        self.lock = threading.Lock()
+    def __init__(self, paths, dtype, header, vocab_size):
+        """header: the magic and version at the start of each file, or ()."""
+        self.paths, self.dtype, self.vocab_size = paths, dtype, vocab_size
+        self.offset, self.stops = HEADER if header else 0, [0]
+        self.states = [size_and_time(path) for path in paths]
+        for path, (size, _) in zip(paths, self.states):
+            n, rest = divmod(size - self.offset, dtype.itemsize)
+            if rest or n <= 0:
+                raise UserError(
+                    f"{path} is cut short: {size:,} bytes for tokens of {dtype.name}; {AGAIN}"
+                )
+            says = tuple(np.fromfile(path, "<i4", 3).tolist())
+            if header and says != (*header, n):
+                what = f"its header (magic, version, tokens) is {says}, by its size it should be"
+                raise UserError(f"{path}: {what} {(*header, n)}; fetch it again")
+            self.stops.append(self.stops[-1] + n)
+        self.map = functools.lru_cache(OPEN_FILES)(self._map)
+
+    def _map(self, i):
+        with readable(self.paths[i]):
+            return np.asarray(np.memmap(self.paths[i], self.dtype, "r", self.offset))
 
     def __len__(self):
         return self.stops[-1]
 
     def __getitem__(self, span):
-        start, stop, step = span.indices(self.stops[-1])
+        start, stop, step = span.indices(len(self))
         if step != 1:
             raise ValueError("tokens are read without steps")
-        if start >= stop:
-            return np.empty(0, self.files[0].dtype)
-        i = bisect.bisect_right(self.stops, start)
-        if stop <= self.stops[i]:
-            return self.read(i, start, stop)
         parts = []
         while start < stop:
-            parts.append(self.read(i, start, min(stop, self.stops[i])))
-            start, i = self.stops[i], i + 1
-        return np.concatenate(parts)
+            i = bisect.bisect_right(self.stops, start) - 1
+            parts.append(self._read(i, start, min(stop, self.stops[i + 1])))
+            start = self.stops[i + 1]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
-    def read(self, i, start, stop):
-        """[start:stop] of the split, which lies within file i."""
-        file, whole = self.files[i], self.maps.get(i)
-        if whole is None:
-            whole = self.open(i)
-        first = self.stops[i] - file.n_tokens
-        start, stop = start - first, stop - first
-        if file.sums is not None:
-            file.check_parts(whole, start, stop)
-        ids = whole[start:stop]
-        if self.may_exceed and ids.max() >= self.vocab_size:
+    def _read(self, i, start, stop):
+        """[start:stop] of the split, which lies in file i."""
+        path, first = self.paths[i], self.stops[i]
+        if (
+            size_and_time(path) != self.states[i]
+        ):  # reading beyond the new end would kill the process
+            raise UserError(f"{path} has changed while it was in use; start again")
+        ids = self.map(i)[start - first : stop - first]
+        if ids.max() >= self.vocab_size:
             at = int(np.argmax(ids >= self.vocab_size))
+            where = f"id {ids[at]} of token {start - first + at:,}"
             raise UserError(
-                f"{file.path}: id {ids[at]} of token {start + at:,} is beyond the vocabulary of "
-                f"{self.vocab_size:,}; {AGAIN}"
+                f"{path}: {where} is beyond the vocabulary of {self.vocab_size:,}; {AGAIN}"
             )
         return ids
 
-    def open(self, i):
-        with self.lock:
-            if i not in self.maps:
-                if len(self.maps) >= OPEN_FILES:
-                    del self.maps[
-                        next(iter(self.maps))
-                    ]  # the oldest; slices still in use keep it alive
-                self.maps[i] = self.files[i].open(self.large)
-            return self.maps[i]
 
-
-class TokenFile:
-    """A file of ids, mapped and verified when it is first read."""
-
-    def __init__(self, path, dtype, header=(), sha256=None, sums_sha256=None):
-        self.path, self.dtype, self.header = path, dtype, header
-        self.sha256, self.sums_sha256 = sha256, sums_sha256
-        self.state = self.size_and_time()
-        self.offset = HEADER if header else 0
-        self.n_tokens, rest = divmod(self.state[0] - self.offset, dtype.itemsize)
-        if rest or self.n_tokens <= 0:
-            raise UserError(
-                f"{path} is cut short: {self.state[0]:,} bytes for tokens of {dtype.name}"
-            )
-        self.verified = False
-        self.sums = self.seen = None  # checksums of the parts (n,), and which parts were compared
-
-    def size_and_time(self):
-        with readable(self.path):
-            status = os.stat(self.path)
-        return status.st_size, status.st_mtime_ns
-
-    def open(self, large):
-        """Its tokens (n_tokens,)."""
-        with readable(self.path), open(self.path, "rb") as f:
-            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        if self.size_and_time() != self.state:
-            raise UserError(f"{self.path} was replaced while it was in use; start again")
-        if not self.verified:
-            self.verify(mapped, large)
-            self.verified = True
-        return np.frombuffer(mapped, self.dtype, offset=self.offset)
-
-    def verify(self, mapped, large):
-        if self.header:
-            says, expected = struct.unpack_from("<3i", mapped), (*self.header, self.n_tokens)
-            if says != expected:
-                raise UserError(
-                    f"{self.path}: its header (magic, version, tokens) is {says}, by its size it "
-                    f"should be {expected}; fetch it again"
-                )
-        if large and self.sums_sha256:
-            path = sums_name(self.path)
-            with readable(path), open(path, "rb") as f:
-                sums = f.read()
-            if hashlib.sha256(sums).hexdigest() != self.sums_sha256 or len(sums) * PART < 4 * len(
-                mapped
-            ):
-                raise damaged(path)
-            self.seen = bytearray(len(sums) // 4)
-            self.sums = np.frombuffer(sums, "<u4")
-        elif self.sha256 and sha256_of(self.path) != self.sha256:
-            raise damaged(self.path)
-
-    def check_parts(self, ids, start, stop):
-        """Compare the parts that hold ids[start:stop] with their checksums, those not compared before."""
-        size = self.dtype.itemsize
-        for part in range(start * size // PART, -(-stop * size // PART)):
-            if not self.seen[part]:
-                if (
-                    zlib.crc32(ids.view(np.uint8)[part * PART : (part + 1) * PART])
-                    != self.sums[part]
-                ):
-                    raise damaged(self.path, f"in the 64 KB from byte {part * PART:,} on")
-                self.seen[part] = 1
-
-
-def write_sums(path):
-    """Write the checksums of a token file's parts beside it -> their path, which "sha256" has to name too."""
-    with open(path, "rb") as f:
-        sums = [zlib.crc32(part) for part in iter(lambda: f.read(PART), b"")]
-    with open(sums_name(path), "wb") as f:
-        f.write(np.array(sums, "<u4").tobytes())
-        f.flush()
-        os.fsync(f.fileno())
-    return sums_name(path)
-
-
-def sums_name(path):
-    return path[: -len(".bin")] + ".crc"
+def size_and_time(path):
+    with readable(path):
+        status = os.stat(path)
+    return status.st_size, status.st_mtime_ns

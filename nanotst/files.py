@@ -1,50 +1,44 @@
-"""Files that are whole or not there."""
+"""Atomic file writes: after a kill or on a full disk, a file is either complete or still the old one."""
 
 import contextlib
 import errno
 import os
-import shutil
 
 from nanotst import UserError
 
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-FULL_IN_TORCH = "unexpected pos", "PytorchStreamWriter"  # in torch.save's RuntimeErrors
 
 
-def write_safely(path, write):
-    """Call write(temporary path), sync, rename: a killed process or a full disk leaves the old file as it
-    was."""
-    temporary = f"{path}.tmp"
+def write_safely(path, write, kept=""):
+    """Make the folder, call write(temporary path), sync the file, rename it to `path`. Raises UserError, and
+    leaves the old file, if that fails. kept: the file that the message calls untouched, if not `path`."""
+    temporary, kept = f"{path}.tmp", os.path.exists(kept or path)
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(
+                temporary
+            )  # of a killed process; or a planted link, which must not be followed
+        open(temporary, "xb").close()
         write(temporary)
-        with open(temporary, "r+b") as f:  # open for writing, or Windows does not sync
+        with open(temporary, "r+b") as f:  # Windows syncs only files that are open for writing
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync_folder(os.path.dirname(path) or ".")
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise UserError(why_not_written(path, e, os.path.exists(path))) from None
-
-
-def why_not_written(path, error, kept):
-    """A line about an error in writing. kept: whether what was there before is still there."""
-    free = shutil.disk_usage(os.path.dirname(path) or ".").free
-    full = getattr(error, "errno", None) in FULL or any(
-        words in str(error) for words in FULL_IN_TORCH
-    )
-    reason = (
-        getattr(error, "strerror", None)
-        or f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
-    )
-    reason = f"the disk is full, or nearly ({free / 1e9:.1f} GB are free)" if full else reason
-    old = "; the one before it is untouched" if kept else ""
-    todo = ": make room and use --resume" if full and kept else ": make room" if full else ""
-    return f"cannot write {path}: {reason}{old}{todo}"
+        cause = e.__context__ or e  # torch.save wraps an OSError in a RuntimeError
+        full = getattr(cause, "errno", None) in FULL
+        reason = getattr(cause, "strerror", None) or f"{type(e).__name__} {e}"
+        reason = f"the disk is full ({reason})" if full else " ".join(reason.split())[:200]
+        old = "; the old one is untouched" * kept
+        todo = ": make room" * full + " and use --resume" * (full and kept)
+        raise UserError(f"cannot write {path}: {reason}{old}{todo}") from None
 
 
 def sync_folder(folder):
-    """Have the names in a folder reach the disk, after the files they name."""
+    """Sync the names in a folder to disk."""
     if os.name == "posix":  # Windows cannot open a folder
         fd = os.open(folder, os.O_RDONLY)
         os.fsync(fd)

@@ -1,4 +1,4 @@
-"""What lies in the folder of a prepared corpus: its token files, in order, and what is known of them.
+"""What lies in the folder of a prepared corpus: its token files, in order, and what is known about them.
 
 Formats that are read as they are, all little-endian:
 
@@ -13,9 +13,7 @@ import hashlib
 import json
 import os
 import pickle
-import pickletools
 import re
-import reprlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,160 +24,106 @@ DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
 TOKEN_FILE = re.compile(
     r"(.+_)?(train|val)(?:_(\d{1,9}))?\.bin"
 )  # whose, split, number of the shard
-LLM_C = {  # magic: version, dtype, and what is in it. The separator stands before each document
+LLM_C = {  # magic: version, dtype, and what is in it. The separator is in front of each document
     20240520: (1, "<u2", dict(vocab_size=50257, encoding="gpt2", separator=50256)),
     20240801: (7, "<u4", dict(vocab_size=128256, encoding=None, separator=128000)),
 }
-LARGEST_META = 2**24  # bytes of meta.json or meta.pkl
 AGAIN = "prepare the corpus again"
 
 
 @dataclass
 class Found:
-    """A corpus as its folder describes it; the token files themselves are not yet looked at."""
+    """A corpus as its folder describes it, before the token files are opened."""
 
     folder: str  # absolute
     files: dict  # "train", "val": names of the token files, in order
     meta: dict
     dtype: np.dtype
     header: tuple = ()  # magic and version that each file begins with
-    sha256: dict = field(default_factory=dict)  # name of a file: its hash
+    sha256: dict = field(default_factory=dict)  # name of a token file: its hash
     note: str = ""  # what was guessed, or is wrong with it
 
 
 def find(name):
-    """The corpus in the folder `name` or else in data/`name` -> Found. UserError where there is none."""
+    """The corpus in the folder `name`, or else in data/`name` -> Found. UserError if there is none."""
     places = [
         name,
         os.path.join(DATA, name),
-    ]  # raw text in the working directory does not hide data/NAME
+    ]  # raw text in the working directory doesn't hide data/NAME
     for folder in places:
         with contextlib.suppress(OSError, ValueError):  # ValueError: a zero byte in the name
             names = os.listdir(folder)
             if "meta.json" in names:
                 return read_ours(os.path.abspath(folder), names)
-            if (
-                any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names
-            ):  # killed at its end
+            # without unfinished.tmp, which a preparation leaves if it is killed at its end
+            if any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names:
                 return read_foreign(os.path.abspath(folder), names)
     scripts = filter(os.path.isfile, (os.path.join(folder, "prepare.py") for folder in places))
-    script = next(scripts, os.path.join(DATA, "text", "prepare.py"))
-    script = script.removeprefix(os.getcwd() + os.sep)
+    script = next(scripts, os.path.join(DATA, "text", "prepare.py")).removeprefix(
+        os.getcwd() + os.sep
+    )
     raise UserError(
         f"no prepared corpus in {name!r} or in data/; prepare it: run python {script} first"
     )
 
 
-def shards(folder, names, ours):
+def shards(folder, names):
     """The token files among `names` -> {"train": names in order, "val": ...}."""
     found = {}
     for split in ("train", "val"):
-        files = [
-            m
-            for m in map(TOKEN_FILE.fullmatch, names)
-            if m and m[2] == split and not (ours and m[1])
-        ]
+        files = [m for m in map(TOKEN_FILE.fullmatch, names) if m and m[2] == split]
         files.sort(key=lambda m: (m[1] or "", int(m[3] or -1)))
         if not files:
             raise UserError(f"{folder} has no {split}.bin and no shards of it; {AGAIN}")
         first, last = files[0], files[-1]
         if (first[1], first[3] is None) != (last[1], last[3] is None):
             raise UserError(
-                f"{folder} holds more than one corpus: {first[0]} and {last[0]}; keep one there"
+                f"{folder} holds several corpora, {first[0]} and {last[0]}; keep one there"
             )
-        if ours and last[3] and int(last[3]) != len(files) - 1:
+        if last[3] and int(last[3]) - int(first[3]) != len(files) - 1:
             raise UserError(
-                f"{folder} has {len(files)} files, not all from {split}_0 to {last[0]}; {AGAIN}"
+                f"{folder} lacks shards from {first[0]} to {last[0]}; fetch or prepare them"
             )
         found[split] = [m[0] for m in files]
     return found
 
 
-# ------------------------------------------------------------------------------------------------------- ours
-
-
-def is_count(value):
-    return type(value) is int and 0 < value < 2**48
-
-
-def is_sha256(value):
-    """{name of a file in the folder: its hash}; a name is no path."""
-    return type(value) is dict and all(
-        re.fullmatch(r"[\w.-]+\.(bin|crc|model)", name)
-        and re.fullmatch("[0-9a-f]{64}", str(digest))
-        for name, digest in value.items()
-    )
-
-
-SCHEMA = {  # of meta.json: what each value has to be, in words and as a test
-    "vocab_size": ("a number from 1 to 2^24", lambda v: is_count(v) and v <= 2**24),
-    "dtype": ("uint8, uint16 or uint32", lambda v: v in ("uint8", "uint16", "uint32")),
-    "train_tokens": ("a number of tokens", is_count),
-    "val_tokens": ("a number of tokens", is_count),
-}
-OPTIONAL = {  # these may be null, or missing
-    "train_bytes": ("a number of bytes", is_count),
-    "val_bytes": ("a number of bytes", is_count),
-    "bytes_per_token": ("a number above 0", lambda v: type(v) in (int, float) and 0 < v < 2**20),
-    "encoding": ("a name", lambda v: type(v) is str and 0 < len(v) < 4096),
-    "separator": ("a token id", lambda v: type(v) is int and 0 <= v < 2**24),
-    "source": (
-        "a list of lines",
-        lambda v: type(v) is list and all(type(line) is str for line in v),
-    ),
-    "sha256": ("hashes, by names of files in this folder", is_sha256),
-}
-
-
-def sealed(meta):
-    """A meta.json with a hash of itself, by which a flipped bit in it shows."""
-    rest = {key: value for key, value in meta.items() if key != "seal"}
-    return rest | {"seal": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
-
-
 def read_ours(folder, names):
     path = os.path.join(folder, "meta.json")
     try:
-        read = json.loads(contents(path))
-        if type(read) is not dict:
-            raise UserError(f"{path} holds no object; {AGAIN}")
-        if "seal" in read and read != sealed(read):
-            raise UserError(
-                f"{path} was damaged or edited; {AGAIN}, or remove its seal to take it as it is"
-            )
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not JSON ({e}); {AGAIN}") from None
-    meta = {key: read.get(key) for key in (SCHEMA | OPTIONAL)}
-    for key, (what, valid) in (SCHEMA | OPTIONAL).items():
-        if not (valid(meta[key]) or key in OPTIONAL and meta[key] is None):
-            raise UserError(f"{path}: {key} must be {what}, got {reprlib.repr(meta[key])}; {AGAIN}")
-    if (meta["separator"] or 0) >= meta["vocab_size"]:
-        raise UserError(f"{path}: separator {meta['separator']} is beyond the vocabulary; {AGAIN}")
-    sha256, dtype = meta.pop("sha256") or {}, np.dtype(meta.pop("dtype")).newbyteorder("<")
-    # with hashes, only files that have one are of this corpus: shards of a former one may still lie there
-    files = shards(folder, sha256 or names, ours=True)
+        with open(path, encoding="utf-8") as f:
+            read = json.load(f)
+        counts = ("vocab_size", "train_tokens", "val_tokens")
+        if not all(type(read[key]) is int and read[key] > 0 for key in counts):
+            raise ValueError(f"{', '.join(counts)} must be whole numbers above 0")
+        if read["dtype"] not in ("uint8", "uint16", "uint32"):
+            raise ValueError("dtype must be uint8, uint16 or uint32")
+        if not 0 <= (read.get("separator") or 0) < read["vocab_size"]:
+            raise ValueError("separator is beyond the vocabulary")
+        keys = ("encoding", "separator", "bytes_per_token", "train_bytes", "val_bytes", "source")
+        meta = {key: read[key] for key in counts} | {key: read.get(key) for key in keys}
+        hashes, dtype = read.get("sha256") or {}, np.dtype(read["dtype"]).newbyteorder("<")
+        sha256 = {name: hashes[name] for name in hashes if TOKEN_FILE.fullmatch(name)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} describes no corpus ({type(e).__name__}: {e}); {AGAIN}") from None
+    # files without a hash are of a former corpus, unless there are no hashes at all
+    files = shards(folder, [n for n in sha256 or names if n.startswith(("train", "val"))])
     meta["vocabulary"] = vocabulary = meta["encoding"]
     if (
-        vocabulary in sha256 or vocabulary in names
-    ):  # a rank file: others of the same name hold other tokens
-        digest = sha256_of(os.path.join(folder, vocabulary))
-        if digest != sha256.get(vocabulary, digest):
-            raise damaged(os.path.join(folder, vocabulary))
-        meta["vocabulary"] = f"rank file {digest[:16]}"
+        vocabulary in names or vocabulary in hashes
+    ):  # rank files of one name may hold different tokens
+        meta["vocabulary"] = f"rank file {sha256_of(os.path.join(folder, vocabulary))[:16]}"
     note = (meta["source"] or [""])[0]
     note = f"{folder}: {note}" if note.startswith("NOT THE PINNED CORPUS") else ""
     return Found(folder, files, meta, dtype, sha256=sha256, note=note)
 
 
-# ----------------------------------------------------------------------------------------------------- others
-
-
 def read_foreign(folder, names):
     """What llm.c, modded-nanogpt or nanoGPT wrote. The header tells which."""
-    files = shards(folder, names, ours=False)
+    files = shards(folder, names)
     path = os.path.join(folder, files["train"][0])
-    start = contents(path, 2**16)
-    magic = int.from_bytes(start[:4], "little")
+    with readable(path), open(path, "rb") as f:
+        magic = int.from_bytes(f.read(4), "little")
     meta = dict.fromkeys(("bytes_per_token", "encoding", "separator", "vocabulary"))
     if magic in LLM_C:
         version, dtype, known = LLM_C[magic]
@@ -187,79 +131,49 @@ def read_foreign(folder, names):
         return Found(folder, files, meta, np.dtype(dtype), (magic, version))
     if files["train"] != ["train.bin"]:
         raise UserError(
-            f"{path} has no header of llm.c's (it begins with {magic}), and no meta.json is there"
+            f"{path} has no header of llm.c (it begins with {magic}), and meta.json is missing"
         )
     if "meta.pkl" in names:
-        return Found(
-            folder, files, meta | read_pickle(os.path.join(folder, "meta.pkl")), np.dtype("<u2")
-        )
-    # files of ours that lost their meta.json must not pass for GPT-2 tokens: text in bytes, or ids in 32 bits
-    halves = np.frombuffer(start[: len(start) // 4 * 4], "<u2")
-    if len(start) >= 512 and (not set(start) & set(range(1, 9)) or halves[1::2].max() < 4):
-        raise UserError(
-            f"{folder} has lost its meta.json (train.bin holds no GPT-2 tokens); {AGAIN}"
-        )
-    note = f"{folder} has neither meta.json nor meta.pkl: its tokens are taken as GPT-2's, as nanoGPT does"
+        meta |= read_pickle(os.path.join(folder, "meta.pkl"))
+        return Found(folder, files, meta, np.dtype("<u2"))
+    note = f"{folder} has neither meta.json nor meta.pkl: its tokens are taken for GPT-2's, as in nanoGPT"
     meta |= LLM_C[20240520][2] | {"vocabulary": "gpt2"}
     return Found(folder, files, meta, np.dtype("<u2"), note=note)
 
 
-# what a pickle of dicts, lists, strings and numbers is made of. Anything else could run code of its choosing
-PLAIN = re.compile(
-    "PROTO|FRAME|STOP|MARK|MEMOIZE|BINPUT|(LONG_)?BINGET|EMPTY_DICT|SETITEMS?|EMPTY_LIST|APPENDS?|"
-    "(SHORT_)?BINUNICODE|BININT[12]?|NONE"
-)
+class PlainUnpickler(pickle.Unpickler):
+    """Dicts, lists, strings and numbers need no classes; anything else could run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 
 def read_pickle(path):
-    """nanoGPT's meta.pkl: vocab_size and, of a vocabulary of characters, itos."""
-    data = contents(path)
+    """nanoGPT's meta.pkl: vocab_size and, for a vocabulary of characters, itos -> what is known of it."""
     try:
-        for code, _, _ in pickletools.genops(data):
-            if not PLAIN.fullmatch(code.name):
-                raise ValueError(f"it holds {code.name}")
-        read = pickle.loads(data)
+        with open(path, "rb") as f:
+            read = PlainUnpickler(f).load()
         n, itos = read["vocab_size"], read.get("itos")
-        characters = itos if itos is None else [itos[i] for i in range(len(itos))]
-    except Exception as e:  # there is hardly one that a damaged pickle cannot raise
+        if type(n) is not int or not 0 < n <= 2**16:
+            raise ValueError(f"vocab_size {n!r:.60} is not a whole number from 1 to 65,536")
+        if itos is None:
+            return dict(vocab_size=n)
+        characters = [itos[i] for i in range(n)]
+        one_byte = all(c.isascii() and len(c) == 1 for c in characters)
+    except Exception as e:  # a damaged pickle can raise anything
         raise UserError(f"{path} is not nanoGPT's meta.pkl ({type(e).__name__}: {e})") from None
-    if not (is_count(n) and n <= 2**16):
-        raise UserError(
-            f"{path}: vocab_size must be a number from 1 to 2^16, got {reprlib.repr(n)}"
-        )
-    if characters is None:
-        return dict(vocab_size=n)
-    if (
-        not all(type(c) is str and c for c in characters)
-        or not len(set(characters)) == len(characters) == n
-    ):
-        raise UserError(f"{path}: itos does not hold {n} different characters")
     digest = hashlib.sha256(json.dumps(characters).encode()).hexdigest()
-    one_byte = all(c.isascii() and len(c) == 1 for c in characters)
-    return dict(
-        vocab_size=n,
-        characters=characters,
-        vocabulary=f"characters {digest[:16]}",
-        bytes_per_token=1.0 if one_byte else None,
-    )
-
-
-# ------------------------------------------------------------------------------------------------------ files
+    known = dict(vocab_size=n, characters=characters, vocabulary=f"characters {digest[:16]}")
+    return known | {"bytes_per_token": 1.0 if one_byte else None}
 
 
 @contextlib.contextmanager
 def readable(path):
-    """What the system says of a file that cannot be read, as a UserError."""
+    """Raises UserError for a file that cannot be read."""
     try:
         yield
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
-
-
-def contents(path, n=LARGEST_META):
-    """The first n bytes of a file: of meta.json or meta.pkl, all that counts."""
-    with readable(path), open(path, "rb") as f:
-        return f.read(n)
 
 
 def sha256_of(path):
@@ -268,7 +182,3 @@ def sha256_of(path):
         for block in iter(lambda: f.read(2**20), b""):
             digest.update(block)
     return digest.hexdigest()
-
-
-def damaged(path, where="as a whole"):
-    return UserError(f"{path} is damaged: {where} it is not what was prepared; {AGAIN}")

@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 
 from nanotst import UserError
-from nanotst.checkpoint import exists, forms, newest, remove
+from nanotst.checkpoint import remove
 from nanotst.configurator import typed
 from nanotst.files import FULL, write_safely
 from nanotst.sharded import of_all_ranks
@@ -21,15 +21,13 @@ with contextlib.suppress(ImportError):  # not on Windows, where a folder has no 
 class RunFolder:
     """The folder of a run. Only the master writes; the other ranks call the same methods to no effect.
 
-    metrics.jsonl holds a row per log interval; last.pt and best.pt are checkpoints, of a sharded run last.dcp
-    and best.dcp; `lock` is held by the process that trains, and released by the system when it ends, however
-    it ends."""
+    metrics.jsonl holds a row per log interval; last.pt and best.pt are checkpoints; `lock` is held by the
+    process that trains, and released by the system when it ends, however it ends."""
 
     def __init__(self, out_dir, machine):
-        form = "dcp" if machine.parallel == "fsdp" else "pt"
         self.out_dir, self.machine = out_dir, machine
         self.metrics, self.last, self.best = (
-            os.path.join(out_dir, n) for n in ("metrics.jsonl", f"last.{form}", f"best.{form}")
+            os.path.join(out_dir, n) for n in ("metrics.jsonl", "last.pt", "best.pt")
         )
         self.wandb = None
 
@@ -51,7 +49,8 @@ class RunFolder:
     def newest(self):
         """The checkpoint to go on from, None if there is none, as the master sees it: on a shared file system
         the others may not see it yet."""
-        return self.machine.from_master(newest(self.last) if self.machine.master else None)
+        there = self.machine.master and os.path.exists(self.last)
+        return self.machine.from_master(self.last if there else None)
 
     def begin(self, resume, overwrite):
         """Lock the folder, and make room for a new run. Raises UserError, on all ranks, if it holds a run
@@ -70,11 +69,12 @@ class RunFolder:
             os.makedirs(self.out_dir, exist_ok=True)
         if os.path.isdir(self.out_dir):
             self._lock()  # before looking: another process could come to its end in between
-        held = [path for path in (*forms(self.last), *forms(self.best)) if exists(path)]
-        held += [self.metrics] * os.path.exists(self.metrics)
-        last = newest(self.last)
+        held = [p for p in (self.last, self.best, self.metrics) if os.path.exists(p)]
+        last = self.last in held
         if resume and not last:
             what = "the log of a run that ended before its first save" if held else "no run"
+            if os.path.isdir(os.path.join(self.out_dir, "last.dcp")):
+                what = "last.dcp of an older version, commit e9f8ad9, which alone can resume it"
             start = "start without --resume" + (", but with --overwrite" if held else "")
             raise UserError(f"there is no checkpoint {self.last}: the folder holds {what}; {start}")
         if held and not resume and not overwrite:

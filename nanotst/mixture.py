@@ -1,9 +1,8 @@
 """What a run reads: one corpus, or a mixture of several, such as dclm:0.5,fineweb_edu:0.5.
 
-Each row of a batch comes from one corpus. Which one is a fixed pattern that keeps the shares at any time, to
-less than one row; each corpus has its own order and is read without replacement. All of it is a function of
-the row's number, as in stream.py.
-"""
+Each row of a batch comes from one corpus. A fixed pattern decides which, so that the shares hold at any time
+to within one row. Each corpus has its own order and is read without replacement. All of this is a function of
+the row's number, as in stream.py."""
 
 import hashlib
 import itertools
@@ -16,24 +15,21 @@ from fractions import Fraction
 import numpy as np
 
 from nanotst import UserError
-from nanotst.corpus import open_corpus
+from nanotst.corpus import differing, open_corpus
 from nanotst.formats import DATA
 
 LONGEST_PATTERN = 10_000  # rows
-SHARE = re.compile(r"[-+]?(\d{1,9}\.?\d{0,9}|\.\d{1,9}|\d{1,9}/[1-9]\d{0,8})")  # 0.5 or 1/2
+SHARE = re.compile(r"\d*\.?\d+|\d+/[1-9]\d*")  # 0.5 or 1/2
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """parts: (name, Corpus, share as a Fraction); meta: plain values for a checkpoint, those of a single
-    corpus or of the mixture."""
-
-    parts: list
-    meta: dict
+    parts: list  # (name, Corpus, share as a Fraction)
+    meta: dict  # plain values for a checkpoint, as in Corpus
 
     @property
     def folder(self):
-        """Where the vocabulary is found; of a single corpus, where it is."""
+        """The folder that holds the vocabulary."""
         return self.parts[0][1].folder
 
     @property
@@ -46,24 +42,26 @@ class Mixture:
 
 
 def open_mixture(spec, say=print):
-    """The corpora of the knob `dataset`: NAME, or NAME:SHARE,NAME:SHARE ... whose shares sum to 1. Raises
-    UserError for shares that do not, or corpora of different vocabularies. say: called with what was guessed
-    of a corpus."""
-    if not is_mixture(spec):
-        corpus = open_corpus(spec)
-        if corpus.note:
-            say(corpus.note)
-        return Mixture([("", corpus, Fraction(1))], corpus.meta)
-    paths, shares = zip(*(name_and_share(part.strip(), spec) for part in spec.split(",")))
+    """Open the corpora of the knob `dataset`: NAME, or NAME:SHARE,NAME:SHARE ... with shares that sum to 1.
+    Raises UserError for other shares, or corpora of different vocabularies. say: prints what was guessed."""
+    named = [part.strip().rpartition(":") for part in spec.split(",")]
+    alone = any(os.path.isdir(os.path.join(folder, spec)) for folder in (".", DATA))
+    if alone or len(named) == 1 and not SHARE.fullmatch(named[0][2]):
+        paths, shares = [spec], [Fraction(1)]
+    elif all(name and SHARE.fullmatch(share) for name, _, share in named):
+        paths, shares = [name for name, _, _ in named], [Fraction(share) for *_, share in named]
+    else:
+        raise UserError(f"dataset={spec}: write NAME:SHARE,NAME:SHARE")
     if min(shares) <= 0 or sum(shares) != 1:
         said = " + ".join(map(str, shares)) + f" = {sum(shares)}"
         raise UserError(f"dataset={spec}: shares must be positive and sum to 1, not {said}")
     if math.lcm(*(share.denominator for share in shares)) > LONGEST_PATTERN:
         raise UserError(f"dataset={spec}: give shares of fewer digits, up to four")
     corpora = [open_corpus(path) for path in paths]
-    for corpus in corpora:
-        if corpus.note:
-            say(corpus.note)
+    for note in filter(None, (corpus.note for corpus in corpora)):
+        say(note)
+    if len(corpora) == 1:
+        return Mixture([("", corpora[0], Fraction(1))], corpora[0].meta)
     check_alike(spec, paths, corpora)
     names = [os.path.basename(os.path.normpath(path)) for path in paths]
     names = names if len(set(names)) == len(names) else [f"{i}" for i in range(len(names))]
@@ -71,68 +69,41 @@ def open_mixture(spec, say=print):
     return Mixture(parts, meta_of(parts))
 
 
-def is_mixture(spec):
-    """Whether the knob names several corpora, and not one whose name has a comma or a colon in it."""
-    alone = any(os.path.isdir(os.path.join(folder, spec)) for folder in (".", DATA))
-    return not alone and ("," in spec or bool(SHARE.fullmatch(spec.rpartition(":")[2])))
-
-
-def name_and_share(part, spec):
-    """("dclm", Fraction(1, 2)) of dclm:0.5 or dclm:1/2."""
-    name, _, share = part.rpartition(":")
-    if not name or not SHARE.fullmatch(share):
-        raise UserError(f"dataset={spec}: write NAME:SHARE,NAME:SHARE, got {part!r}")
-    return name, Fraction(share)
-
-
 def check_alike(spec, paths, corpora):
     """UserError unless ids mean the same in all of them, and no two are the same text."""
-    first = corpora[0].meta
-    for path, corpus in zip(paths, corpora):
-        for key in ("vocabulary", "vocab_size", "separator"):
-            if corpus.meta[key] != first[key]:
-                different = f"{path} has {key} {corpus.meta[key]}, {paths[0]} {first[key]}"
-                raise UserError(
-                    f"dataset={spec}: {different}; prepare both with the same --encoding"
-                )
-        if corpus.meta["vocabulary"] is None:
-            raise UserError(
-                f"dataset={spec}: {path} names no encoding to compare; name it in its meta.json"
-            )
-    for (path, corpus), (other, its) in itertools.combinations(zip(paths, corpora), 2):
-        if corpus.fingerprint == its.fingerprint:
-            raise UserError(
-                f"dataset={spec}: {path} and {other} hold the same text; give it one share"
-            )
+    keys = ("vocabulary", "vocab_size", "separator")
+    for (i, a), (j, b) in itertools.combinations(enumerate(corpora), 2):
+        both = f"dataset={spec}: {paths[j]} and {paths[i]}"
+        if what := differing(a.meta, b.meta, keys):
+            raise UserError(f"{both} differ, {what}; prepare both with the same --encoding")
+        if a.meta["vocabulary"] is None:
+            raise UserError(f"{both} name no encoding to compare; name it in their meta.json")
+        if a.fingerprint == b.fingerprint:
+            raise UserError(f"{both} hold the same text; give it one share")
 
 
 def meta_of(parts):
-    """Plain values for a checkpoint, as a corpus has them, of a mixture."""
+    """The meta of a mixture, with the keys of a corpus."""
     metas = [corpus.meta for _, corpus, _ in parts]
-    total = lambda key: sum(m[key] for m in metas) if all(m.get(key) for m in metas) else None
     whole = "".join(f"{corpus.fingerprint} {share} " for _, corpus, share in parts)
-    known = all(corpus.bytes_per_token for _, corpus, _ in parts)
-    per_token = (
-        sum(float(share) * corpus.bytes_per_token for _, corpus, share in parts) if known else None
-    )
-    return metas[0] | {
-        "fingerprint": hashlib.sha256(whole.encode()).hexdigest()[:32],
-        "bytes_per_token": per_token,
-        **{key: total(key) for key in ("train_tokens", "val_tokens", "train_bytes", "val_bytes")},
+    meta = metas[0] | {"fingerprint": hashlib.sha256(whole.encode()).hexdigest()[:32]}
+    for key in ("train_tokens", "val_tokens", "train_bytes", "val_bytes"):
+        meta[key] = sum(m[key] for m in metas) if all(m.get(key) for m in metas) else None
+    rates = [(float(share), corpus.bytes_per_token) for _, corpus, share in parts]
+    known = all(rate for _, rate in rates)
+    return meta | {
+        "bytes_per_token": sum(share * rate for share, rate in rates) if known else None,
         "source": [line for m in metas for line in m.get("source") or ()],
-        "mixture": [
-            {"name": n, "share": str(share), "meta": corpus.meta} for n, corpus, share in parts
-        ],
+        "mixture": [{"name": n, "share": str(share), "meta": c.meta} for n, c, share in parts],
     }
 
 
 class Pattern:
-    """Which corpus each row of a run is from. shares: Fractions that sum to 1.
+    """Which corpus each row of a run comes from. shares: Fractions that sum to 1.
 
     The pattern repeats after as many rows as their common denominator. In it, each row goes to the corpus
-    whose next row is due first, among those that have not had their share: like that all of them are less
-    than one row off at any time (Tijdeman, "The chairman assignment problem", 1980).
-    """
+    whose next row is due first, among those behind their share. So each is always less than one row off
+    (Tijdeman, "The chairman assignment problem", 1980)."""
 
     def __init__(self, shares):
         self.n = math.lcm(*(share.denominator for share in shares))

@@ -1,47 +1,52 @@
-"""The checkpoint of a sharded run: a folder in which every rank has written its part.
+"""The checkpoint of a sharded run, to which every rank writes its part.
 
-    last.dcp/manifest.json  the step, and the files of the checkpoint with their sha256
-    last.dcp/step_500.0/    state.pt: the dict of the checkpoint, its sharded tensors on the meta device,
-                            without their data; and the data, as torch.distributed.checkpoint (DCP) writes it
+    last.pt                            all that is not sharded, and the shapes of the tensors that are
+    last.step_500.7f31a2e0/rank_3.pt   {name: (first row, rows)}, the rows that rank 3 holds of each of these
 
-The manifest is written last and replaced at once. What it names is whole, and whatever else is in the folder
-does not count, so the last good checkpoint is there until the new one is complete. Any number of ranks can
-read it, or one process without ranks. All ranks must see the same file system."""
+last.pt is replaced last and atomically, and names the folder of the parts. Until then the checkpoint before
+it counts; folders left by a killed run don't. torch.load reads all files with weights_only, so none can run
+code. Any number of ranks, or a process without ranks, can read them. All ranks must see one file system."""
 
 import glob
-import json
 import os
-import pathlib
-import pickle
 import shutil
-import warnings
+import zipfile
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanotst import UserError
-from nanotst.files import sync_folder, why_not_written, write_safely
-from nanotst.formats import sha256_of
-
-MANIFEST = "manifest.json"
+from nanotst.files import write_safely
 
 
-def map_tensors(f, x, key=""):
-    """Nested dicts and lists with f(key, tensor) in the place of each tensor; key is where it stands, such as
-    .model.head.weight."""
-    if torch.is_tensor(x):
-        return f(key, x)
+class Rows:
+    """A saved tensor in parts, [(first row, rows)] in order, from the files of several ranks."""
+
+    def __init__(self, parts):
+        self.parts, self.dtype = parts, parts[0][1].dtype
+        self.shape = torch.Size([sum(len(t) for _, t in parts), *parts[0][1].shape[1:]])
+
+    def __getitem__(self, index):
+        """The tensor; index: ..., or slices of which the first may leave out rows."""
+        a, b = (0, self.shape[0]) if index is ... else (index[0].start, index[0].stop)
+        return torch.cat([t[max(0, a - first) : max(0, b - first)] for first, t in self.parts])
+
+
+def map_tensors(f, x, name=""):
+    """Nested dicts and lists with f(name, tensor) for each tensor; a name is like .model.head.weight."""
+    if isinstance(x, (torch.Tensor, Rows)):
+        return f(name, x)
     if isinstance(x, dict):
-        return {k: map_tensors(f, v, f"{key}.{k}") for k, v in x.items()}
+        return {k: map_tensors(f, v, f"{name}.{k}") for k, v in x.items()}
     if isinstance(x, list):
-        return [map_tensors(f, v, f"{key}.{i}") for i, v in enumerate(x)]
+        return [map_tensors(f, v, f"{name}.{i}") for i, v in enumerate(x)]
     return x
 
 
 def of_all_ranks(value, group=None):
-    """A plain value of each rank: a list."""
+    """The plain values that the ranks pass, a list by rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -49,173 +54,105 @@ def of_all_ranks(value, group=None):
     return values
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+def together(work, group=None):
+    """work() on every rank. A UserError of one is raised on all."""
+    error = None
+    try:
+        work()
+    except UserError as e:
+        error = str(e)
+    if error := next(filter(None, of_all_ranks(error, group)), None):
+        raise UserError(error)
+
+
+def save_file(path, state, kept=""):
+    """torch.save, atomically."""
+
+    def write(temporary):
+        with open(
+            temporary, "wb"
+        ) as f:  # given a path, torch.save would hide the cause of an error
+            torch.save(state, f)
+
+    write_safely(path, write, kept)
+
+
+def load_file(path, verify=True):
+    """What save_file wrote, on the CPU. verify: its checksums, which torch ignores. Raises UserError."""
+    try:
+        if verify:
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():
+                    raise ValueError(f"the checksum of {damaged} is wrong")
+        mmap = path.isprintable()  # torch cannot map a file whose name is not UTF-8
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except Exception as e:  # a damaged file can make zipfile, pickle and torch raise anything
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        raise UserError(
+            f"{path} is not a checkpoint or is damaged ({reason}); use another"
+        ) from None
 
 
 def copy_to_host(state):
-    """A copy of a dict of tensors and plain values in host memory, in two: (the dict, in which sharded
-    tensors are on the meta device; {key: those tensors})."""
+    """Copy nested dicts and lists of tensors to host memory -> (the copy, in which sharded tensors are on the
+    meta device, without data; {name: (first row, rows)} of what this rank holds of them)."""
     parts = {}
 
-    def copy(key, t):
+    def copy(name, t):
         t = t.detach()
-        on_host = t.clone() if t.device.type == "cpu" else t.to("cpu")
         if not isinstance(t, DTensor):
-            return on_host
-        parts[key] = on_host
+            return t.to("cpu", copy=True)
+        mesh, placements = t.device_mesh, t.placements
+        _, offset = compute_local_shape_and_global_offset(t.shape, mesh, placements)
+        groups = [i for i, p in zip(mesh.get_coordinate(), placements) if p.is_replicate()]
+        if not any(groups):  # of the groups of hybrid sharding, the first writes
+            parts[name] = offset[0], t.to_local().to("cpu", copy=True)  # FSDP2 shards rows
         return torch.empty(t.shape, dtype=t.dtype, device="meta")
 
     return map_tensors(copy, state), parts
 
 
-def write_folder(path, state, parts, group):
-    """Write what copy_to_host gave, by all ranks together. Raises UserError, on all of them, if one could
-    not, and then the checkpoint before it is still there."""
-    rank = dist.get_rank(group)
-    folder = together(path, group, lambda: new_folder(path, state), rank == 0)[0]
-
-    def write():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP's about its own calls
-            # nothing is copied ahead: all is on the host, and DCP would make a CUDA stream in this thread
-            writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
-            dcp.save(parts, storage_writer=writer, process_group=group)  # syncs its files
-        mine = glob.glob(f"{glob.escape(folder)}/__{rank}_*")
-        mine += [f"{folder}/.metadata", f"{folder}/state.pt"] * (rank == 0)
-        return {os.path.relpath(file, path): sha256_of(file) for file in mine}
-
-    def commit():
-        manifest = {"step": state["step"], "files": dict(sorted(files.items()))}
-        sync_folder(folder)
-        sync_folder(path)
-        write_safely(f"{path}/{MANIFEST}", lambda name: write_json(name, manifest))
-        for old in glob.glob(f"{glob.escape(path)}/step_*"):
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
-
-    files = {name: digest for part in together(path, group, write) for name, digest in part.items()}
-    together(path, group, commit, rank == 0)
+def write_parts(path, state, parts, group):
+    """Write what copy_to_host gave, on all ranks together. Raises UserError on all of them if one cannot
+    write, and leaves the checkpoint before it."""
+    rank, ranks, stem = dist.get_rank(group), dist.get_world_size(group), os.path.splitext(path)[0]
+    # random, since a resumed run may save a step again
+    folder = of_all_ranks(f"{stem}.step_{state['step']}.{os.urandom(4).hex()}", group)[0]
+    state = state | {"folder": os.path.basename(folder), "ranks": ranks}
+    together(lambda: save_file(f"{folder}/rank_{rank}.pt", parts, path), group)
+    together(lambda: save_file(path, state) if rank == 0 else None, group)
+    if rank == 0:
+        remove_parts(path, folder)
 
 
-def together(path, group, work, mine=True):
-    """work() on all ranks for which it is `mine`: its results by rank. UserError on all ranks if one
-    fails."""
-    result, error = None, None
-    if mine:
-        try:
-            result = work()
-        except UserError as e:
-            error = str(e)
-        except (Exception, dcp.CheckpointException) as e:  # DCP's is no Exception
-            cause = next(
-                (e for e, _ in getattr(e, "failures", {}).values()), e
-            )  # in DCP's errors: by rank
-            error = why_not_written(path, cause, os.path.exists(f"{path}/{MANIFEST}"))
-    results = of_all_ranks((result, error), group)
-    if error := next((error for _, error in results if error), None):
-        raise UserError(error)
-    return [result for result, _ in results]
+def remove_parts(path, but=""):
+    """Remove the folders of parts of a checkpoint, except for one."""
+    for folder in glob.glob(f"{glob.escape(os.path.splitext(path)[0])}.step_*"):
+        if folder != but:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def new_folder(path, state):
-    """Make the folder for a checkpoint inside `path`, with all that is not sharded in it. What the manifest
-    names is not written over, though a resumed run may come to the same step again."""
-    os.makedirs(path, exist_ok=True)
-    i = 0
-    while os.path.exists(folder := f"{path}/step_{state['step']}.{i}"):
-        i += 1
-    os.mkdir(folder)
-    with open(f"{folder}/state.pt", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    return folder
+def open_parts(path, state):
+    """state, which a checkpoint's file holds, with Rows in place of sharded tensors. The ranks share the work
+    of verifying checksums. Raises UserError, on all ranks, if a part is damaged or missing."""
+    folder = os.path.join(os.path.dirname(path), os.path.basename(state["folder"]))
+    (rank, ranks), files = (0, 1), []
+    if dist.is_initialized():
+        rank, ranks = dist.get_rank(), dist.get_world_size()
 
+    def load():
+        for i in range(state["ranks"]):
+            files.append(load_file(f"{folder}/rank_{i}.pt", verify=i % ranks == rank))
 
-def write_json(path, value):
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
+    def rows(name, t):
+        if not t.is_meta:
+            return t
+        parts = sorted((file[name] for file in files if name in file), key=lambda part: part[0])
+        if sum(len(part) for _, part in parts) != len(t):
+            raise UserError(f"{path} is damaged: rows of {name[1:]} are missing; use another")
+        return Rows(parts)
 
-
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-def open_folder(path, verify=True):
-    """The folder that the manifest names. verify: its files' checksums, which the ranks of a run share out
-    among them. Raises UserError if one is wrong, FileNotFoundError if there is no manifest."""
-    try:
-        with open(f"{path}/{MANIFEST}", encoding="utf-8") as f:
-            files = dict(json.load(f)["files"])
-        (folder,) = {os.path.dirname(name) for name in files}
-        if os.path.basename(folder) != folder or not all(
-            isinstance(digest, str) for digest in files.values()
-        ):
-            raise ValueError("it names something else")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(
-            f"{path} is damaged: its {MANIFEST} is no list of files ({str(e)[:100]})"
-        ) from None
-    wrong = None
-    if verify:
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        for name in sorted(files)[rank::ranks]:
-            if not os.path.isfile(f"{path}/{name}") or sha256_of(f"{path}/{name}") != files[name]:
-                wrong = name
-        wrong = next(filter(None, of_all_ranks(wrong)), None)
-    if wrong:
-        raise UserError(
-            f"{path} is damaged: {wrong} is missing or its checksum is wrong; use another checkpoint"
-        )
-    return f"{path}/{folder}"
-
-
-def read_parts(path, wanted):
-    """Fill the tensors of wanted, {key: tensor}, which may be sharded in any way or whole. Every rank reads
-    what it needs, and asks none of the others."""
-    if not wanted:
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP's, that no other process takes part
-            dcp.load(wanted, storage_reader=Reader(open_folder(path, verify=False)), no_dist=True)
-    except (Exception, dcp.CheckpointException) as e:
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
-        raise UserError(
-            f"{path} is not a checkpoint of this repository, or is damaged ({reason})"
-        ) from None
-
-
-class Reader(dcp.FileSystemReader):
-    """DCP's reader of folders, but one that runs no code from a file: DCP unpickles .metadata as it is."""
-
-    def read_metadata(self, *args, **kwargs):
-        with open(os.path.join(self.path, ".metadata"), "rb") as f:
-            metadata = DescriptionOfTensors(f).load()
-        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class DescriptionOfTensors(pickle.Unpickler):
-    OF_DCP = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-    OTHERS = (
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-    )
-
-    def find_class(self, module, name):
-        found = None
-        if module in self.OF_DCP or (module, name) in self.OTHERS:
-            found = super().find_class(module, name)
-            if (
-                module in self.OF_DCP and getattr(found, "__module__", None) != module
-            ):  # what it has imported
-                found = None
-        elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            found = getattr(torch, name)
-        elif module.split(".")[0] == "pathlib" and name.endswith("Path"):  # where it was written
-            found = pathlib.PurePath
-        if found is None:
-            raise pickle.UnpicklingError(f"{module}.{name} describes no tensor")
-        return found
+    together(load)
+    return map_tensors(rows, state)

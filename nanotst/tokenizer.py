@@ -1,15 +1,14 @@
-"""Text to token ids and back: the one place that knows about vocabularies.
+"""Text to token ids and back.
 
 get_tokenizer(name) takes
   "bytes"                   the 256 byte values; needs no vocabulary file and no package
   "gpt2", "cl100k_base" ..  an encoding of tiktoken, which downloads its vocabulary once
   a path                    a local tiktoken rank file, such as Llama 3's tokenizer.model. It holds neither a
-                            split pattern nor special tokens. One of 128,000 ranks gets those of Llama 3, any
-                            other gets its pattern and a single <|endoftext|>, which `note` says
+                            split pattern nor special tokens: 128,000 ranks get Llama 3's; any other number
+                            gets Llama 3's pattern and a single <|endoftext|>, which `note` says
 
-The name is stored as "encoding" in a dataset's meta.json. A dataset made with a rank file keeps a copy of it,
-so get_tokenizer(meta["encoding"], folder=DATASET_FOLDER) opens the right one.
-"""
+The name is "encoding" in a corpus's meta.json. A corpus made with a rank file keeps a copy of it, so
+get_tokenizer(meta["encoding"], folder=CORPUS_FOLDER) opens the right one."""
 
 import base64
 import os
@@ -31,12 +30,11 @@ LLAMA3_RANKS = 128000
 class Tokenizer:
     name: str
     vocab_size: int
-    separator: int  # written after every document; also a start token
+    separator: int | None  # written after every document; also a start token
     encode: Callable[[str], np.ndarray]  # str -> (T,) int64; "<|endoftext|>" is ordinary text
-    decode_bytes: Callable[..., bytes]  # ids (list, array, CPU tensor) -> bytes. For streaming:
-    #                                         one token may be a part of a character
-    rank_file: str = ""  # path, when the vocabulary came from a local file
-    note: str = ""  # what was guessed of it, a line for people
+    decode_bytes: Callable[..., bytes]  # ids -> bytes; a token may be a part of a character
+    rank_file: str = ""  # path, if the vocabulary came from a local file
+    note: str = ""  # a line for people about what was guessed
 
     def decode(self, ids) -> str:
         """ids: (T,) -> text; bytes that are not UTF-8 become U+FFFD."""
@@ -44,8 +42,8 @@ class Tokenizer:
 
 
 def get_tokenizer(name: str, folder: str = "") -> Tokenizer:
-    """folder: where a relative rank file name is looked for first.
-    UserError with a one-line message if there is no such vocabulary."""
+    """The Tokenizer of an encoding or rank file; folder: where a relative rank file is looked for first.
+    Raises UserError if there is no such vocabulary."""
     if name == "bytes":
         return _byte_tokenizer()
     for path in (os.path.join(folder, name), name):
@@ -54,14 +52,14 @@ def get_tokenizer(name: str, folder: str = "") -> Tokenizer:
     if name.endswith((".model", ".tiktoken")) or os.path.dirname(name):
         raise UserError(f"no such rank file: {os.path.join(folder, name)}")
     tiktoken = _import_tiktoken(name)
+    known = ", ".join(tiktoken.list_encoding_names())
     if name not in tiktoken.list_encoding_names():
         raise UserError(
-            f"unknown encoding '{name}'; known: bytes, a path of a rank file, "
-            + ", ".join(tiktoken.list_encoding_names())
+            f"unknown encoding '{name}'; known: bytes, the path of a rank file, {known}"
         )
     try:
         return _bpe_tokenizer(name, tiktoken.get_encoding(name))
-    except Exception as e:  # requests, urllib3, hash and file errors: one remedy for all of them
+    except Exception as e:  # requests, urllib3, hash and file errors have one remedy
         raise UserError(
             f"the vocabulary of '{name}' could not be fetched ({type(e).__name__}); set "
             "TIKTOKEN_CACHE_DIR to a folder that has it, or prepare the corpus with --encoding=bytes"
@@ -74,8 +72,7 @@ def _ids(ids) -> list[int]:
 
 def _byte_tokenizer() -> Tokenizer:
     def encode(text: str) -> np.ndarray:
-        # NUL is the separator, so it must not come from the text. Half a surrogate pair (possible
-        # in a Python string, not in UTF-8) becomes "?".
+        # NUL is the separator, so text must not hold it; half a surrogate pair becomes "?"
         data = text.encode("utf-8", errors="replace").replace(b"\0", b"")
         return np.frombuffer(data, dtype=np.uint8).astype(np.int64)
 
@@ -86,70 +83,42 @@ def _bpe_tokenizer(name: str, bpe, separator: int | None = None, rank_file: str 
     """bpe: a tiktoken.Encoding."""
 
     def encode(text: str) -> np.ndarray:
-        try:
-            ids = bpe.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # half a surrogate pair becomes "?"
-            ids = bpe.encode_to_numpy(
-                text.encode("utf-8", "replace").decode(), disallowed_special=()
-            )
-        return ids.astype(np.int64)
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair becomes "?"
+        return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
 
     def one(i: int) -> bytes:
         try:
             return bpe.decode_single_token_bytes(i)
-        except KeyError:
+        except KeyError:  # an id without a token: a gap in a vocabulary, or a padded row of a model
             return "\ufffd".encode()
 
-    def decode_bytes(ids) -> bytes:
-        ids = _ids(ids)
-        try:
-            return bpe.decode_bytes(ids)
-        except KeyError:  # ids without a token: gaps of some vocabularies, or a model's padded rows
-            return b"".join(one(i) for i in ids)
-
-    return Tokenizer(
-        name,
-        bpe.n_vocab,
-        bpe.eot_token if separator is None else separator,
-        encode,
-        decode_bytes,
-        rank_file,
-    )
+    separator = bpe.eot_token if separator is None else separator
+    decode_bytes = lambda ids: b"".join(map(one, _ids(ids)))
+    return Tokenizer(name, bpe.n_vocab, separator, encode, decode_bytes, rank_file)
 
 
 def _rank_file_tokenizer(path: str) -> Tokenizer:
-    """A rank file has one "base64-of-the-token rank" line per token. What it does not hold stands above."""
-    # not by tiktoken.load: it keeps a copy by path alone, and goes on reading it when the file has changed
+    """A rank file has a line "base64-of-the-token rank" for each token."""
+    # not by tiktoken.load, which keeps a copy by path and reads that when the file has changed
     try:
         with open(path, "rb") as f:
             pairs = [line.split() for line in f.read().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        n = len(ranks)
+        # tiktoken aborts on text whose bytes it lacks
+        if set(ranks.values()) != set(range(n)) or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError("needs ranks 0..N-1 and all 256 bytes")
     except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "lines are not 'base64 rank'"
-        raise UserError(f"{path} is not a tiktoken rank file ({reason})") from None
-    # tiktoken aborts on text whose bytes it lacks, so such a file is refused here
-    n = len(ranks)
-    if sorted(ranks.values()) != list(range(n)) or not all(bytes([b]) in ranks for b in range(256)):
         raise UserError(
-            f"{path} is not a tiktoken rank file (needs ranks 0..N-1 and all 256 bytes)"
-        )
-    note = ""
-    if n == LLAMA3_RANKS:
-        names = [f"<|reserved_special_token_{i}|>" for i in range(251)]
-        # the order of the Llama 3 release: ids 128000 to 128255
-        names = [
-            "<|begin_of_text|>",
-            "<|end_of_text|>",
-            *names[:4],
-            "<|start_header_id|>",
-            "<|end_header_id|>",
-            names[4],
-            "<|eot_id|>",
-            *names[5:],
-        ]
+            f"{path} is not a tiktoken rank file of lines 'base64 rank' ({e})"
+        ) from None
+    names, separator, note = ["<|endoftext|>"], n, ""
+    if n == LLAMA3_RANKS:  # ids 128000 to 128255, in the order of the Llama 3 release
+        reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+        names = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>"]
+        names += ["<|end_header_id|>", reserved[4], "<|eot_id|>", *reserved[5:]]
         separator = n + 1
     else:
-        names, separator = ["<|endoftext|>"], n
         note = (
             f"{path} has {n:,} ranks, not Llama 3's {LLAMA3_RANKS:,}: text is split by Llama 3's pattern all "
             "the same, which may not be its model's, and the one special token is <|endoftext|>"
@@ -160,7 +129,7 @@ def _rank_file_tokenizer(path: str) -> Tokenizer:
         mergeable_ranks=ranks,
         special_tokens={token: n + i for i, token in enumerate(names)},
     )
-    return replace(_bpe_tokenizer(path, bpe, separator, rank_file=path), note=note)
+    return replace(_bpe_tokenizer(path, bpe, separator, path), note=note)
 
 
 def _import_tiktoken(name: str):

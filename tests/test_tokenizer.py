@@ -9,32 +9,18 @@ import pytest
 from nanotst import UserError
 from nanotst.tokenizer import get_tokenizer
 
-
-def write_ranks(path, n_filler=0):
-    """A rank file: the 256 bytes, a few merges, and n_filler tokens that no text has."""
-    tokens = [bytes([b]) for b in range(256)] + [
-        b"th",
-        b" t",
-        b"he",
-        b" th",
-        b" the",
-        b"in",
-        b"er",
-        b"\n\n",
-    ]
-    tokens += [b"\xff" + i.to_bytes(3, "big") for i in range(n_filler)]
-    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
-    return str(path)
-
-
-@pytest.fixture
-def ranks(tmp_path):
-    return write_ranks(tmp_path / "tiny.model")
-
-
+MERGES = [b"th", b" t", b"he", b" th", b" the", b"in", b"er", b"\n\n"]
 HARD = (
     "the caf\u00e9 \u4e2d\u6587 \U0001f600 <|endoftext|> <|end_of_text|>\n\n\ttabs\r\n" + "a" * 50
 )
+
+
+def write_ranks(path, n_filler=0):
+    """A rank file: the 256 bytes, a few merges, and n_filler tokens that no text has."""
+    tokens = [bytes([b]) for b in range(256)] + MERGES
+    tokens += [b"\xff" + i.to_bytes(3, "big") for i in range(n_filler)]
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
+    return str(path)
 
 
 def test_bytes_round_trip():
@@ -48,37 +34,31 @@ def test_bytes_round_trip():
     assert len(t.encode("")) == 0 and t.encode("\ud800").tolist() == [ord("?")]
 
 
-def test_rank_file_round_trip(ranks):
+def test_rank_file_round_trip(tmp_path):
+    ranks = write_ranks(tmp_path / "tiny.model")
     t = get_tokenizer(ranks)
     assert (t.vocab_size, t.separator, t.rank_file) == (265, 264, ranks)
-    assert t.note.startswith(
-        f"{ranks} has 264 ranks, not Llama 3's 128,000: text is split by Llama 3's pattern"
-    )
+    assert t.note.startswith(f"{ranks} has 264 ranks, not Llama 3's 128,000")
     ids = t.encode(HARD)
     assert t.decode(ids) == HARD and len(ids) < len(HARD.encode())
     assert t.separator not in ids  # "<|endoftext|>" in the text is ordinary text
     assert t.encode("a\ud800").tolist() == [ord("a"), ord("?")]
-    assert t.encode(" the").tolist() == [260]
-    assert t.decode([264]) == "<|endoftext|>"
+    assert t.encode(" the").tolist() == [260] and t.decode([264]) == "<|endoftext|>"
     assert t.decode([97, 300, 98]) == "a\ufffdb"  # a padded row of a model
-    assert (
-        get_tokenizer("tiny.model", folder=os.path.dirname(ranks)).encode(HARD).tolist()
-        == ids.tolist()
-    )
+    other = get_tokenizer("tiny.model", folder=os.path.dirname(ranks))
+    assert other.encode(HARD).tolist() == ids.tolist()
 
 
 def test_llama3_special_tokens(tmp_path):
     t = get_tokenizer(write_ranks(tmp_path / "tokenizer.model", n_filler=128000 - 264))
     assert (t.vocab_size, t.separator, t.note) == (128256, 128001, "")
-    assert t.decode([128000, 128001, 128006, 128007, 128009]) == (
-        "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|>"
-    )
-    assert (
-        t.decode([128010, 128255]) == "<|reserved_special_token_5|><|reserved_special_token_250|>"
-    )
+    special = "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|>"
+    assert t.decode([128000, 128001, 128006, 128007, 128009]) == special
+    reserved = [t.decode([i]) for i in (128002, 128005, 128008, 128010, 128255)]
+    assert reserved == [f"<|reserved_special_token_{i}|>" for i in (0, 3, 4, 5, 250)]
 
 
-def test_tokenizer_errors(tmp_path, monkeypatch):
+def test_errors_are_one_line(tmp_path, monkeypatch):
     import tiktoken
 
     (tmp_path / "bad.model").write_bytes(b"\n\x0e\x0a\x05<unk>\x15 0 0\n")

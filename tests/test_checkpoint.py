@@ -1,0 +1,489 @@
+"""checkpoint.py, sharded.py and files.py: what any number of ranks saves is loaded whole, or refused."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, TINY, read_rows, write_corpus
+
+import sample
+import train
+from model import GPT
+from nanotst import UserError, checkpoint, files, sharded
+from nanotst.checkpoint import find_checkpoint, load_checkpoint, model_config
+from nanotst.machine import Machine, StopSignals
+from tools import evaluate, export
+
+# 50 tokens and 5 experts do not divide by the ranks
+MOE = dict(n_embd=24, ff_dim=40, n_expert=5, top_k=2, balance_bias=True)
+SHORT = dict(MOE, max_steps=12, total_batch=192, batch_size=0, eval_interval=6, eval_positions=176)
+STOP = 7  # two steps after the switch
+RUNS = {  # name: how it is resumed, and from what
+    "fsdp 2": "before",
+    "fsdp 4": "before",
+    "auto 1": "before",
+    "fsdp 2 again": "auto 1",  # which was stopped two steps later
+}
+
+A_PROCESS = """
+import json, os, shutil, sys, train
+from nanotst.machine import StopSignals
+me = int(sys.argv[1])
+for job in json.load(sys.stdin):
+    if me < job["ranks"]:
+        if me == 0 and job["knobs"]["resume"]:
+            shutil.copytree(job["before"], job["knobs"]["out_dir"])
+        env = dict(RANK=str(me), LOCAL_RANK=str(me), WORLD_SIZE=str(job["ranks"]))
+        os.environ |= env | {"MASTER_PORT": job["port"]}
+        if job["knobs"]["parallel"] == "auto":
+            [os.environ.pop(key) for key in env]
+        StopSignals.stop = lambda self, step: step == job["stop"]
+        try:
+            train.main(train.Config(**job["knobs"]))
+        except SystemExit:
+            assert job["stop"]
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def ranks(corpus, tmp_path_factory):
+    """A folder of runs: "whole" on one, "before" on three ranks to step STOP, and resumed as in RUNS."""
+    folder, jobs = tmp_path_factory.mktemp("ranks"), []
+    for name, how in [("whole", "auto 1"), ("before", "fsdp 3"), *((name, name) for name in RUNS)]:
+        parallel, n = how.split()[:2]
+        knobs = {**TINY, **SHORT, "dataset": corpus, "out_dir": f"{folder}/{name}", "threads": 1}
+        knobs |= {"parallel": parallel, "resume": name in RUNS}
+        job = dict(ranks=int(n), port=free_port(), before=f"{folder}/{RUNS.get(name)}", knobs=knobs)
+        jobs.append(job | {"stop": {"before": STOP, "auto 1": STOP + 2}.get(name)})
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    how = dict(cwd=ROOT, env=env, stdin=-1, stdout=-3, stderr=-1, text=True)  # pipe, none, pipe
+    processes = [
+        subprocess.Popen([sys.executable, "-c", A_PROCESS, str(i)], **how) for i in range(4)
+    ]
+    try:
+        for process in processes:
+            process.stdin.write(json.dumps(jobs))
+            process.stdin.close()
+            process.stdin = None
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+    return folder
+
+
+def parts_of(path):
+    return sorted(Path(path).parent.glob(f"{Path(path).stem}.step_*/*"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_of_three_ranks_resumes_on_any_number(ranks, name):
+    rows, wanted = read_rows(ranks / name), read_rows(ranks / "whole")
+    assert len(rows) == (STOP + 2 if name == "auto 1" else 12)
+    for row, other in zip(rows, wanted):
+        for key in {"step", "loss", "val_loss", "grad_norm", "max_violation"} & row.keys():
+            assert row[key] == pytest.approx(other[key], rel=1e-5), (row["step"], key)
+    # and none of the three that were there
+    assert len(parts_of(ranks / name / "last.pt")) == {"fsdp 4": 4, "auto 1": 0}.get(name, 2)
+
+
+def test_a_checkpoint_does_not_show_how_many_ranks_saved_it(ranks):
+    """Names, shapes and dtypes are those of the plain model; values agree to rounding."""
+    mine, plain = (load_checkpoint(f"{ranks}/{name}/last.pt") for name in ("fsdp 4", "whole"))
+    shape = model_config(plain["config"], plain["meta"])
+    assert mine["model"].keys() == plain["model"].keys() == GPT(shape).state_dict().keys()
+    torch.testing.assert_close(mine["model"], plain["model"], rtol=1e-3, atol=1e-5)
+    states = [x["optimizer"][0]["state"] for x in (mine, plain)]
+    torch.testing.assert_close(*states, rtol=2e-2, atol=1e-5)
+    assert mine["stream"] == plain["stream"] and mine["step"] == plain["step"]
+    torch.testing.assert_close(mine["shares"], plain["shares"])
+    assert torch.equal(mine["rng"], plain["rng"])
+
+
+def test_a_missing_or_damaged_part_is_refused(ranks, tmp_path):
+    run = shutil.copytree(ranks / "before", tmp_path / "run")
+    assert len(parts_of(run / "last.pt")) == 3
+    wanted = load_checkpoint(str(run / "last.pt"))
+    for file in parts_of(run / "last.pt"):
+        whole = file.read_bytes()
+        with_flip = bytearray(whole)
+        with_flip[len(whole) // 2] ^= 16
+        file.unlink()
+        with pytest.raises(UserError, match=f"there is no checkpoint .*{file.name}"):
+            load_checkpoint(str(run / "last.pt"))
+        for damaged in (with_flip, whole[:-5]):
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match=f"{file.name} is not a checkpoint or is damaged"):
+                load_checkpoint(str(run / "last.pt"))
+        torch.save({}, file)  # readable, but without its rows
+        with pytest.raises(UserError, match="last.pt is damaged: rows of .* are missing"):
+            load_checkpoint(str(run / "last.pt"))
+        file.write_bytes(whole)
+    shutil.copytree(file.parent, run / "last.step_9.0")  # left by a killed run
+    assert load_checkpoint(str(run / "last.pt"))["step"] == wanted["step"] == STOP
+
+
+# ------------------------------------------------------------------------------- one rank in this process
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """This process is the only rank of a sharded run -> a Machine."""
+    env = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    for key, value in (env | {"MASTER_PORT": free_port()}).items():
+        monkeypatch.setenv(key, value)
+    yield Machine.start(train.Config(**TINY, parallel="fsdp", threads=1))
+    dist.destroy_process_group()
+
+
+def state_at(step):
+    w = torch.full((6, 2), float(step))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    sharded_w = dist.tensor.distribute_tensor(w, mesh, [dist.tensor.Shard(0)])
+    return {"model": {"w": sharded_w, "b": w[0]}, "config": {}, "meta": {}, "step": step}
+
+
+def value_in(path):
+    saved = load_checkpoint(str(path))
+    assert set(saved["model"]["w"].flatten().tolist()) == {float(saved["step"])}
+    return saved["step"]
+
+
+def test_a_sharded_checkpoint_is_a_copy_of_its_step(one_rank, tmp_path, monkeypatch):
+    """A thread writes it while training changes the weights."""
+    saver, state, path = checkpoint.Saver(one_rank), state_at(4), str(tmp_path / "last.pt")
+    monkeypatch.setattr(
+        sharded, "copy_to_host", lambda s, f=sharded.copy_to_host: (f(s), spoil(s))[0]
+    )
+
+    def spoil(state):
+        state["model"]["w"].to_local().zero_()
+        state["model"]["b"].zero_()
+
+    saver.save(path, state)
+    saver.wait()
+    assert value_in(path) == 4 and load_checkpoint(path)["model"]["b"].tolist() == [4.0, 4.0]
+
+
+@pytest.mark.parametrize("broken", ["rank_0.pt", "last.pt"])
+def test_the_old_checkpoint_stays_until_the_new_one_is_complete(
+    one_rank, tmp_path, monkeypatch, broken
+):
+    """The disk is full in the second save, while a part or the last file is written."""
+    saver, path, save = checkpoint.Saver(one_rank), str(tmp_path / "last.pt"), torch.save
+    saver.save(path, state_at(1))
+    saver.wait()
+
+    def fill(state, file):
+        if os.path.basename(file.name) == f"{broken}.tmp":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fill)
+        saver.save(path, state_at(2))
+        with pytest.raises(UserError, match="disk is full.*old one is untouched.*use --resume"):
+            saver.wait()
+    assert value_in(path) == 1
+    spoiled = state_at(3)
+    spoiled["model"]["w"].to_local()[0, 0] = float("nan")
+    with pytest.raises(UserError, match="weights after step 3 are not finite"):
+        saver.save(path, spoiled)
+    assert value_in(path) == 1
+    saver.save(path, state_at(4))
+    saver.wait()
+    assert value_in(path) == 4 and len(parts_of(path)) == 1
+
+
+def test_a_sharded_run_resumes_bit_for_bit_and_gives_initial_weights(
+    run, one_rank, tmp_path, monkeypatch
+):
+    def fsdp(**knobs):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        monkeypatch.setenv("MASTER_PORT", free_port())
+        return run(parallel="fsdp", threads=1, **MOE, **knobs)
+
+    unbroken = fsdp(out_dir=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(StopSignals, "stop", lambda self, step: step == 5)
+        fsdp()
+    for row, other in zip(fsdp(resume=True), unbroken, strict=True):
+        assert all(row[key] == other[key] for key in ("step", "loss", "grad_norm", "max_violation"))
+    # sharded from sharded, plain from sharded, sharded from plain
+    frozen = dict(learning_rate=1e-30, max_steps=2, superposition_ratio=0.5)
+    fsdp(init_from=str(tmp_path / "run"), out_dir=str(tmp_path / "b"), **frozen)
+    with monkeypatch.context() as patch:
+        patch.delenv("RANK")
+        run(init_from=f"{tmp_path}/b/last.pt", out_dir=str(tmp_path / "c"), **MOE, **frozen)
+    fsdp(init_from=f"{tmp_path}/c/last.pt", out_dir=str(tmp_path / "d"), **frozen)
+    models = [load_checkpoint(f"{tmp_path}/{path}")["model"] for path in ("run", "d/last.pt")]
+    assert all(
+        torch.equal(t, models[1][name]) for name, t in models[0].items() if "bias" not in name
+    )
+    one_rank.start(train.Config(**TINY, parallel="fsdp", threads=1))  # for the fixture to end
+
+
+# ------------------------------------------------------------------------------------------ plain checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """The folder of a run of 4 steps."""
+    folder = str(tmp_path_factory.mktemp("trained") / "run")
+    train.main(train.Config(**{**TINY, "max_steps": 4, "dataset": corpus, "out_dir": folder}))
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A copy of it where `run` writes."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def change(folder, **values):
+    torch.save(torch.load(folder / "last.pt", weights_only=True) | values, folder / "last.pt")
+
+
+def test_the_folder_of_a_run_stands_for_its_checkpoint(folder, capsys):
+    assert find_checkpoint(str(folder / "last.pt")) == str(folder / "last.pt")
+    assert find_checkpoint(str(folder)) == str(folder / "best.pt")
+    assert capsys.readouterr().err == f"using {folder / 'best.pt'}\n"
+    (folder / "best.pt").unlink()
+    sample.load_model(str(folder))
+    assert capsys.readouterr().err == f"using {folder / 'last.pt'}\n"
+    (folder / "last.pt").unlink()
+    with pytest.raises(UserError, match="run holds neither best.pt nor last.pt$"):
+        load_checkpoint(str(folder))
+    with pytest.raises(UserError, match="there is no checkpoint .*last.pt"):
+        load_checkpoint(str(folder / "last.pt"))
+
+
+@pytest.mark.parametrize(
+    "change_to, words",
+    [
+        ({"step": "5"}, ""), ({"step": 0}, "out of range"), ({"seconds": -1.0}, "out of range"),
+        ({"best_val": float("nan")}, "out of range"), ({"stream": {}}, "no place in a corpus"),
+        ({"rng": torch.zeros(3)}, ""), ({"optimizer": []}, "another optimizer"), ({"optimizer": [{}]}, ""),
+        ({"model": {}}, "does not fit this model"), ({"config": []}, "not a checkpoint of this repository"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_that_cannot_be_resumed_is_one_line(run, folder, change_to, words):
+    change(folder, **change_to)
+    with pytest.raises(UserError, match=f"last.pt.*{words}") as e:
+        run(resume=True, max_steps=4)
+    assert "\n" not in str(e.value)
+
+
+def test_moments_of_another_shape_or_not_finite_are_refused(run, folder):
+    states = torch.load(folder / "last.pt", weights_only=True)["optimizer"]
+    states[0]["state"][0]["exp_avg"][0, 0] = float("inf")
+    change(folder, optimizer=states)
+    with pytest.raises(UserError, match="a moment is not finite"):
+        run(resume=True, max_steps=4)
+    states[0]["state"][0]["exp_avg"] = torch.zeros(1)
+    change(folder, optimizer=states)
+    with pytest.raises(UserError, match="a moment has another shape"):
+        run(resume=True, max_steps=4)
+
+
+@pytest.mark.parametrize(
+    "shares", [torch.full((1, 5), float("nan")), torch.ones(1, 4), None], ids=str
+)
+def test_shares_of_experts_that_are_not_finite_or_others_are_refused(run, ranks, tmp_path, shares):
+    change(shutil.copytree(ranks / "whole", tmp_path / "run"), shares=shares)
+    with pytest.raises(UserError, match="last.pt cannot be resumed"):
+        run(resume=True, **SHORT)
+
+
+def test_every_flipped_bit_in_a_tensor_is_found(folder):
+    path, rng = folder / "last.pt", np.random.default_rng(0)
+    whole, weight = path.read_bytes(), load_checkpoint(str(path))["model"]["embed.weight"]
+    start = whole.index(weight.numpy().tobytes())
+    for at in start + rng.integers(0, weight.nbytes, 10):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="last.pt is .*damaged .*checksum"):
+            load_checkpoint(str(path))
+    for n in (0, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:n])
+        with pytest.raises(UserError, match="last.pt is .*damaged"):
+            load_checkpoint(str(path))
+
+
+def test_a_checkpoint_from_before_november_2026_resumes(run, folder):
+    """The router's z-loss had another name."""
+    config = torch.load(folder / "last.pt", weights_only=True)["config"]
+    config["z_coef"] = config.pop("router_z_coef") + 0.5
+    change(folder, config=config)
+    with pytest.raises(UserError, match="router_z_coef 0.5 -> 0.0"):
+        run(resume=True, max_steps=4)
+    assert run(resume=True, max_steps=4, router_z_coef=0.5)[-1]["step"] == 4
+
+
+def test_initial_weights_are_only_of_the_same_vocabulary_and_model(run, folder, tmp_path):
+    """Vocabularies of one size, too, and settings that no shape shows."""
+    first, other = load_checkpoint(str(folder)), str(folder / "last.pt")
+    run(
+        init_from=other,
+        out_dir=str(tmp_path / "b"),
+        learning_rate=1e-30,
+        max_steps=2,
+        superposition_ratio=0.5,
+    )
+    second = load_checkpoint(str(tmp_path / "b"))["model"]
+    assert all(torch.equal(t, second[name]) for name, t in first["model"].items())
+    for knobs, words in [
+        (dict(rope_theta=5e5), "other settings, rope_theta 10000.0 -> 500000.0"),
+        (dict(norm_eps=1e-3), "norm_eps"),
+        (dict(n_head=4, n_kv_head=2), "n_head 2 -> 4"),
+        (dict(n_embd=32), "does not fit this model"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            run(init_from=other, out_dir=str(tmp_path / "c"), **knobs)
+    text = write_corpus(tmp_path / "text", np.arange(6000) % 50, range(50), 50)
+    for encoding, words in (
+        ("gpt2", "another vocabulary than .*last.pt"),
+        (None, "name no encoding"),
+    ):
+        meta = json.loads(Path(text, "meta.json").read_text()) | {"encoding": encoding}
+        Path(text, "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(UserError, match=words):
+            run(init_from=other, out_dir=str(tmp_path / "c"), dataset=text)
+
+
+@pytest.mark.parametrize(
+    "use", [dict(resume=True), dict(init_from="last.pt", overwrite=True)], ids=str
+)
+def test_weights_that_are_not_finite_are_not_trained_on(run, folder, use):
+    model = torch.load(folder / "last.pt", weights_only=True)["model"]
+    model["norm.weight"][3] = float("nan")
+    change(folder, model=model)
+    use = use | {"init_from": str(folder / "last.pt")} if "init_from" in use else use
+    with pytest.raises(UserError, match="last.pt are not finite"):
+        run(max_steps=4, **use)
+
+
+def test_a_folder_whose_name_is_not_utf_8(run, corpus, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")
+    data, out_dir = str(shutil.copytree(corpus, f"{folder}/data")), f"{folder}/run"
+    rows = run(dataset=data, out_dir=out_dir, max_steps=4)
+    assert run(dataset=data, out_dir=out_dir, max_steps=4, resume=True) == rows
+    assert load_checkpoint(out_dir)["step"] == 4
+
+
+# ---------------------------------------------------------------------------------------------- hostile files
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("code was run",)
+
+
+def hostile(kind, run):
+    """Make the folder of a run hostile -> the path to give."""
+    last = run / "last.pt"
+    if kind == "last.pt":
+        torch.save(torch.load(last, weights_only=True) | {"shares": Code()}, last)
+    elif kind == "no zip file":
+        last.write_bytes(pickle.dumps({"model": Code()}))
+    elif kind == "a part":
+        part = next(part for part in parts_of(last) if part.name == "rank_2.pt")
+        torch.save({"model.head.weight": (0, Code())}, part)
+    elif kind == "an older version's folder":
+        shutil.rmtree(last.parent)
+        (run / "last.dcp" / "step_4.0").mkdir(parents=True)
+        (run / "last.dcp" / "manifest.json").write_text(
+            '{"step": 4, "files": {"step_4.0/.metadata": "0"}}'
+        )
+        (run / "last.dcp" / "step_4.0" / ".metadata").write_bytes(pickle.dumps(Code()))
+        return str(run / "last.dcp")
+    return str(last)
+
+
+@pytest.mark.parametrize("kind", ["last.pt", "no zip file", "a part", "an older version's folder"])
+def test_no_checkpoint_can_run_code(run, ranks, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    path = hostile(kind, shutil.copytree(ranks / "before", tmp_path / "run"))
+    words = "damaged|older version"
+    for use in (
+        lambda: sample.main(sample.Config(checkpoint=path, device="cpu")),
+        lambda: export.main(export.Config(path, str(tmp_path / "hf"))),
+        lambda: evaluate.main(evaluate.Config([path], device="cpu")),
+        lambda: run(init_from=path, out_dir=str(tmp_path / "other"), **SHORT),
+        lambda: run(resume=True, **SHORT),
+    ):
+        with pytest.raises(UserError, match=words) as e:
+            use()
+        assert "\n" not in str(e.value)
+    assert not os.path.exists("code was run")
+
+
+# ----------------------------------------------------------------------------------------------- atomic files
+
+
+def test_a_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: done.append(("sync", os.fstat(fd).st_ino)) or fsync(fd)
+    )
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: done.append(("name", os.stat(a).st_ino)) or replace(a, b)
+    )
+    files.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("text"))
+    inode, folder = os.stat(tmp_path / "x").st_ino, os.stat(tmp_path).st_ino
+    assert done == [("sync", inode), ("name", inode), ("sync", folder)]
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("old")
+    (tmp_path / "x.tmp").symlink_to(tmp_path / "precious")
+    files.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("new"))
+    assert (tmp_path / "precious").read_text() == "old" and (tmp_path / "x").read_text() == "new"
+    assert not (tmp_path / "x").is_symlink() and not os.path.lexists(tmp_path / "x.tmp")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """Said as that although torch.save hides the system's error in one of its own."""
+
+    class FullDisk:
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self):
+            pass
+
+    def write(temporary, error=None):
+        Path(temporary).write_text("half of the n")
+        if error:
+            raise error
+        torch.save({"x": torch.zeros(9)}, FullDisk())
+
+    (tmp_path / "last.pt").write_text("old")
+    full = "cannot write .*last.pt: the disk is full.*; the old one is untouched: make room and use --resume$"
+    broken = "last.pt: RuntimeError connection closed by peer; the old one is untouched$"
+    for error, words in ((None, full), (RuntimeError("connection closed by peer"), broken)):
+        with pytest.raises(UserError, match=words) as e:
+            files.write_safely(str(tmp_path / "last.pt"), lambda path: write(path, error))  # noqa: B023
+        assert "\n" not in str(e.value) and os.listdir(tmp_path) == ["last.pt"]
+    assert (tmp_path / "last.pt").read_text() == "old"
