@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import shutil
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -120,6 +121,17 @@ def newest(path):
 
 
 # ---------------------------------------------------------------------------------------------------- loading
+
+
+def find_checkpoint(path):
+    """The path itself, or best.pt or else last.pt in it if it is a run's folder, which stderr then says."""
+    if not os.path.isdir(path) or path.endswith(".dcp"):
+        return path
+    for name in ("best.pt", "last.pt"):
+        if os.path.exists(found := os.path.join(path, name)):
+            print(f"using {found}", file=sys.stderr)
+            return found
+    raise UserError(f"{path} holds neither best.pt nor last.pt")
 
 
 def load_checkpoint(path, mmap=True):

@@ -25,13 +25,13 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "
 
 
 def launcher():
-    """(rank, local rank, ranks, ranks of this node) from torchrun's variables, None without them. Raises
-    UserError if some are missing: with a forgotten WORLD_SIZE=2, one process would train on half of each
-    batch."""
+    """(rank, local rank, ranks, ranks of this node) from torchrun's variables, (0, 0, 1, 0) without them.
+    Raises UserError if some are missing: with a forgotten WORLD_SIZE=2, one process would train on half of
+    each batch."""
     keys = "RANK", "LOCAL_RANK", "WORLD_SIZE"
     given = {key: os.environ[key] for key in keys if os.environ.get(key)}  # empty is unset
     if not given.keys() & {"RANK", "WORLD_SIZE"}:
-        return None
+        return 0, 0, 1, 0
     with contextlib.suppress(KeyError, ValueError):
         rank, local_rank, ranks = (int(given[key]) for key in keys)
         if 0 <= local_rank <= rank < ranks:
@@ -118,8 +118,7 @@ class Machine:
     def start(cls, c):
         """Join the other ranks, set threads and other state of torch. c: the knobs device, dtype, threads
         and, for training, deterministic, parallel, shard_size."""
-        ranks = launcher()
-        rank, local_rank, world_size, ranks_here = ranks or (0, 0, 1, 1)
+        rank, local_rank, world_size, ranks = launcher()
         parallel, shard_size = getattr(c, "parallel", "auto"), getattr(c, "shard_size", 0)
         if ranks and c.device.startswith("cuda:"):
             raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
@@ -143,7 +142,7 @@ class Machine:
             cores = os.cpu_count()
             if hasattr(os, "sched_getaffinity"):
                 cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(c.threads or max(1, cores // ranks_here))
+            torch.set_num_threads(c.threads or max(1, cores // ranks))
         if device == "cpu":
             keep_freed_memory()
         torch.set_float32_matmul_precision("high")  # TF32 where CUDA still computes in float32
@@ -306,7 +305,7 @@ def as_one(main):
                 raise UserError(
                     f"out of memory: use {smaller} or --checkpoint_activations"
                 ) from None
-            if not launcher():
+            if not launcher()[3]:
                 raise
             lost = (
                 "(?i)closed by peer|reset by peer|broken pipe|time(d )?out|remote (process|error)"
