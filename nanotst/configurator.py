@@ -185,5 +185,6 @@ def help_text(cls):
         if (value := field.default) is not dataclasses.MISSING:
             folder = isinstance(value, str) and os.path.isabs(value)
             shown = f"--{field.name}={os.path.relpath(value) if folder else value}"
+            shown = shown.replace("\n", "\\n")
         lines.append(f"  {shown}".ljust(36) + text)
     return "\n".join(lines)
