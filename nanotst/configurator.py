@@ -27,7 +27,7 @@ from nanotst import UserError
 T = TypeVar("T")
 Free = Annotated[T, "free"]  # Free[int]: may differ on resume, since training stays the same
 Bags = Annotated[T, "bags"]  # Bags[int]: has no effect without superposition
-LARGEST = 1e30  # float32 ends at 3.4e38
+LARGEST = {int: 2**63, float: 1e30}  # float32 ends at 3.4e38
 WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 ARITHMETIC = ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Constant
 
@@ -134,8 +134,8 @@ def typed(field, key, value, where, fields):
             value = WORDS[value.lower()]
     if type(value) is not kind:
         raise UserError(f"{where}: {key} takes {kind.__name__}, {given}; write --{key}=VALUE")
-    if kind is int and abs(value) >= 2**63 or kind is float and not abs(value) <= LARGEST:
-        raise UserError(f"{where}: {key} takes a finite number up to {LARGEST:g}, {given}")
+    if kind in LARGEST and not abs(value) < LARGEST[kind]:
+        raise UserError(f"{where}: {key} takes a finite number below {LARGEST[kind]:g}, {given}")
     # the shell leaves ~ as it is after the = of --out_dir=~/x
     return re.sub(r"^~(?=/|$)", os.path.expanduser("~"), value) if kind is str else value
 

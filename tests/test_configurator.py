@@ -49,61 +49,34 @@ def error(*argv):
     return str(e.value)
 
 
-@pytest.mark.parametrize(
-    "arg, value",
-    [
-        ("--bag_size=4", 4),
-        ("--bag-size=4", 4),
-        ("--bag_size=2e6", 2_000_000),
-        ("--bag_size=1.5e3", 1500),
-        ("--bag_size=1_000", 1000),
-        ("--bag_size=-3", -3),
-        ("--learning_rate=2", 2.0),
-        ("--learning_rate=1e-3", 0.001),
-        ("--learning_rate=.5", 0.5),
-        ("--out_dir=1", "1"),
-        ("--out_dir=a_b=c", "a_b=c"),
-        ("--out_dir=", ""),
-        ("--compile", True),
-        ("--compile=true", True),
-        ("--compile=False", False),
-        ("--compile=0", False),
-        ("--compile=yes", True),
-    ],
-)
-def test_command_line_values_get_the_type_of_their_field(arg, value):
-    key = arg[2:].partition("=")[0].replace("-", "_")
-    got = getattr(parse(Knobs, [arg]), key)
-    assert got == value and type(got) is type(value)
+@pytest.mark.parametrize("bag_size", ["4", "4.0", "+4", "0_4", "4e0", "0.4e1"])
+def test_values_of_the_command_line_get_the_type_of_their_field(bag_size):
+    argv = [f"--bag-size={bag_size}", "--learning_rate=2", "--out_dir=a_b=c", "--compile"]
+    knobs = parse(Knobs, argv)
+    assert knobs == Knobs(4, 2.0, "a_b=c", True)
+    assert [type(value) for value in vars(knobs).values()] == [int, float, str, bool]
 
 
-@pytest.mark.parametrize(
-    "arg, words",
-    [
-        ("--bag_size=1.5", "bag_size takes int, got '1.5'"),
-        ("--bag_size=15e-1", "takes int"),
-        ("--bag_size=", "takes int"),
-        ("--bag_size=True", "takes int"),
-        ("--learning_rate=fast", "learning_rate takes float"),
-        ("--compile=2", "compile takes bool"),
-        ("--bag_size", "write --bag_size=VALUE"),
-        ("--compile=maybe", "takes bool"),
-        ("--bag_size 4", "unknown key"),
-        ("4", "neither a config file nor --key=value"),
-    ],
-)
-def test_mistakes_on_the_command_line_are_one_line(arg, words):
-    assert words in error(arg)
+def test_switches_and_strings():
+    for value, wanted in (("true", True), ("False", False), ("0", False), ("yes", True)):
+        assert parse(Knobs, [f"--compile={value}"]).compile is wanted
+    for value in ("1", "", "True"):
+        assert parse(Knobs, [f"--out_dir={value}"]).out_dir == value
 
 
-@pytest.mark.parametrize("typo", ["bag_sizes", "size", "bagsize", "bag_szie", "Bag_Size"])
-def test_unknown_key_comes_with_a_suggestion(typo):
-    assert "did you mean bag_size?" in error(f"--{typo}=4")
-
-
-@pytest.mark.parametrize("nothing_like_it", ["xyz", ""])
-def test_unknown_key_without_anything_like_it_points_at_help(nothing_like_it):
-    assert error(f"--{nothing_like_it}=4").endswith(f"unknown key {nothing_like_it!r}, see --help")
+def test_mistakes_on_the_command_line_are_one_line():
+    for value in ("1.5", "15e-1", "", "True", "x"):
+        assert f"bag_size takes int, got {value!r}" in error(f"--bag_size={value}")
+    assert "learning_rate takes float" in error("--learning_rate=fast")
+    assert "compile takes bool" in error("--compile=2")
+    assert "write --bag_size=VALUE" in error("--bag_size")
+    assert "unknown key" in error("--bag_size 4")
+    assert "neither a config file nor --key=value" in error("4")
+    for typo in ("bag_sizes", "size", "bagsize", "bag_szie", "Bag_Size"):
+        assert "did you mean bag_size?" in error(f"--{typo}=4")
+    for nothing_like_it in ("xyz", ""):
+        unknown = f"unknown key {nothing_like_it!r}, see --help"
+        assert error(f"--{nothing_like_it}=4").endswith(unknown)
 
 
 def test_config_file(file):
@@ -120,8 +93,7 @@ def test_config_file(file):
     [
         "import os",
         "bag_size = int('4')",
-        "bag_size = __import__('os').getpid()",
-        "print('hello')",
+        "bag_size = __import__('os').getpid() + 1",
         "bag_size += 1",
         "bag_size = other",
         "a.b = 1",
@@ -130,31 +102,27 @@ def test_config_file(file):
         "if True: bag_size = 2",
         "bag_size = 1 / 0",
         "bag_size = 'a' + 1",
-        "bag_size = f'{1}'",
     ],
 )
 def test_config_file_is_not_run(file, line):
-    """Anything but an assignment of a value is refused, with the place where it stands."""
+    """Anything but an assignment of a value is refused, with its line number."""
     path = file(f"learning_rate = 1.0\n\n{line}\n")
     assert f"{path}:3: a config file holds assignments" in error(path)
 
 
-@pytest.mark.parametrize(
-    "line, words",
-    [
+def test_mistakes_in_a_config_file_name_the_file(file):
+    for line, words in (
         ("bag_size = 1.5", "bag_size takes int, got 1.5"),
-        ("bag_size = '4x'", "takes int"),
+        ("bag_size = 10**400", "takes a finite number"),
         ("out_dir = 4", "takes str"),
         ("compile = 1", "takes bool"),
         ("bag_size = True", "takes int"),
         ("learning_rate = [1.0]", "takes float"),
         ("bag_sizes = 4", "did you mean bag_size?"),
         ("bag_size = (", "is not Python"),
-    ],
-)
-def test_mistakes_in_a_config_file_name_the_file(file, line, words):
-    path = file(line + "\n")
-    assert words in error(path) and path in error(path)
+    ):
+        path = file(line + "\n")
+        assert words in error(path) and path in error(path)
 
 
 def test_later_ones_win(file):
@@ -166,15 +134,16 @@ def test_later_ones_win(file):
     assert parse(Knobs, [a, "--bag_size=4", "--bag_size=5"]) == Knobs(5, 2.0)
 
 
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_lists_every_knob_of_training(flag, capsys):
+def test_help_lists_every_knob_of_training(capsys):
     with pytest.raises(SystemExit) as e:
-        parse(train.Config, ["--bag_size=4", flag])
+        parse(train.Config, ["--bag_size=4", "--help"])
     assert e.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     shown = [m[1] for line in lines if (m := re.match(r"  --(\w+)=", line))]
     assert shown == list(train.Config.__dataclass_fields__)
     assert any(re.match(r"  --bag_size=1 .*ordinary training", line) for line in lines)
+    assert any(re.match(r"  --schedule=wsd .*\[wsd, cosine\]", line) for line in lines)
+    assert help_text(Places).splitlines()[1].split() == ["FOLDER", "the", "first", "one"]
 
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("config/*.py"))
@@ -215,14 +184,7 @@ def test_choices_and_numbers_that_may_be_words(file):
         parse(Places, ["a", "b", "--loss=mse"])
 
 
-def test_choices_are_shown_in_the_help(capsys):
-    with pytest.raises(SystemExit):
-        parse(Places, ["--help"])
-    out = capsys.readouterr().out
-    assert "what is minimised [mce, bce]" in out and "FOLDER" in out and "all that remain" in out
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "NaN"])
+@pytest.mark.parametrize("value", ["nan", "-inf", "1e400", "1e31"])
 def test_no_knob_takes_what_is_not_a_finite_number(file, value):
     assert "finite" in error(f"--learning_rate={value}")
     assert "a config file holds" in error(file("learning_rate = float('nan')\n"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanotst import UserError
-from nanotst.stream import Order, TokenStream, permute, validation_rows
+from nanotst.stream import TokenStream, permute, validation_rows
 from tst import Phase, bags_and_labels, phase_list
 
 R, L = 6, 4  # rows of a batch, positions of a row
@@ -250,7 +250,7 @@ def test_a_corpus_of_a_small_share_may_be_small():
 
 
 def test_an_epoch_of_a_mixture_ends_with_the_first_corpus_that_is_read():
-    """1,000 and 400 tokens, in stretches of 4 with a tail of 1; three quarters of all rows are the first's."""
+    """1,000 and 400 tokens, in stretches of 4; three quarters of all rows are the first's."""
     sources = [(np.arange(1000), Fraction(3, 4)), (np.arange(400), Fraction(1, 4))]
     s = TokenStream(sources, 4, [Phase(0, 9, 1, 1)], 4, range(4))
     assert s.epoch_tokens == 996 * 4 // 3  # the second one would last for 396 * 4

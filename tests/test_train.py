@@ -686,7 +686,7 @@ def test_command_line(run, tiny, tmp_path, monkeypatch, capsys):
         (dict(learning_rate=0.0), "learning_rate"),
         (dict(learning_rate=math.nan), "learning_rate"),
         (dict(rope_theta=0.0), "rope_theta must be positive"),
-        (dict(learning_rate=1e31), r"learning_rate takes a finite number up to 1e\+30"),
+        (dict(learning_rate=1e31), r"learning_rate takes a finite number below 1e\+30"),
         (dict(balance_bias=True), "balance_bias belongs to a mixture of experts"),
         (dict(reinit_at_switch=","), "reinit_at_switch takes embedding, head, optimizer"),
         (
