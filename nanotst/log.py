@@ -33,7 +33,7 @@ class RunFolder:
         folder's config.json names the same torchrun, so that the run is its own."""
         # each node counts its own restarts
         restarts = max(of_all_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
-        ours = restarts and read_json(self.config).get("torchrun") == torchrun()
+        ours = restarts and read_json(self.config).get("torchrun", "") == torchrun()
         if not self.machine.from_master(ours):
             return c
         last = self.newest()

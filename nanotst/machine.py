@@ -45,15 +45,12 @@ def pick_device(name, local_rank=0):
     cuda:N. Raises UserError if it does not exist."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps, but PyTorch sees no Apple GPU")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not name.startswith("cuda"):
-        return name
-    name = name if ":" in name else f"cuda:{local_rank}"
-    if not torch.cuda.is_available() or int(name[5:]) >= torch.cuda.device_count():
-        raise UserError(f"device={name}, but PyTorch sees {torch.cuda.device_count()} CUDA GPUs")
+    name = f"cuda:{local_rank}" if name == "cuda" else name
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "mps" and not torch.backends.mps.is_available() or int(name[5:] or -1) >= gpus:
+        raise UserError(f"device={name}, but PyTorch sees no such GPU")
     return name
 
 
@@ -123,12 +120,14 @@ class Machine:
         if ranks and c.device.startswith("cuda:"):
             raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
         if parallel != "auto" and not ranks:
-            command = "torchrun --standalone --nproc_per_node=N train.py"
-            raise UserError(f"parallel={parallel} needs ranks: {command}")
+            raise UserError(
+                f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N train.py"
+            )
         parallel = "none" if not ranks else "ddp" if parallel == "auto" else parallel
         if shard_size and (parallel != "fsdp" or world_size % shard_size):
-            wanted = f"is for parallel=fsdp and must divide {world_size} ranks"
-            raise UserError(f"shard_size {shard_size} {wanted}")
+            raise UserError(
+                f"shard_size {shard_size} is for parallel=fsdp, must divide {world_size} ranks"
+            )
         if not 0 <= c.threads <= 1024:
             raise UserError(f"threads must be in 0..1024, got {c.threads}")
         device = pick_device(c.device, local_rank)
@@ -139,9 +138,8 @@ class Machine:
         if ranks:
             join(device)
         if c.threads or ranks and device == "cpu":  # torchrun's own choice is a single thread
-            cores = os.cpu_count()
-            if hasattr(os, "sched_getaffinity"):
-                cores = len(os.sched_getaffinity(0))
+            linux = hasattr(os, "sched_getaffinity")
+            cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
             torch.set_num_threads(c.threads or max(1, cores // ranks))
         if device == "cpu":
             keep_freed_memory()
@@ -177,10 +175,8 @@ class Machine:
         """Bytes of one GPU, or a rank's share of main memory; 0 if unknown."""
         if self.device_type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
-        if not hasattr(os, "sysconf"):  # Windows
-            return 0
-        n_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return n_bytes // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        windows, ranks = not hasattr(os, "sysconf"), launcher()[3] or 1
+        return 0 if windows else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
 
     def versions(self):
         """What results may depend on, as plain values."""
@@ -215,7 +211,7 @@ class Machine:
         if wanted and model.config.n_expert and self.dtype == "float32":
             self.say("experts compile in bfloat16 only; going on without torch.compile")
             wanted = False
-        if wanted:
+        elif wanted:
             self.say("compiling, which takes a minute or more; --compile=off starts at once")
         started = time.perf_counter()
         for retry in (True, False) if wanted else ():

@@ -317,10 +317,6 @@ def test_rows_of_both_phases(run):
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
 
 
-def test_ends_of_phases_are_logged_between_log_intervals(run):
-    assert [row["step"] for row in run(log_interval=7, eval_interval=100)] == [1, 4, 5, 7, 10]
-
-
 def test_validation_does_not_know_the_phase(run, tiny, tmp_path):
     """the same weights (a learning rate of nothing) have the same validation loss under any bag size and in
     both phases: the next-token loss of the same rows. 10 rows in batches of 4 leave a rest of 2."""
@@ -881,27 +877,6 @@ def test_what_a_checkpoint_holds_is_taken_up(run, tiny, tmp_path):
 # ---- what goes wrong on the way
 
 
-@pytest.mark.parametrize("learning_rate", [1e3, 1e15, 1e30])
-def test_spoiled_weights_never_replace_good_ones(run, tiny, learning_rate):
-    """The loss of a step is that of the weights before it; what is saved was tried first."""
-    run(max_steps=5, superposition_ratio=0.4, save_interval=1)
-    good = load(tiny().out_dir)
-    knobs = dict(
-        resume=True, allow_changes=True, max_steps=8, save_interval=1, superposition_ratio=0.4
-    )
-    try:
-        run(learning_rate=learning_rate, warmup_steps=0, **knobs)
-    except UserError as e:
-        assert "not finite" in str(e) and "learning_rate" in str(e)
-    saved = load(tiny().out_dir)
-    assert saved["step"] >= good["step"]
-    model = tiny_model(tiny())
-    model.load_state_dict(saved["model"])
-    assert math.isfinite(plain_validation(model, tiny()))
-    for row in read_rows(tiny().out_dir):
-        assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
-
-
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, tiny, monkeypatch):
     """The loss of a step is that of the weights before it: a broken gradient shows in it one step too
     late."""
@@ -1002,30 +977,24 @@ def test_checkpoints_come_by_step_and_by_time(run, monkeypatch):
         assert [row["step"] for row in rows] == [1, *range(2, 25, 2), 25]
 
 
-def test_ranks_agree_when_to_save_and_to_stop(monkeypatch):
-    """Rank 0's clock decides when to save, any rank's signal when to stop."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    for rank, from_others, wanted in ((1, [0, 5, 1], (False, True)), (1, [1, 5, 0], (True, False)),
-                                      (0, [0, 0, 1], (False, False)), (0, [1, 0, 0], (True, False))):  # fmt: skip
-        sent = []
-        monkeypatch.setattr(
-            machine.dist,
-            "all_reduce",
-            lambda x, y=from_others, s=sent: s.extend(x.tolist()) or x.add_(torch.tensor(y)),
-        )
-        signals = machine.StopSignals(
-            machine.Machine("cpu", "float32", rank=rank, distributed=True)
-        )
-        signals.save_at = 0.0 if rank else math.inf
-        stopping = signals.stop(7)
-        assert sent[0] == 0 and (rank == 0 or sent == [0, 0, 0])
-        if rank:  # rank 0 adds its own
-            assert (stopping, signals.save_due) == wanted and signals.next_step == 12
-        else:
-            assert stopping == wanted[0] and signals.next_step > 7
-        assert signals.stop(signals.next_step - 1) is False  # nobody is asked before that step
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_agree_when_to_save_and_to_stop(monkeypatch, rank):
+    """Rank 0's clock decides when to save and when to ask again, any rank's signal when to stop."""
+    sent, others = [], torch.zeros(3)
+    monkeypatch.setattr(
+        machine.dist, "all_reduce", lambda x: sent.append(x.tolist()) or x.add_(others)
+    )
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    signals = machine.StopSignals(machine.Machine("cpu", "float32", rank=rank, distributed=True))
+    signals.save_at = 0.0  # due by this rank's clock
+    if rank:  # of rank 0: ask again after 5 steps, and no checkpoint is due
+        others[1] = 5
+    assert signals.stop(7) is False and signals.save_due is (rank == 0)
+    assert sent.pop() == pytest.approx([0, 0, 0] if rank else [0, signals.next_step - 7, 1])
+    assert rank == 0 or signals.next_step == 12
+    assert signals.stop(signals.next_step - 1) is False and not sent  # nobody is asked before
+    others[0] = 1  # another rank was told to stop
+    assert signals.stop(signals.next_step) is True
 
 
 # ---- the folder of a run
@@ -1268,9 +1237,7 @@ def test_interrupted_imports_print_nothing():
 # ---- at the switch, and within documents
 
 
-@pytest.mark.parametrize(
-    "parts", ["embedding", "head", "optimizer", "embedding,head", "head,optimizer"]
-)
+@pytest.mark.parametrize("parts", ["embedding,head", "head,optimizer"])
 def test_parts_that_begin_anew_at_the_switch(run, tiny, tmp_path, monkeypatch, parts):
     """Just before the first ordinary step: the named weights are those of another draw, the others those that
     superposition left, and the optimizer has forgotten its moments or not. A run resumed there does the
