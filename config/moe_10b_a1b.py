@@ -1,6 +1,6 @@
-"""The paper's 10B-A1B mixture: 10,132,484,608 parameters, 1.02B active without the input embedding. Its shape is
-inferred from Qwen3-30B-A3B's ratios. 162 GB of states: 8 GPUs of 80 GB, or several nodes (examples/slurm.sh); not run
-on GPUs yet. Paper: baseline 2.252 after 125k steps, TST 2.236 after 50k, with 2.0e12 tokens (data as dense_270m.py)."""
+"""The paper's 10B-A1B mixture: 10,132,484,608 parameters, 1.02B active without the input embedding. Shape
+inferred from Qwen3. 162 GB of states: 8 GPUs of 80 GB or several nodes (examples/slurm.sh), not run yet.
+Paper: baseline 2.252 after 125k steps, TST 2.236 after 50k. It reads 2.0e12 tokens, half from each corpus."""
 
 dataset = "dclm:0.5,fineweb_edu:0.5"
 n_layer = 28
