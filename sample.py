@@ -1,16 +1,17 @@
-"""Text from a trained model, printed as it is made.
+"""Text from a trained model, printed as it is generated.
 
-python sample.py --checkpoint=out/tst/best.pt --prompt="def main(" --n_tokens=300
+python sample.py --checkpoint=out/tst --prompt="def main(" --n_tokens=300
 """
 
 import codecs
 import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from nanotst import UserError
-from nanotst.checkpoint import load_model
+from nanotst.checkpoint import find_checkpoint, load_model
 from nanotst.configurator import entry_point
 from nanotst.kernels import use_twins
 from nanotst.machine import Machine, pick_device
@@ -19,27 +20,30 @@ from nanotst.vocabulary import tokenizer_of
 
 @dataclass
 class Config:
-    """Usage: python sample.py --checkpoint=FILE [--key=value ...]"""
+    """Usage: python sample.py --checkpoint=FILE_OR_FOLDER [--key=value ...]"""
 
-    checkpoint: str = "out/tst/best.pt"  # as train.py wrote it, best.pt or last.pt
-    prompt: str = "\n"  # the text to continue, or FILE:path
-    n_samples: int = 1  # texts to make
+    checkpoint: str = "out/run"  # train.py's out_dir (best.pt, or last.pt) or a checkpoint in it
+    prompt: str = "\n"  # text to continue, or FILE:path
+    n_samples: int = 1  # number of texts
     n_tokens: int = 500  # tokens to add to the prompt
-    temperature: float = 0.8  # below 1 likely tokens become likelier; 0: always the likeliest
-    top_k: int = 50  # choose among the likeliest k tokens; 0: among all
-    seed: int = 1337  # the same seed gives the same text
-    data: str = (
-        ""  # folder of the corpus if it has moved since; only a vocabulary in a rank file needs it
-    )
+    temperature: float = 0.8  # below 1, likely tokens become likelier; 0: always the likeliest
+    top_k: int = 50  # choose among the k likeliest tokens; 0: among all
+    seed: int = 1337  # seed of the choices
+    data: str = ""  # folder of a corpus that has moved; only a vocabulary in a rank file needs it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+    OTHER_NAMES: ClassVar = {  # nanoGPT's
+        "out_dir": "checkpoint",
+        "start": "prompt",
+        "num_samples": "n_samples",
+        "max_new_tokens": "n_tokens",
+    }
 
 
 def check(c):
     """Raise UserError for knobs that cannot work."""
     if c.temperature and not 1e-6 <= c.temperature <= 1e6:
-        raise UserError(
-            f"temperature must be 0 (always the likeliest token) or lie in 1e-6..1e6, got {c.temperature}"
-        )
+        raise UserError(f"temperature must be 0 or in 1e-6..1e6, got {c.temperature}")
     for key, least in (("n_samples", 1), ("n_tokens", 0), ("top_k", 0), ("seed", 0)):
         if getattr(c, key) < least:
             raise UserError(f"{key} must be at least {least}, got {getattr(c, key)}")
@@ -52,35 +56,29 @@ def read_prompt(prompt):
     try:
         with open(prompt[5:], encoding="utf-8-sig", newline="") as f:
             return f.read()
-    except (OSError, ValueError) as e:
-        reason = "it is not UTF-8" if isinstance(e, UnicodeError) else getattr(e, "strerror", e)
-        raise UserError(f"cannot read the prompt {prompt[5:]}: {reason}") from None
+    except UnicodeError:
+        raise UserError(f"the prompt {prompt[5:]} is not UTF-8: convert it") from None
 
 
-def main(config):
-    c = config
+def main(c):
     check(c)
     prompt = read_prompt(c.prompt)
-    device = pick_device(c.device)
-    model, checkpoint = load_model(c.checkpoint)
+    device, path = pick_device(c.device), find_checkpoint(c.checkpoint)
+    model, checkpoint = load_model(path)
     model.to(device).eval()
     use_twins(model, Machine(device, "float32"))
-    tokenizer = tokenizer_of(c.checkpoint, checkpoint, c.data)
+    tokenizer = tokenizer_of(path, checkpoint, c.data)
     ids = tokenizer.encode(prompt)
     if not len(ids):
         raise UserError("the prompt is empty; give at least one character")
     if len(ids) > model.config.block_size:
-        print(
-            f"the model sees the last {model.config.block_size} of the prompt's {len(ids)} tokens",
-            file=sys.stderr,
-        )
+        seen = f"the last {model.config.block_size} of the prompt's {len(ids)} tokens"
+        print(f"the model sees {seen}", file=sys.stderr)
     tokens = torch.tensor(ids, device=device)[None]  # (1, T)
     generator = torch.Generator(device).manual_seed(c.seed)
     for _ in range(c.n_samples):
         print(prompt, end="", flush=True)
-        text = codecs.getincrementaldecoder("utf-8")(
-            "replace"
-        )  # a token may end inside a character
+        text = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end in a character
         for token in model.generate(tokens, c.n_tokens, c.temperature, c.top_k, generator):
             if token.item() == tokenizer.separator:  # the end of the document
                 break

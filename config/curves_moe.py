@@ -1,6 +1,5 @@
-"""The default experiment with a mixture of experts in Qwen3's manner: 8 experts, 2 of them for each position.
-As many active parameters as config/curves.py, but for the router and the norms. Run by `make moe`.
-"""
+"""The default experiment with a mixture of experts as in Qwen3, `make moe`: 8 experts, 2 for each position.
+The active parameters are those of config/curves.py, plus the router and norms."""
 
 dataset = "python_source"
 n_layer = 2

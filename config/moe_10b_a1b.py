@@ -1,18 +1,6 @@
-"""The paper's 10B-A1B mixture of experts: 10,132,484,608 parameters, 1.02B of them active without the input
-embedding. The paper does not state the shape; this one keeps Qwen3-30B-A3B's ratios. Its states,
-162 GB, are spread over the GPUs (FSDP2): 8 of 80 GB hold them. On several nodes, see examples/slurm.sh.
-
-    python data/dclm/prepare.py --tokens=1000B --encoding=path/to/llama-3/tokenizer.model
-    python data/fineweb_edu/prepare.py --folder=data --tokens=1000B --encoding=path/to/llama-3/tokenizer.model
-    torchrun --standalone --nproc_per_node=8 train.py config/moe_10b_a1b.py --out_dir=out/10b_tst
-
-TST reads 2.0e12 tokens, one half of them from each corpus.
-
-Not run on GPUs yet: on two CPU ranks, one layer at this width has been.
-
-Paper, DCLM and FineWeb-Edu 50/50: baseline 2.252 after 125k steps (12,311 B200-hours), TST (s 16, r 0.25)
-2.236 after 50k steps (4,768 B200-hours).
-"""
+"""The paper's 10B-A1B mixture: 10,132,484,608 parameters, 1.02B active without the input embedding. Shape
+inferred from Qwen3. 162 GB of states: 8 GPUs of 80 GB or several nodes (examples/slurm.sh), not run yet.
+Paper: baseline 2.252 after 125k steps, TST 2.236 after 50k. It reads 2.0e12 tokens, half from each corpus."""
 
 dataset = "dclm:0.5,fineweb_edu:0.5"
 n_layer = 28

@@ -1,27 +1,17 @@
 #!/bin/bash
-# Train on several nodes under SLURM: one torchrun a node, which starts a rank for each of its GPUs.
+# Train on several nodes under SLURM: one torchrun per node, which starts a rank for each of its GPUs.
 #
 #     sbatch --nodes=8 examples/slurm.sh config/moe_10b_a1b.py --out_dir=out/10b_tst
 #
-# Run from the repository's root, which must lie, with the corpus and out_dir, on a file system that all nodes
-# share: rank 0 alone writes the log and unsharded checkpoints, and each rank its part of a sharded one.
+# Run it from the repository's root. The repository, the corpus and out_dir must be on a file system that all nodes
+# share. If a rank dies, torchrun restarts all of them up to max_restarts times, and they resume from the last
+# checkpoint. Before the time limit SLURM sends SIGTERM, and the run saves and stops within --shutdown-timeout;
+# submit the same command again to resume it. After the loss of a node, SLURM requeues the job by itself.
 #
-# Without SLURM, the same on each node by hand, HOST being one of them:
+# Without SLURM, run the same torchrun command on each node by hand, with the variable exported below and a new
+# --rdzv_id for each launch, by which a restarted run knows its own folder.
 #
-#     torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --rdzv_id=NAME \
-#         --max_restarts=3 train.py ...
-#
-# (There, when one torchrun has used up its restarts, ranks of other nodes may wait for it for 20 minutes.)
-#
-# A rank that dies takes the others with it, and torchrun starts all of them again, up to max_restarts times; they
-# go on from the last checkpoint by themselves. --rdzv_id must be new for each launch: by it a restarted run knows
-# its own folder. Before the time limit SLURM sends SIGTERM, and the run saves and ends; submitted again in the same
-# words, it goes on. After the loss of a node SLURM does that itself (--requeue). From the signal on there is the time
-# of --shutdown-timeout (30 s in a PyTorch that does not know it) for a step, a short evaluation and a checkpoint.
-#
-# Where the host name of a node is not its address on the network, gloo and NCCL need to be told which one to use:
-# export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
-#
+# If host names are not addresses on the network: export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
 # Not run under SLURM yet; two torchruns with two CPU ranks each, on one machine, have been.
 
 #SBATCH --job-name=nanotst
@@ -36,25 +26,19 @@
 #SBATCH --open-mode=append
 
 set -u
-GPUS=${SLURM_GPUS_ON_NODE:-8}
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PYTHON=${PYTHON:-.venv/bin/python}
-export OMP_NUM_THREADS=8
+# Restart counts may differ between nodes, and torchrun's shared store keeps addresses of dead ranks: use a new store
+export OMP_NUM_THREADS=8 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-out_dir=out/run # as train.py's own default; one from a config file is not seen here
+out_dir=out/run begin= # train.py's own default; a folder in a config file is not seen here
 for argument in "$@"; do
     case $argument in --out_dir=*) out_dir=${argument#*=} ;; esac
 done
-begin=
-if [ -e "$out_dir/last.pt" ] || [ -e "$out_dir/last.dcp/manifest.json" ]; then
-    begin=--resume
-elif [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-    begin=--overwrite # it was lost before its first checkpoint
-fi
-longer=$("$PYTHON" -m torch.distributed.run --help | grep -o -m 1 -e --shutdown-timeout)
+[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && begin=--overwrite # lost before its first checkpoint
+[ -e "$out_dir/last.pt" ] && begin=--resume
 
-# with --kill-on-bad-exit a node that is lost ends the job instead of leaving the others waiting
-srun --kill-on-bad-exit=1 "$PYTHON" -m torch.distributed.run \
-    --nnodes="$SLURM_NNODES" --nproc_per_node="$GPUS" --max_restarts=3 \
-    --rdzv_backend=c10d --rdzv_endpoint="$HOST:29500" --rdzv_id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
-    ${longer:+$longer=540} train.py "$@" $begin
+longer=$("$PYTHON" -m torch.distributed.run --help | grep -o -m 1 -e --shutdown-timeout) # torch 2.13, not 2.11
+srun --kill-on-bad-exit=1 "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_NNODES" --max_restarts=3 \
+    --nproc_per_node="${SLURM_GPUS_ON_NODE:-8}" --rdzv_backend=c10d --rdzv_endpoint="$HOST:29500" \
+    --rdzv_id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" ${longer:+$longer=540} train.py "$@" $begin

@@ -1,20 +1,26 @@
-"""What train.py stands on, one job a file. Nothing in here knows train.py.
+"""What train.py stands on, one job a file. Nothing in here knows train.py, which can be followed without it.
 
-    stream, mixture           which text each step reads
-    corpus, formats           token files, and the folders that hold them
-    tokenizer, vocabulary     text to ids and back
-    optim                     AdamW, Muon, the schedule of their rates
-    machine, parallel         device, ranks, signals; DDP and FSDP
-    checkpoint, sharded       saving, loading, resuming
-    log                       what a run writes beside that, and who may write there
-    files, configurator       safe writes; knobs from files and the command line
-    huggingface               initial weights from there
-    kernels                   the numbers of tst.py and model.py, faster: skip it to learn the method
-
-train.py can be followed without reading any of them.
+stream, mixture           which text each step reads
+corpus, formats           token files, and the folders that hold them
+tokenizer, vocabulary     text to ids and back
+optim                     AdamW, Muon, the learning-rate schedule
+machine, parallel         device, ranks, signals; DDP and FSDP
+checkpoint, sharded       saving, loading, resuming
+log                       the folder of a run, its log, what it prints
+files, configurator       atomic file writes; knobs from files and the command line
+huggingface               initial weights from Hugging Face folders
+kernels                   the numbers of tst.py and model.py, faster
 """
+
+import os
+
+# GNU's OpenMP, on which torch runs on Linux, reads this when torch is imported. By default threads spin while
+# they wait for each other, and beside another job a training step then takes ten times as long.
+USERS_ENVIRONMENT = dict(os.environ)  # for programs of others that we start
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 class UserError(Exception):
-    """Something the user can act on, said in one line. Raised by libraries; an entry point prints it and
-    exits with 1 (configurator.entry_point). Whatever else is raised is a bug, and gives its traceback."""
+    """An error that the user can act on, in one line. Libraries raise it; configurator.entry_point prints it
+    and exits with 1. Any other exception is a bug and keeps its traceback."""

@@ -41,7 +41,7 @@ TINY = dict(
 
 @pytest.fixture(autouse=True)
 def same_every_time(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanotst import UserError
-from nanotst.stream import Order, TokenStream, permute, validation_rows
+from nanotst.stream import TokenStream, permute, validation_rows
 from tst import Phase, bags_and_labels, phase_list
 
 R, L = 6, 4  # rows of a batch, positions of a row
@@ -128,12 +128,6 @@ def test_labels_are_the_tokens_after_the_bag(phases):
         assert torch.equal(labels, bags[:, :, -1:] + torch.arange(1, p.n_out + 1))
 
 
-def test_order_is_the_seeds():
-    tst = LISTS["TST"]
-    assert torch.equal(stream(tst).read(0), stream(tst).read(0))
-    assert not torch.equal(stream(tst).read(0), stream(tst, seed=6).read(0))
-
-
 @lists
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_out_the_rows_of_one_batch(phases, ranks):
@@ -149,12 +143,12 @@ def test_rows_read_ahead_are_the_rows_read_at_once():
         assert torch.equal(s.batch(step), direct.read(step))
 
 
-# ---- going on
+# ---- resuming
 
 
 @lists
 @pytest.mark.parametrize("step", [0, 4, 5, 6, 20])
-def test_a_stream_goes_on_where_it_was(phases, step):
+def test_a_stream_continues_where_it_was(phases, step):
     before = stream(phases)
     after = stream(phases, state=before.state(), step=step)
     for i in range(step, step + 3):
@@ -162,13 +156,13 @@ def test_a_stream_goes_on_where_it_was(phases, step):
     assert after.tokens_at(step) == before.tokens_at(step)
 
 
-def test_a_later_switch_goes_on_in_the_same_epoch():
-    """Superposition made longer on the way: what was read is not read again, what is left is read."""
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_later_switch_stays_in_the_same_epoch(step):
+    """Superposition made longer on the way, also exactly at its old end: nothing is read twice or left."""
     short, long = [Phase(0, 5, 3, 3), Phase(5, 30, 1, 1)], [Phase(0, 8, 3, 3), Phase(8, 30, 1, 1)]
-    s = stream(long, state=stream(short).state(), step=4)
-    assert s.phases == long
-    read = [t for i in range(4) for t in stream(short).read(i)[:, : 3 * L].flatten().tolist()]
-    step = 4
+    s = stream(long, state=stream(short).state(), step=step)
+    assert s.phases == long and s.first_step == 0
+    read = [t for i in range(step) for t in stream(short).read(i)[:, : 3 * L].flatten().tolist()]
     while len(read) < s.epoch_tokens:
         p = phase_of(long, step)
         read += s.read(step)[:, : p.n_in * L].flatten().tolist()
@@ -255,11 +249,11 @@ def test_a_corpus_of_a_small_share_may_be_small():
         TokenStream(two(20), 16, [Phase(0, 9, 1, 1)], 6, range(6))
 
 
-def test_an_order_of_two_epochs_in_one_batch():
-    """Six rows of a corpus of four: two come from the next epoch."""
-    order = Order(17, 4, [(1, 0)], 1, (5,))
-    starts = order.starts(0, np.arange(8)).tolist()
-    assert sorted(starts[:4]) == sorted(starts[4:]) == [0, 4, 8, 12]
+def test_an_epoch_of_a_mixture_ends_with_the_first_corpus_that_is_read():
+    """1,000 and 400 tokens, in stretches of 4; three quarters of all rows are the first's."""
+    sources = [(np.arange(1000), Fraction(3, 4)), (np.arange(400), Fraction(1, 4))]
+    s = TokenStream(sources, 4, [Phase(0, 9, 1, 1)], 4, range(4))
+    assert s.epoch_tokens == 996 * 4 // 3  # the second one would last for 396 * 4
 
 
 def test_validation_rows_are_fixed_and_evenly_spaced():
