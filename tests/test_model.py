@@ -472,9 +472,9 @@ def test_tokens_of_a_bag_that_count_nothing_change_nothing():
     model, bags, share = gpt(), tokens(2, 12, 3), torch.tensor([0.0, 0.25, 0.75]).expand(2, 12, 3)
     x = (model.embed.weight[bags] * share[..., None]).sum(2)
     model.embed.register_forward_hook(lambda _, args, out: assert_close(out, x))
-    logits = model(bags, bag_share=share)
+    logits = model(bags, share=share)
     bags[..., 0] = tokens(2, 12)
-    assert torch.equal(model(bags, bag_share=share), logits)
+    assert torch.equal(model(bags, share=share), logits)
 
 
 def test_embedding_and_head_work_in_their_own_forward():

@@ -50,9 +50,14 @@ RESUMED = [  # (kind, parallel and ranks before step 7, two steps after the swit
 STOP = 7
 
 A_PROCESS = """
-import json, os, shutil, signal, sys, time, torch, train, model
+import json, os, shutil, signal, sys, torch, train, model
 from nanotst.machine import StopSignals
 me, stop, attention = int(sys.argv[1]), StopSignals.stop, model.Attention.__init__
+
+def signalled(step, c, multiplier=train.rate_multiplier):
+    if (me, step) == (1, 3):  # as a node's scheduler may signal one rank alone
+        signal.raise_signal(signal.SIGTERM)
+    return multiplier(step, c)
 
 def with_gate(self, config):  # a fork's own parameter
     attention(self, config)
@@ -69,10 +74,7 @@ for job in json.load(sys.stdin):
             del os.environ["RANK"], os.environ["WORLD_SIZE"]
         StopSignals.stop = lambda self, step: step == job["stop"]
         if job["stop"] == "SIGTERM":
-            StopSignals.stop = stop
-            if me == 1:  # as a node's scheduler may signal one rank alone
-                signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
-                signal.setitimer(signal.ITIMER_REAL, 1.5)
+            StopSignals.stop, train.rate_multiplier = stop, signalled
         model.Attention.__init__ = with_gate if job["fork"] else attention
         try:
             train.main(train.Config(**job["knobs"]))
@@ -103,15 +105,8 @@ def ranks(corpus, tmp_path_factory):
         knobs = KINDS[kind] | dict(parallel=how, resume=True)
         add(f"{kind} {before} {after}", int(n), copy=f"{kind} {before}", **knobs)
     add("sigterm", 2, "SIGTERM", parallel="fsdp", max_steps=100_000, superposition_ratio=0.01)
-    add(
-        "fork",
-        2,
-        fork=True,
-        parallel="fsdp",
-        max_steps=1,
-        superposition_ratio=0.0,
-        learning_rate=1e-30,
-    )
+    once = dict(max_steps=1, superposition_ratio=0.0, learning_rate=1e-30)
+    add("fork", 2, fork=True, parallel="fsdp", **once)
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     processes = [
         subprocess.Popen([sys.executable, "-c", A_PROCESS, str(i)], cwd=ROOT, text=True, **pipes)
