@@ -374,8 +374,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def balance_experts(self, load, rate):
-        """Move each expert's bias by `rate`, down if its load was above the mean, else up (auxiliary-loss-free
-        balancing, arXiv 2408.15664). load (n_layer, E), over a whole step and all ranks."""
+        """Move each expert's bias by `rate`: down if its load was above the mean, else up (arXiv 2408.15664).
+        load (n_layer, E), over a whole step and all ranks."""
         for block, n in zip(self.blocks, load):
             block.mlp.bias += rate * torch.sign(n.mean() - n)
 

@@ -318,10 +318,8 @@ from nanotst.machine import as_one
 
 def breaks(step, c, multiplier=train.rate_multiplier):
     rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    if (rank, restarts, step) == (1, 0, 1):  # before the first checkpoint
+    if (rank, restarts, step) == (1, 0, 8):
         os.kill(os.getpid(), signal.SIGKILL)
-    if (rank, restarts, step) == (0, 1, 8):
-        raise ZeroDivisionError("a bug of rank 0")
     return multiplier(step, c)
 
 train.rate_multiplier = breaks
@@ -329,14 +327,13 @@ entry_point(as_one(train.main), train.Config)
 """
 
 
-def test_a_run_whose_ranks_are_killed_or_fail_resumes_by_itself(corpus, ranks, tmp_path):
-    """torchrun --max-restarts: once from the beginning, once from a checkpoint, to the unbroken run's
-    losses. A bug gives its traceback."""
+def test_a_run_with_a_killed_rank_resumes_by_itself(corpus, ranks, tmp_path):
+    """torchrun --max-restarts: from its last checkpoint, to the unbroken run's losses."""
     (tmp_path / "breaks.py").write_text(BREAKS)
     knobs = TINY | SHORT | KINDS["moe"] | dict(dataset=corpus, out_dir=tmp_path / "run")
     knobs |= dict(parallel="fsdp", save_interval=3)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["--max-restarts=2", str(tmp_path / "breaks.py")]
+    command += ["--max-restarts=1", str(tmp_path / "breaks.py")]
     command += [f"--{key}={value}" for key, value in knobs.items()]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -347,4 +344,3 @@ def test_a_run_whose_ranks_are_killed_or_fail_resumes_by_itself(corpus, ranks, t
         process.send_signal(signal.SIGTERM)  # it ends its ranks
     assert process.returncode == 0, out
     assert_same_losses(read_rows(tmp_path / "run"), read_rows(ranks / "moe"))
-    assert "ZeroDivisionError: a bug of rank 0" in out
