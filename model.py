@@ -329,8 +329,8 @@ class GPT(nn.Module):
             module = self.get_submodule(path)
             init = getattr(module, "init", {}).get(name)
             if init is None:
-                raise ValueError(f'{full_name} has no initial value: set self.init = {{"{name}": ...}} in '
-                                 f"{type(module).__name__}, to a number or a model.Init")  # fmt: skip
+                where = f'self.init = {{"{name}": a number or an Init}} in {type(module).__name__}'
+                raise ValueError(f"{full_name} has no initial value; set {where}, see model.Init")
             if not isinstance(init, Init):
                 init = Init("scale", partial(nn.init.constant_, val=init))
             yield full_name, p, init

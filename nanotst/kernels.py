@@ -78,14 +78,19 @@ def agree(twins, config, machine, kinds, loss, document_bags):
 
 def small_config(config, with_experts):
     """A model that takes every branch which the run's takes, in milliseconds."""
-    E, k = (config.n_expert, config.top_k) if with_experts else (0, 0)
-    return dataclasses.replace(
-        config, n_layer=1, n_embd=16, head_dim=8, ff_dim=16, n_expert=min(E, max(8, k)), top_k=k,
-        vocab_size=37 if config.padded_vocab_size <= 1024 else 1030,  # see BagEmbeddingOnCPU
-        n_head=4, n_kv_head=4 if config.n_kv_head == config.n_head else 2,
-        block_size=min(config.block_size, 512),  # longer rows have no twin
-        balance_bias=config.balance_bias and with_experts, checkpoint_activations=False,
-    )  # fmt: skip
+    changes = dict(
+        n_layer=1, n_embd=16, n_head=4, head_dim=8, ff_dim=16, checkpoint_activations=False
+    )
+    changes["n_kv_head"] = 4 if config.n_kv_head == config.n_head else 2
+    changes["vocab_size"] = (
+        37 if config.padded_vocab_size <= 1024 else 1030
+    )  # see BagEmbeddingOnCPU
+    changes["block_size"] = min(config.block_size, 512)  # longer rows have no twin
+    if with_experts:
+        changes["n_expert"] = min(config.n_expert, max(8, config.top_k))
+    else:
+        changes |= dict(n_expert=0, top_k=0, balance_bias=False)
+    return dataclasses.replace(config, **changes)
 
 
 def batch(config, n_in, n_out, loss, document_bags):
