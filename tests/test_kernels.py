@@ -281,18 +281,6 @@ def embedding(V, dtype=torch.float32, cls=BagEmbeddingOnCPU):
     return table
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("V", [64, 1088])  # small and large vocabularies have their own code
-@pytest.mark.parametrize("s", [1, 3, 8])
-def test_identical_tokens_give_the_single_tokens_embedding(s, V, dtype):
-    table, bags = embedding(V, dtype), torch.arange(V)[None, :, None].expand(1, V, s)
-    assert_close(
-        table(bags)[0], table.weight, rtol=s * 2**-23 if dtype == torch.float32 else 0, atol=0
-    )
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(table(bags)[0], table.weight.bfloat16())
-
-
 @pytest.mark.parametrize("V", [64, 1088])
 @pytest.mark.parametrize("shared", [False, True])
 def test_bag_embedding_under_autocast_is_that_of_tst(V, shared):
@@ -507,15 +495,6 @@ def test_incoming_gradients_scale_and_batches_are_flattened(name):
     args = [hidden, weight], labels
     got = value_and_gradients(batch, *args, upstream=torch.tensor(-3.0).double())
     assert_close(got, (wanted[0], -3 * wanted[1], -3 * wanted[2]), **EXACT)
-
-
-@every_loss
-def test_without_gradients_the_value_is_the_same(name):
-    (hidden, weight), labels = operands(4)
-    wanted = chunked(name, 7)(hidden, weight, labels).detach()
-    with torch.no_grad():
-        assert torch.equal(chunked(name, 7)(hidden, weight, labels), wanted)
-    assert not chunked(name, 7)(hidden.detach(), weight.detach(), labels).requires_grad
 
 
 @every_loss
