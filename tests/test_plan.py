@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 from model import GPT, Block, GPTConfig, rotary
 from nanotst import UserError
 from nanotst.configurator import parse
+from nanotst.kernels import use_twins
+from nanotst.machine import Machine
 from tools import plan
 from tools.plan import (
     Config,
@@ -77,6 +80,7 @@ def test_what_a_block_keeps_is_what_autograd_saves(kind, dtype, block_size):
     own = dict(n_expert=8, top_k=2, qk_norm=True) if kind == "experts" else {}
     c = GPTConfig(64, block_size, 1, n_head=4, n_kv_head=2, n_embd=64, ff_dim=96, **own)
     block, held = Block(c), {}
+    use_twins(SimpleNamespace(config=c, modules=block.modules), Machine("cpu", dtype))
     given = {p.untyped_storage().data_ptr() for p in block.parameters()}
 
     def save(t):
