@@ -56,10 +56,7 @@ class GPTConfig:
             (self.n_head % self.n_kv_head, "n_head must be a multiple of n_kv_head"),
             (self.balance_bias and not E, "balance_bias needs a mixture: give n_expert and top_k"),
             (E and not 1 <= k <= E, "top_k must be between 1 and n_expert"),
-            (
-                E and (self.ff_dim % 8 or self.n_embd % 8),
-                "experts need n_embd and ff_dim in multiples of 8",
-            ),
+            (E and (self.ff_dim | self.n_embd) % 8, "experts take widths in multiples of 8"),
         ):
             if wrong:
                 raise ValueError(f"{message}, got {self}")
@@ -223,8 +220,8 @@ class MoE(nn.Module):
         self.router = Router(C, E, config.std, "router")
         self.gate_up = nn.Parameter(torch.empty(E, C, 2 * config.ff_dim))
         self.down = nn.Parameter(torch.empty(E, config.ff_dim, C))
-        std, residual_std = config.std, config.residual_std
-        self.init = {"gate_up": normal("expert", std), "down": normal("expert", residual_std)}
+        self.init = {"gate_up": normal("expert", config.std)}
+        self.init |= {"down": normal("expert", config.residual_std)}
         if self.balance_bias:  # part of the choice alone, see GPT.balance_experts
             self.register_buffer("bias", torch.zeros(E))
 
@@ -332,8 +329,8 @@ class GPT(nn.Module):
             module = self.get_submodule(path)
             init = getattr(module, "init", {}).get(name)
             if init is None:
-                raise ValueError(f'{full_name} has no initial value: set self.init = {{"{name}": ...}} in '
-                                 f"{type(module).__name__}, to a number or a model.Init")  # fmt: skip
+                where = f'self.init = {{"{name}": a number or an Init}} in {type(module).__name__}'
+                raise ValueError(f"{full_name} has no initial value; set {where}, see model.Init")
             if not isinstance(init, Init):
                 init = Init("scale", partial(nn.init.constant_, val=init))
             yield full_name, p, init
@@ -342,26 +339,24 @@ class GPT(nn.Module):
     def init_buffers(self):
         """Fill everything that is not a parameter."""
         with torch.device(self.cos.device):
-            angles = rotary(self.config.block_size, self.config.head_dim, self.config.rope_theta)
-        for buffer, values in zip((self.cos, self.sin), angles):
-            buffer.copy_(values[:, None])
+            cos, sin = rotary(self.config.block_size, self.config.head_dim, self.config.rope_theta)
+        self.cos.copy_(cos[:, None])
+        self.sin.copy_(sin[:, None])
         for block in self.blocks:
             if self.config.balance_bias:
                 block.mlp.bias.zero_()
 
-    def forward(
-        self, bags, labels=None, weights=None, loss="mce", load_shares=None, bag_share=None
-    ):
+    def forward(self, bags, labels=None, weights=None, loss="mce", load_shares=None, share=None):
         """Token ids to logits, or to the loss.
 
         bags (B, L, s), or (B, L) for ordinary tokens, which are bags of one. Without labels: logits (B, L,
         V). With labels (B, L, n_out): (loss, routing), where loss is one of tst.LOSSES in nats ("mce" with
         one label is cross-entropy) and routing the statistics of the MoE layers, None if dense. weights
-        (n_out,): label weights within a bag (mce only). load_shares (n_layer, E): see MoE. bag_share
-        (B, L, s): see tst.embed_bags.
+        (n_out,): label weights within a bag (mce only). load_shares (n_layer, E): see MoE. share (B, L,
+        s): see tst.embed_bags.
         """
         bags = bags if bags.dim() == 3 else bags.unsqueeze(-1)  # (B, L, s)
-        x = self.embed(bags, bag_share)  # (B, L, C)
+        x = self.embed(bags, share)  # (B, L, C)
         cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
         load_shares = [None] * len(self.blocks) if load_shares is None else load_shares
         recompute, routing = self.config.checkpoint_activations and self.training, []
@@ -379,15 +374,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def balance_experts(self, load, rate):
-        """Move each expert's bias by `rate` towards an even load: down if its load was above the mean, else
-        up (auxiliary-loss-free balancing, arXiv 2408.15664). load (n_layer, E), over a whole step and all
-        ranks."""
+        """Move each expert's bias by `rate`: down if its load was above the mean, else up (arXiv 2408.15664).
+        load (n_layer, E), over a whole step and all ranks."""
         for block, n in zip(self.blocks, load):
             block.mlp.bias += rate * torch.sign(n.mean() - n)
 
     def n_params(self, active=False, without=()):
-        """Number of parameters, without padding. active: only the top_k experts that a position uses.
-        without: kinds to leave out, see Init. A tied embedding is the head."""
+        """Number of parameters, padding excluded. active: only the top_k experts that a position uses.
+        without: kinds to leave out, see Init; a tied embedding is a head."""
         c, total = self.config, 0
         for _, p, (kind, _) in self.inits():
             n, kind = p.numel(), "head" if p is self.head.weight else kind
@@ -409,8 +403,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, n, temperature=1.0, top_k=None, generator=None):
-        """Yield n more tokens, each (B,), after the prompt (B, T). temperature 0 takes the likeliest
-        token."""
+        """Yield n more tokens, each (B,), after the prompt (B, T). temperature 0: the likeliest token."""
         for _ in range(n):
             logits = self(tokens[:, -self.config.block_size :])[:, -1].float()  # (B, V)
             if temperature == 0:
@@ -419,7 +412,7 @@ class GPT(nn.Module):
                 if top_k:
                     kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
                     logits[logits < kth] = -torch.inf
-                probs = (logits / temperature).softmax(-1)  # (B, V)
-                new = torch.multinomial(probs, 1, generator=generator)[:, 0]  # (B,)
+                p = (logits / temperature).softmax(-1)  # (B, V)
+                new = torch.multinomial(p, 1, generator=generator)[:, 0]  # (B,)
             tokens = torch.cat((tokens, new[:, None]), dim=1)
             yield new

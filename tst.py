@@ -26,8 +26,8 @@ MODES = ("full", "input", "output")
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps start..stop-1 of a run. A position reads `n_in` tokens as one bag and predicts the `n_out` tokens
-    that follow them; the next position begins `n_in` tokens later."""
+    """Steps start..stop-1 of a run. A position reads `n_in` tokens as one bag and predicts the next `n_out`
+    tokens; the next position starts `n_in` tokens later."""
 
     start: int
     stop: int
@@ -43,9 +43,9 @@ class Phase:
 def phase_list(max_steps, bag_sizes, superposition_ratio, mode="full"):
     """The phases of a run: a share `superposition_ratio` of the steps on bags, then ordinary training.
 
-    bag_sizes, such as [4] or, stepping down, [8, 4, 2], share the superposition steps evenly. mode "full" is
-    the paper's method, "input" bags the input alone and predicts one token, "output" reads single tokens and
-    predicts the next s of them (the paper's ablations). Raises ValueError for a list that cannot be run.
+    bag_sizes, [4] or, stepping down, [8, 4, 2], share the superposition steps evenly. mode "full" is the
+    paper's method; its ablations are "input", which bags only the input and predicts one token, and
+    "output", which reads single tokens and predicts the next s. Raises ValueError for impossible phases.
     """
     if mode not in MODES:
         raise ValueError(f"unknown superposition {mode!r}, choose one of {', '.join(MODES)}")
@@ -70,8 +70,7 @@ def phase_list(max_steps, bag_sizes, superposition_ratio, mode="full"):
 
 
 def check_phases(phases):
-    """Raise ValueError unless the phases follow each other and each can go on with the text the one before
-    leaves."""
+    """Raise ValueError unless phases follow each other and each one's bags divide into the next one's."""
     for phase in phases:
         if phase.start >= phase.stop:
             raise ValueError(
@@ -91,8 +90,8 @@ def check_phases(phases):
 
 
 def phase_at(phases, step):
-    """The phase of step number `step` (the first is 0). A function of the step alone, so a run that is
-    stopped and resumed cannot be in the wrong phase. The last phase goes on for ever."""
+    """The phase of step number `step`, from 0. It depends on the step alone, so a resumed run cannot be in
+    the wrong phase. The last phase never ends."""
     return next((phase for phase in phases if step < phase.stop), phases[-1])
 
 
@@ -116,14 +115,14 @@ def bags_and_labels(tokens, n_in, n_out):
 
 
 def within_documents(tokens, n_in, n_out, separator):
-    """Bags that mix no documents, at the same rows and shapes: an input bag is the mean of the tokens that
-    belong to the document of its last token, and of its labels those count that belong to it, too.
+    """Bags that mix no documents, with the same rows and shapes: a bag averages only the tokens in its last
+    token's document, and labels from other documents are ignored.
 
-    A separator counts with the document after it, also where a corpus writes it behind each document. So it
-    is never a label here: that a document ends is learned in ordinary steps.
+    A separator counts as part of the document after it, even where a corpus writes it behind each document.
+    So it is never a label here: ordinary steps teach where a document ends.
 
-    tokens (B, L*n_in + n_out), cut into documents by the token `separator` -> how much each token counts
-    in its bag, (B, L, n_in) float32, and the labels, others being -100, (B, L, n_out).
+    tokens (B, L*n_in + n_out), cut into documents by the token `separator` -> each token's share of its bag
+    (B, L, n_in), float32, and labels (B, L, n_out), -100 where ignored.
     """
     document = (tokens == separator).cumsum(-1)  # (B, L*n_in + n_out), its number in the row
     bag_document, label_document = bags_and_labels(document, n_in, n_out)
@@ -137,8 +136,7 @@ def embed_bags(bags, weight, share=None):
     """Mean embedding of each bag: (B, L, s) token ids, (V, C) table -> (B, L, C).
 
     The mean is taken in float32 and returned in the dtype of the table, or of autocast where that is on. A
-    bag of one token is exactly an embedding look-up. share (B, L, s), summing to 1 in each bag: a weighted
-    mean.
+    bag of one token is exactly an embedding look-up. share (B, L, s): weights that sum to 1 in each bag.
     """
     device = bags.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -156,11 +154,11 @@ BAG_WEIGHTS = ("uniform", "power", "exponential", "first", "fitted")
 
 
 def bag_weights(kind, n_out, c0=3.63, a=1.35, k=-1.25):
-    """Weight of the i-th token (i = 1..s) of the target bag in the loss, normalised to 1: (s,) float32.
+    """Weights of the target bag's tokens i = 1..s in the loss, normalised to 1: (s,) float32.
 
     uniform 1, power 1/i, exponential exp(-i), first only i = 1, fitted c0 + a * i^k. The defaults of `fitted`
-    are the paper's fit to the mutual information of tokens at distance i on DCLM, in which c0 dominates and
-    makes the weights almost uniform; c0 = 0 keeps the decay alone. Raises ValueError for another kind.
+    are the paper's fit to the mutual information of tokens at distance i in DCLM; c0 dominates and makes the
+    weights almost uniform, c0 = 0 keeps only the decay. Raises ValueError for another kind.
     """
     i = torch.arange(1, n_out + 1, dtype=torch.float64)
     if kind == "uniform":
@@ -179,10 +177,9 @@ def bag_weights(kind, n_out, c0=3.63, a=1.35, k=-1.25):
 
 
 # ----------------------------------------------------------------------------------------------------- losses
-# Each takes logits (..., V) and labels (..., s), for s = 1 as well, and returns a scalar: the mean over the
-# positions that have a label, in nats. kernels.linear_loss relies on that when it adds up chunks of positions
-# (mce has a kernel of its own). Labels that equal ignore_index do not count. To add one: a function, and its
-# name in LOSSES below.
+# Each takes logits (..., V) and labels (..., s), s = 1 included, and returns a scalar in nats: the mean over
+# positions that have a label. Labels equal to ignore_index do not count. To add a loss, write a function and
+# name it in LOSSES below.
 
 
 def multi_hot_cross_entropy(logits, labels, weights=None, ignore_index=-100):
@@ -191,15 +188,13 @@ def multi_hot_cross_entropy(logits, labels, weights=None, ignore_index=-100):
         MCE = sum_i w_i CE(z, y_i) = logsumexp(z) - sum_i w_i z[y_i]
 
     weights (s,) summing to 1, uniform if None -> nats. A label that occurs twice in a bag counts twice.
-    For s = 1 this is F.cross_entropy.
-
-    With ignored labels each offset i is averaged over the positions where it is valid, then the offsets are
-    averaged by weight, as in the paper's loop of s cross-entropies; an offset that is valid nowhere counts
+    For s = 1 this is F.cross_entropy. Each offset i is averaged over the positions where its label is valid,
+    then the offsets by weight, as in the paper's loop of s cross-entropies; one that is valid nowhere counts
     zero.
     """
     log_p = F.log_softmax(wide(logits), -1).flatten(0, -2)  # (N, V)
     labels = labels.flatten(0, -2).long()  # (N, s)
-    if weights is None:  # made on the device: a copy from the host would be waited for in each step
+    if weights is None:  # filled on the device: a copy from the host would wait for it in each step
         weights = log_p.new_full((labels.size(-1),), 1 / labels.size(-1))
     valid = labels != ignore_index  # (N, s)
     label_log_p = log_p.gather(-1, labels.where(valid, 0)).where(valid, 0)  # (N, s)
@@ -207,8 +202,8 @@ def multi_hot_cross_entropy(logits, labels, weights=None, ignore_index=-100):
 
 
 def summed_probability(logits, labels, ignore_index=-100):
-    """The paper's MCEAlt: minus the log of the probability summed over the bag, nats.
-    For s = 1 this is F.cross_entropy."""
+    """The paper's MCEAlt: minus the log of the bag's summed probability, nats. For s = 1 this is
+    F.cross_entropy."""
     valid = labels != ignore_index  # (..., s)
     has_label = valid.any(-1, keepdim=True)  # (..., 1)
     log_p = F.log_softmax(wide(logits), -1)  # (..., V)
@@ -218,17 +213,17 @@ def summed_probability(logits, labels, ignore_index=-100):
 
 
 def binary_cross_entropy(logits, labels, ignore_index=-100):
-    """Binary cross-entropy against the multi-hot target, nats, a sum over the vocabulary. (torch's own form
-    divides by V, and gradients that small drown in the epsilon of AdamW.)"""
+    """Binary cross-entropy against the multi-hot target, nats, summed over the vocabulary. (torch's own form
+    divides by V; gradients that small drown in AdamW's epsilon.)"""
     target, has_label = multi_hot(logits, labels, ignore_index)  # (..., V), (..., 1)
     loss = F.binary_cross_entropy_with_logits(wide(logits), target, reduction="none")  # (..., V)
     return mean_where(has_label, loss.sum(-1, keepdim=True))
 
 
 def multi_label_hinge(logits, labels, ignore_index=-100):
-    """Hinge with margin 1: each label of the bag should score 1 above each word that is not in it.
+    """Hinge with margin 1: each label in the bag should score 1 above every token outside it.
 
-    mean over the labels y of the bag of sum over words v outside the bag of max(0, 1 - z[y] + z[v])
+    mean over labels y in the bag of: sum over tokens v outside the bag of max(0, 1 - z[y] + z[v])
     """
     z = wide(logits)
     inside, has_label = multi_hot(logits, labels, ignore_index)  # (..., V), (..., 1)
@@ -251,12 +246,12 @@ LOSSES = {
 
 
 def wide(x):
-    """x in float32, or float64 if it is that."""
+    """x in float32, or in float64 if it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def multi_hot(logits, labels, ignore_index=-100):
-    """1 where a word is in the bag, 0 elsewhere, (..., V), and whether a position has any label, (..., 1)."""
+    """1 where a token is in the bag, else 0: (..., V); and whether a position has any label: (..., 1)."""
     valid = labels != ignore_index  # (..., s)
     target = torch.zeros_like(wide(logits))  # (..., V)
     target = target.scatter_reduce(
@@ -266,5 +261,5 @@ def multi_hot(logits, labels, ignore_index=-100):
 
 
 def mean_where(mask, x):
-    """Mean of x where mask is true, 0 if that is nowhere."""
+    """Mean of x where mask is true, 0 if it is true nowhere."""
     return x.where(mask, 0).sum() / mask.sum().clamp(min=1)

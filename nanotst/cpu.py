@@ -14,9 +14,6 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-# -------------------------------------------------------------------------------------------- matrix products
-
-
 def tall_product(a, b):
     """a.T @ b: (N, m), (N, n) -> (m, n), in the dtype of a.
 
@@ -53,9 +50,6 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         return dy @ weight, tall_product(dy.flatten(0, -2), x.flatten(0, -2))
-
-
-# ---------------------------------------------------------------------------------------------- bag embedding
 
 
 class BagEmbeddingOnCPU(BagEmbedding):
@@ -105,9 +99,6 @@ class SmallVocabulary(torch.autograd.Function):
         counts.index_put_((rows, bags), one, accumulate=True)
         grad_weight = tall_product(counts, grad).to(ctx.dtype)  # (V, C)
         return None, grad_weight / bags.size(1) if share is None else grad_weight, None, None
-
-
-# -------------------------------------------------------------------------------------------------- attention
 
 
 class AttentionOnCPU(Attention):

@@ -10,7 +10,6 @@ Dimensions as in model.py; n positions in a chunk, M rows of experts.
 import copy
 import dataclasses
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 import tst
 from model import GPT, Head, MoE, swiglu
 from nanotst.cpu import TWINS_ON_CPU, compute_dtype, tall_product
-
-# --------------------------------------------------------------------------------------------- trial of twins
 
 BOUNDS = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.05}  # largest relative error in a trial
 
@@ -32,20 +29,17 @@ def use_twins(model, machine, kinds=(), loss="mce", document_bags=False):
     kinds: every (n_in, n_out) of the run's phases; loss, document_bags: as in train.py. Parameters keep their
     names, so checkpoints do not depend on twins."""
     on_cpu = TWINS_ON_CPU if machine.device_type == "cpu" else []
-    groups = [[FusedHead, *on_cpu], [GroupedMoE] if model.config.n_expert else []]
+    groups = [[FusedHead, *on_cpu], *([[GroupedMoE]] if model.config.n_expert else [])]
     case = model.config, machine, list(dict.fromkeys([*kinds, (1, 1)])), loss, document_bags
-    found = None
+    changed = None
     if machine.master:  # all of a group at once, one by one only if that fails
-        found = [
-            agree(group, *case) or [agree([twin], *case) for twin in group] for group in groups
-        ]
-    for group, good in zip(groups, machine.from_master(found)):
-        for i, twin in enumerate(group):
-            if good is True or good[i]:
-                swap(model, twin)
-            else:
-                without = "so training uses it without its faster twin"
-                machine.say(f"{twin.replaces} has changed, {without}")
+        failing = [group for group in groups if not agree(group, *case)]
+        changed = [t.replaces for group in failing for t in group if not agree([t], *case)]
+    changed = machine.from_master(changed)
+    for twin in [twin for group in groups for twin in group if twin.replaces not in changed]:
+        swap(model, twin)
+    for name in changed:
+        machine.say(f"{name} has changed, so training uses it without its faster twin")
 
 
 def swap(model, twin):
@@ -70,32 +64,33 @@ def agree(twins, config, machine, kinds, loss, document_bags):
     mine.head.chunk_rows = batches[0][0][..., 0].numel() // 2  # two chunks
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32
-    good = True
-    for dtype in (
-        "float32" if experts or machine.device_type == "mps" else "float64",
-        machine.dtype,
-    ):
+    exact, good = "float32" if experts or machine.device_type == "mps" else "float64", True
+    for dtype in (exact, machine.dtype):
         wanted = outcome(plain, batches, dtype, machine)
         try:
             got = outcome(mine, batches, dtype, machine)
+            good &= all((x - y).norm() <= BOUNDS[dtype] * y.norm() for x, y in zip(got, wanted))
         except (TypeError, RuntimeError):  # a method has other arguments now, or other shapes
             good = False
-            continue
-        good &= all((x - y).norm() <= BOUNDS[dtype] * y.norm() for x, y in zip(got, wanted))
     torch.set_float32_matmul_precision(precision)
     return good
 
 
 def small_config(config, with_experts):
     """A model that takes every branch which the run's takes, in milliseconds."""
-    E, k = (config.n_expert, config.top_k) if with_experts else (0, 0)
-    return dataclasses.replace(
-        config, n_layer=1, n_embd=16, head_dim=8, ff_dim=16, n_expert=min(E, max(8, k)), top_k=k,
-        vocab_size=37 if config.padded_vocab_size <= 1024 else 1030,  # see BagEmbeddingOnCPU
-        n_head=4, n_kv_head=4 if config.n_kv_head == config.n_head else 2,
-        block_size=min(config.block_size, 512),  # longer rows have no twin
-        balance_bias=config.balance_bias and with_experts, checkpoint_activations=False,
-    )  # fmt: skip
+    changes = dict(
+        n_layer=1, n_embd=16, n_head=4, head_dim=8, ff_dim=16, checkpoint_activations=False
+    )
+    changes["n_kv_head"] = 4 if config.n_kv_head == config.n_head else 2
+    changes["vocab_size"] = (
+        37 if config.padded_vocab_size <= 1024 else 1030
+    )  # see BagEmbeddingOnCPU
+    changes["block_size"] = min(config.block_size, 512)  # longer rows have no twin
+    if with_experts:
+        changes["n_expert"] = min(config.n_expert, max(8, config.top_k))
+    else:
+        changes |= dict(n_expert=0, top_k=0, balance_bias=False)
+    return dataclasses.replace(config, **changes)
 
 
 def batch(config, n_in, n_out, loss, document_bags):
@@ -132,9 +127,6 @@ def outcome(model, batches, dtype, machine):
     return results
 
 
-# ------------------------------------------------------------------------------- rows of a mixture of experts
-
-
 class GroupedMoE(MoE):
     """Runs the chosen experts alone: positions are sorted by expert, then two grouped matrix products do all
     experts at once. One graph whatever the routing, and an expert that nobody chose has a zero gradient
@@ -144,33 +136,28 @@ class GroupedMoE(MoE):
 
     def mix(self, x, experts, weights):
         (N, k), x = experts.shape, x.to(compute_dtype(x))
-        place = place_rows(experts, self.gate_up.size(0), x.dtype)
-        rows = Take.apply(x, place.pair_of, place.row_of, k)  # (M, C), sorted by expert
-        rows = swiglu(_grouped_mm(rows, self.gate_up.to(x.dtype), offs=place.offsets))  # (M, F)
-        rows = _grouped_mm(rows, self.down.to(x.dtype), offs=place.offsets)  # (M, C)
-        weight = Take.apply(weights.view(-1, 1), place.pair_of, place.row_of, 1)  # (M, 1)
-        rows = rows * (weight * place.filled)  # an empty row gets no gradient
-        y = Take.apply(rows, place.row_of, place.pair_of, 1).unflatten(0, (N, k)).sum(1)  # (N, C)
-        return y, place.load
+        offsets, row_of, pair_of, filled, load = place_rows(experts, len(self.down), x.dtype)
+        rows = Take.apply(x, pair_of, row_of, k)  # (M, C), sorted by expert
+        rows = swiglu(_grouped_mm(rows, self.gate_up.to(x.dtype), offs=offsets))  # (M, F)
+        rows = _grouped_mm(rows, self.down.to(x.dtype), offs=offsets)  # (M, C)
+        weight = Take.apply(weights.view(-1, 1), pair_of, row_of, 1)  # (M, 1)
+        rows = rows * (weight * filled)  # an empty row gets no gradient
+        return Take.apply(rows, row_of, pair_of, 1).unflatten(0, (N, k)).sum(1), load  # (N, C)
 
 
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since torch 2.10
 
 
-class Placement(NamedTuple):
-    """Where the N*k (position, expert) pairs go when sorted by expert, in M rows. On a CPU, which prepares a
-    product again for each new number of rows, an expert's rows are padded to a multiple of 64."""
-
-    offsets: torch.Tensor  # (E,) int32, where each expert's rows end
-    row_of: torch.Tensor  # (N*k,) the row of each pair
-    pair_of: torch.Tensor  # (M,) the pair in each row, 0 in an empty one
-    filled: torch.Tensor  # (M, 1) 1, or 0 in an empty row
-    load: torch.Tensor  # (E,) positions that chose each expert, float32
-
-
 def place_rows(experts, n_expert, dtype):
-    """The Placement of the chosen experts (N, k). M is an upper bound, so it does not depend on the
-    routing."""
+    """Sort the N*k pairs (position, chosen expert), (N, k), by expert into M rows, an upper bound that does
+    not depend on the routing. A CPU prepares a product again for each new number of rows, so there an
+    expert's rows are padded to a multiple of 64. Returns
+        offsets (E,)   int32, where each expert's rows end
+        row_of (N*k,)  the row of each pair
+        pair_of (M,)   the pair in each row, 0 in an empty one
+        filled (M, 1)  1, or 0 in an empty row
+        load (E,)      positions that chose each expert, float32
+    """
     (N, k), device = experts.shape, experts.device
     multiple = 64 if device.type == "cpu" else 1
     chosen, order = experts.flatten().sort(stable=True)  # (N*k,) the pairs, by expert
@@ -185,7 +172,7 @@ def place_rows(experts, n_expert, dtype):
     row_of = torch.empty_like(order).scatter_(0, order, row)  # (N*k,)
     pair_of = torch.zeros(M, dtype=order.dtype, device=device).scatter_(0, row, order)  # (M,)
     filled = torch.zeros(M, 1, dtype=dtype, device=device).index_fill_(0, row, 1)  # (M, 1)
-    return Placement(offsets, row_of, pair_of, filled, load.float())
+    return offsets, row_of, pair_of, filled, load.float()
 
 
 class Take(torch.autograd.Function):
@@ -202,9 +189,6 @@ class Take(torch.autograd.Function):
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
         return grad[inverse].unflatten(0, (-1, ctx.k)).sum(1), None, None, None  # (N, C)
-
-
-# ---------------------------------------------------------------------------------- losses from hidden states
 
 
 class FusedHead(Head):
@@ -257,14 +241,12 @@ def linear_multi_hot_cross_entropy(
 
     hidden (..., C), weight (V, C), labels (..., s), weights (s,) or None -> scalar in nats, float32.
 
-    Works in chunks of positions. Each chunk's logits are turned into the gradients of `hidden` and `weight`
-    in the forward pass, so memory is that of one chunk; one matrix product and one log-sum-exp serve all s
-    labels. Products run in the dtype of `hidden` (or of autocast), softmax and sums in float32, or float64
-    for float64 inputs.
+    Each chunk of positions turns its logits into the gradients of `hidden` and `weight` in the forward pass,
+    so memory is one chunk's; one matrix product and one log-sum-exp serve all s labels. Products run in the
+    dtype of `hidden` (or of autocast), softmax and sums in float32 (float64 for float64 inputs).
 
-    vocab_size: rows of `weight` from here on are padding and get no probability. chunk_rows: positions in a
-    chunk. The gradients are computed before the incoming one is known, so create_graph=True raises
-    RuntimeError, and float16 with a loss scaler would overflow.
+    vocab_size: rows of `weight` from here on are padding. chunk_rows: positions in a chunk. The gradients do
+    not know the incoming one: create_graph=True raises RuntimeError, float16 with a loss scaler overflows.
     """
     dtype = compute_dtype(hidden)
     # N is the dimension along which compiled loops are vectorised

@@ -1,16 +1,13 @@
-"""One model on many ranks: DDP, or FSDP2 where its states do not fit on each GPU. The only file that wraps a
-model. There is no tensor, pipeline or expert parallelism.
+"""One model on many ranks: DDP, or FSDP2 where its states do not fit on each GPU. No other parallelism.
 
     ddp   every rank holds everything: 16 bytes per parameter (float32 weight, gradient and two moments), 20
           where gradients of several micro-steps are summed beside DDP's buckets
     fsdp  every rank holds a part of each and gathers one unit after another: embedding, blocks, head. With
-          shard_size N, each group of N neighbouring ranks (a node, say) holds them all between its ranks
-          (hybrid sharding), so weights are gathered within a node only
+          shard_size N, each group of N ranks (a node, say) holds all parts, so it gathers within itself
 
-Where ranks compute in bfloat16, blocks and head are cast before they are gathered, which halves traffic and
-memory; autocast alone would keep cast copies of the whole model until the forward pass ends. Routers and the
-embedding, whose bags are averaged in float32, are gathered in float32. Gradients are reduced, and summed over
-micro-steps, in float32."""
+In bfloat16, blocks and head are cast before they are gathered, which halves traffic and memory; autocast
+alone would keep cast copies of the model until the forward pass ends. Routers and the embedding, whose bags
+are averaged in float32, are gathered in float32. Gradients are reduced, and summed, in float32."""
 
 import copy
 import dataclasses
@@ -42,8 +39,8 @@ def check_size(shape, machine):
     if memory and needed > memory:
         hint = " --parallel=fsdp spreads them over the ranks, or" * (machine.parallel == "ddp")
         raise UserError(
-            f"training {n_params:,} parameters takes {needed / 1e9:,.0f} GB, but there are "
-            f"{memory / 1e9:,.0f};{hint} reduce n_embd, n_layer, ff_dim, n_expert or block_size"
+            f"training {n_params:,} parameters takes {needed / 1e9:,.0f} GB, here are {memory / 1e9:,.0f};"
+            f"{hint} give a smaller model: n_embd, n_layer, ff_dim, n_expert or block_size"
         )
 
 
@@ -56,7 +53,7 @@ def build(config, machine, prepare=lambda model: None):
         model = GPT(config)
     prepare(model)
     if sharded:
-        for layer in model.modules():  # draw what unsharded constructors draw, before init_weights
+        for layer in model.modules():  # draw what the constructors of an unsharded model draw
             if hasattr(layer, "reset_parameters"):
                 copy.deepcopy(layer).to_empty(device=machine.device).reset_parameters()
         shard(model, machine)
@@ -81,10 +78,8 @@ def shard(model, machine):
     ranks, n = machine.world_size, machine.shard_size
     shape, names = ((ranks // n, n), ("replicate", "shard")) if n < ranks else ((n,), ("shard",))
     mesh = init_device_mesh(machine.device_type, shape, mesh_dim_names=names)
-    # cast_forward_inputs would round the experts' shares; autocast casts what has to be
-    policy = functools.partial(
-        MixedPrecisionPolicy, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    how = dict(reduce_dtype=torch.float32, cast_forward_inputs=False)  # autocast casts inputs
+    policy = functools.partial(MixedPrecisionPolicy, **how)
     exact, low = policy(), policy(torch.bfloat16 if machine.dtype == "bfloat16" else None)
     # units change no view in place; those left gathered would have other parameters than the optimizer
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
@@ -105,16 +100,14 @@ def wrap(model, machine):
     """The model as all ranks train it together."""
     if machine.parallel != "ddp":
         return model
-    # torch 2.11 does not know the argument's new name
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers")
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its name in torch 2.11
     device_ids = [machine.local_rank] if machine.device_type == "cuda" else None
     return DDP(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def sync_gradients(model, wanted):
-    """Set before forward whether the next backward synchronises gradients; the last micro-step is enough.
-    FSDP reduces them in every one, because it would have to keep them whole until then, 4 bytes per
-    parameter; only the sum over groups of hybrid sharding can wait."""
+    """Set before forward whether the next backward synchronises gradients; once per step is enough. FSDP
+    always reduces them, or it would keep them whole; only the sum over groups of ranks can wait."""
     if isinstance(model, DDP):
         model.require_backward_grad_sync = wanted
     elif isinstance(model, FSDPModule):
@@ -131,9 +124,8 @@ def compile_units(model):
     """Compile a sharded model, in place, unit by unit, since FSDP's hooks between units and around a router
     cannot be part of a graph. Blocks share one graph."""
     for unit in (model.embed, *model.blocks, model.head):
-        unit.forward = torch.compile(
-            unit.forward, dynamic=False, fullgraph=not model.config.n_expert
-        )
+        whole = not model.config.n_expert
+        unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=whole)
 
 
 @torch.no_grad()

@@ -161,5 +161,5 @@ def test_one_more_metric_in_the_row(fork):
 
 def test_a_parameter_without_an_initial_value_is_an_error_that_says_where(fork):
     no_value = [(GATE[0][0], GATE[0][1].replace('        self.init = {"gate": 0.5}\n', ""))]
-    with pytest.raises(ValueError, match=r"blocks.0.attn.gate has no initial value: .*Attention"):
+    with pytest.raises(ValueError, match=r"blocks.0.attn.gate has no initial value; .*Attention"):
         fork("model.py", no_value)

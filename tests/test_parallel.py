@@ -44,9 +44,14 @@ SAME = [  # (kind, ranks, knobs)
 STOP = 7
 
 A_PROCESS = """
-import json, os, shutil, signal, sys, time, torch, train, model
+import json, os, shutil, signal, sys, torch, train, model
 from nanotst.machine import StopSignals
 me, stop, attention = int(sys.argv[1]), StopSignals.stop, model.Attention.__init__
+
+def signalled(step, c, multiplier=train.rate_multiplier):
+    if (me, step) == (1, 3):  # as a node's scheduler may signal one rank alone
+        signal.raise_signal(signal.SIGTERM)
+    return multiplier(step, c)
 
 def with_gate(self, config):  # a fork's own parameter
     attention(self, config)
@@ -63,10 +68,7 @@ for job in json.load(sys.stdin):
             del os.environ["RANK"], os.environ["WORLD_SIZE"]
         StopSignals.stop = lambda self, step: step == job["stop"]
         if job["stop"] == "SIGTERM":
-            StopSignals.stop = stop
-            if me == 1:  # as a node's scheduler may signal one rank alone
-                signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
-                signal.setitimer(signal.ITIMER_REAL, 1.5)
+            StopSignals.stop, train.rate_multiplier = stop, signalled
         model.Attention.__init__ = with_gate if job["fork"] else attention
         try:
             train.main(train.Config(**job["knobs"]))
@@ -90,15 +92,8 @@ def ranks(corpus, tmp_path_factory):
     for kind, n, knobs in SAME:
         add(name_of(kind, n, knobs), n, **KINDS[kind] | knobs)
     add("sigterm", 2, "SIGTERM", parallel="fsdp", max_steps=100_000, superposition_ratio=0.01)
-    add(
-        "fork",
-        2,
-        fork=True,
-        parallel="fsdp",
-        max_steps=1,
-        superposition_ratio=0.0,
-        learning_rate=1e-30,
-    )
+    once = dict(max_steps=1, superposition_ratio=0.0, learning_rate=1e-30)
+    add("fork", 2, fork=True, parallel="fsdp", **once)
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     processes = [
         subprocess.Popen([sys.executable, "-c", A_PROCESS, str(i)], cwd=ROOT, text=True, **pipes)
@@ -285,10 +280,8 @@ from nanotst.machine import as_one
 
 def breaks(step, c, multiplier=train.rate_multiplier):
     rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    if (rank, restarts, step) == (1, 0, 1):  # before the first checkpoint
+    if (rank, restarts, step) == (1, 0, 8):
         os.kill(os.getpid(), signal.SIGKILL)
-    if (rank, restarts, step) == (0, 1, 8):
-        raise ZeroDivisionError("a bug of rank 0")
     return multiplier(step, c)
 
 train.rate_multiplier = breaks
@@ -296,14 +289,13 @@ entry_point(as_one(train.main), train.Config)
 """
 
 
-def test_a_run_whose_ranks_are_killed_or_fail_resumes_by_itself(corpus, ranks, tmp_path):
-    """torchrun --max-restarts: once from the beginning, once from a checkpoint, to the unbroken run's
-    losses. A bug gives its traceback."""
+def test_a_run_with_a_killed_rank_resumes_by_itself(corpus, ranks, tmp_path):
+    """torchrun --max-restarts: from its last checkpoint, to the unbroken run's losses."""
     (tmp_path / "breaks.py").write_text(BREAKS)
     knobs = TINY | SHORT | KINDS["moe"] | dict(dataset=corpus, out_dir=tmp_path / "run")
     knobs |= dict(parallel="fsdp", save_interval=3)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["--max-restarts=2", str(tmp_path / "breaks.py")]
+    command += ["--max-restarts=1", str(tmp_path / "breaks.py")]
     command += [f"--{key}={value}" for key, value in knobs.items()]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -314,4 +306,3 @@ def test_a_run_whose_ranks_are_killed_or_fail_resumes_by_itself(corpus, ranks, t
         process.send_signal(signal.SIGTERM)  # it ends its ranks
     assert process.returncode == 0, out
     assert_same_losses(read_rows(tmp_path / "run"), read_rows(ranks / "moe"))
-    assert "ZeroDivisionError: a bug of rank 0" in out

@@ -1,10 +1,7 @@
 """tst.py, the method, against plain loops and the losses of PyTorch, function by function."""
 
 import ast
-import dataclasses
-import importlib.util
 import math
-import shutil
 import sys
 from pathlib import Path
 
@@ -51,40 +48,19 @@ def test_the_file_imports_torch_and_the_standard_library_alone():
     assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
 
 
-def test_a_copy_in_another_folder_trains_alone(tmp_path, monkeypatch):
-    copy = shutil.copy(tst.__file__, tmp_path / "superposition.py")
-    monkeypatch.setattr(
-        sys, "path", [p for p in sys.path if "site-packages" in p or "python3" in p]
-    )
-    spec = importlib.util.spec_from_file_location("superposition", copy)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    table, head = (torch.randn(V, C, requires_grad=True) for _ in range(2))
-    for phase in module.phase_list(10, [3], 0.3):
-        bags, labels = module.bags_and_labels(torch.randint(V, (2, 12)), phase.n_in, phase.n_out)
-        module.LOSSES["mce"](module.embed_bags(bags, table) @ head.T, labels).backward()
-    assert table.grad.any() and head.grad.any()
-
-
 # ---- phases
 
 
 def test_superposition_comes_first_and_ordinary_training_after_it():
     assert phase_list(10, [4], 0.3) == [Phase(0, 3, 4, 4), Phase(3, 10, 1, 1)]
-
-
-def test_input_only_bags_the_input_and_output_only_the_labels():
     assert phase_list(10, [4], 0.5, "input") == [Phase(0, 5, 4, 1), Phase(5, 10, 1, 1)]
     assert phase_list(10, [4], 0.5, "output") == [Phase(0, 5, 1, 4), Phase(5, 10, 1, 1)]
+    assert phase_list(10, [4], 1.0) == [Phase(0, 10, 4, 4)]
 
 
 def test_bag_sizes_that_step_down_share_the_steps_evenly():
-    assert phase_list(100, [8, 4, 2], 0.3) == [
-        Phase(0, 10, 8, 8),
-        Phase(10, 20, 4, 4),
-        Phase(20, 30, 2, 2),
-        Phase(30, 100, 1, 1),
-    ]
+    phases = phase_list(100, [8, 4, 2], 0.3)
+    assert [(p.start, p.bag_size) for p in phases] == [(0, 8), (10, 4), (20, 2), (30, 1)]
     shares = [p.stop - p.start for p in phase_list(100, [8, 4, 2], 0.4)[:3]]
     assert sum(shares) == 40 and max(shares) - min(shares) <= 1  # 40 steps do not divide by 3
 
@@ -100,10 +76,6 @@ def test_the_superposition_steps_are_rounded_to_the_nearest(max_steps, ratio, st
 @pytest.mark.parametrize("mode", MODES)
 def test_no_superposition_is_one_phase_of_ordinary_training(bag_sizes, ratio, mode):
     assert phase_list(10, bag_sizes, ratio, mode) == [Phase(0, 10, 1, 1)]
-
-
-def test_superposition_to_the_end_has_no_second_phase():
-    assert phase_list(10, [4], 1.0) == [Phase(0, 10, 4, 4)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -136,57 +108,26 @@ def test_an_impossible_list_of_phases_is_refused(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "phases, message",
+    "stops, sizes, message",
     [
-        ([Phase(0, 3, 2, 2), Phase(4, 9, 1, 1)], "before step 3, the next begins at step 4"),
-        ([Phase(0, 3, 2, 2), Phase(2, 9, 1, 1)], "before step 3, the next begins at step 2"),
-        ([Phase(0, 3, 2, 2), Phase(3, 3, 1, 1)], "no steps"),
-        (
-            [Phase(0, 3, 6, 2), Phase(3, 4, 3, 7), Phase(4, 5, 2, 2)],
-            "3 tokens do not divide into bags of 2",
-        ),
+        ((0, 3, 4, 9), (2, 1), "before step 3, the next begins at step 4"),
+        ((0, 3, 2, 9), (2, 1), "before step 3, the next begins at step 2"),
+        ((0, 3, 3, 3), (2, 1), "no steps"),
+        ((0, 3, 3, 4), (3, 2), "3 tokens do not divide into bags of 2"),
     ],
 )
-def test_phases_that_do_not_follow_each_other_are_refused(phases, message):
+def test_phases_that_do_not_follow_each_other_are_refused(stops, sizes, message):
+    """Labels need not divide: only input is used up."""
+    a, b, c, d = stops
     with pytest.raises(ValueError, match=message):
-        check_phases(phases)
-
-
-def test_labels_need_not_divide_since_only_input_is_consumed():
+        check_phases([Phase(a, b, sizes[0], 7), Phase(c, d, sizes[1], 5)])
     check_phases([Phase(0, 3, 4, 3), Phase(3, 5, 4, 5), Phase(5, 6, 1, 2)])
 
 
 def test_the_phase_is_a_function_of_the_step():
     phases = phase_list(12, [4, 2], 0.5)
-    assert [phase_at(phases, step).n_in for step in range(12)] == [
-        4,
-        4,
-        4,
-        2,
-        2,
-        2,
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-    ]
-    assert (
-        phase_at(phases, 12) == phase_at(phases, 10**9) == phases[-1]
-    )  # a run that is made longer
-    assert phase_at(phase_list(6, [4], 0), 0).bag_size == 1  # no superposition at all
-
-
-def test_the_bag_size_of_a_phase_is_the_larger_one_and_a_phase_cannot_be_changed():
-    assert [Phase(0, 1, *sizes).bag_size for sizes in ((4, 4), (4, 1), (1, 4), (1, 1))] == [
-        4,
-        4,
-        4,
-        1,
-    ]
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Phase(0, 1, 1, 1).n_in = 2
+    assert [phase_at(phases, step).n_in for step in range(12)] == [4] * 3 + [2] * 3 + [1] * 6
+    assert phase_at(phases, 12) == phase_at(phases, 10**9) == phases[-1]  # a run that is extended
 
 
 # ---- input and target
@@ -203,41 +144,18 @@ def test_labels_are_the_tokens_that_follow_the_bag_and_share_none_with_it(n_in, 
         assert labels[0, j].tolist() == list(range((j + 1) * n_in, (j + 1) * n_in + n_out))
 
 
-@pytest.mark.parametrize("s", BAG_SIZES)
-def test_in_superposition_the_target_is_the_next_bag(s):
-    bags, labels = bags_and_labels(torch.randint(V, (2, 5 * s)), s, s)
-    assert bags.shape == labels.shape == (2, 4, s)
-    assert torch.equal(bags[:, 1:], labels[:, :-1])
-
-
 def test_bags_and_labels_are_views_of_rows_of_any_batch():
     tokens = torch.arange(2 * 3 * 14, dtype=torch.int32).view(2, 3, 14)
     bags, labels = bags_and_labels(tokens, 4, 2)
-    assert (
-        bags.untyped_storage().data_ptr()
-        == labels.untyped_storage().data_ptr()
-        == tokens.data_ptr()
-    )
-    for i in range(2):
-        for j in range(3):
-            one = bags_and_labels(tokens[i, j], 4, 2)
-            assert torch.equal(bags[i, j], one[0]) and torch.equal(labels[i, j], one[1])
+    where = {t.untyped_storage().data_ptr() for t in (tokens, bags, labels)}
+    assert len(where) == 1
+    one = bags_and_labels(tokens[1, 2], 4, 2)
+    assert torch.equal(bags[1, 2], one[0]) and torch.equal(labels[1, 2], one[1])
 
 
 @pytest.mark.parametrize(
     "length, n_in, n_out",
-    [
-        (8, 3, 3),
-        (7, 4, 4),
-        (4, 4, 4),
-        (5, 4, 2),
-        (6, 0, 1),
-        (6, 1, 0),
-        (6, -1, 1),
-        (6, 1, -1),
-        (1, 1, 1),
-        (0, 1, 1),
-    ],
+    [(8, 3, 3), (7, 4, 4), (4, 4, 4), (5, 4, 2), (6, 0, 1), (6, 1, 0), (6, -1, 1), (0, 1, 1)],
 )
 def test_a_row_that_is_not_whole_bags_is_refused(length, n_in, n_out):
     with pytest.raises(ValueError, match=f"rows of {length} tokens are not bags of {n_in}"):
@@ -245,38 +163,6 @@ def test_a_row_that_is_not_whole_bags_is_refused(length, n_in, n_out):
 
 
 # ---- the embedding of a bag
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("s", BAG_SIZES)
-def test_bag_embedding_is_the_mean_in_value_and_gradient(s, dtype):
-    bags = torch.randint(
-        5, (2, 3, s), dtype=torch.int32
-    )  # 5 ids: many a token is in a bag more than once
-    table, upstream = (
-        torch.randn(V, C, dtype=dtype, requires_grad=True),
-        torch.randn(2, 3, C, dtype=dtype),
-    )
-    out = embed_bags(bags, table)
-    out.backward(upstream)
-    assert out.dtype == dtype
-    grad = torch.zeros(V, C, dtype=torch.float64)
-    for b in range(2):
-        for j in range(3):
-            mean = sum(table[token].double() for token in bags[b, j].tolist()) / s
-            assert_close(out[b, j].double(), mean, rtol=1e-5, atol=1e-6)
-            for token in bags[b, j].tolist():
-                grad[token] += upstream[b, j].double() / s
-    assert_close(table.grad.double(), grad, rtol=1e-5, atol=1e-6)
-    table.grad = None
-    with torch.autocast("cpu", torch.bfloat16):
-        embed_bags(bags, table).backward(upstream.bfloat16())
-    assert_close(table.grad.double(), grad, rtol=3e-2, atol=3e-2)
-
-
-def test_the_mean_of_float64_is_float64():
-    bags, table = torch.randint(V, (2, 3, 7)), torch.randn(V, C, dtype=torch.float64)
-    assert_close(embed_bags(bags, table), table[bags].sum(2) / 7, rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -316,38 +202,32 @@ def random_shares(*shape):
     return share / share.sum(-1, keepdim=True)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("s", [1, 2, 3, 8])
-def test_tokens_that_count_unequally_are_a_weighted_mean(s, dtype):
-    bags, share = torch.randint(5, (2, 3, s)), random_shares(2, 3, s)
-    table, upstream = (
-        torch.randn(V, C, dtype=dtype, requires_grad=True),
-        torch.randn(2, 3, C, dtype=dtype),
-    )
-    out = embed_bags(bags, table, share)
+@pytest.mark.parametrize("s", [1, 2, 3, 8, 16])
+def test_bag_embedding_is_the_mean_in_value_and_gradient(s, dtype, weighted):
+    """Of tokens that count equally, or by their share."""
+    bags = torch.randint(5, (2, 3, s), dtype=torch.int32)  # many a token is in a bag more than once
+    share = random_shares(2, 3, s) if weighted else None
+    table = torch.randn(V, C, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(2, 3, C, dtype=dtype)
+    out, grad = embed_bags(bags, table, share), torch.zeros(V, C, dtype=torch.float64)
     out.backward(upstream)
     assert out.dtype == dtype
-    tolerance = (
-        dict(rtol=2**-7, atol=2**-7) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
-    )
-    grad = torch.zeros(V, C, dtype=torch.float64)
+    bound = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     for b in range(2):
         for j in range(3):
-            pairs = list(zip(bags[b, j].tolist(), share[b, j].double()))
+            weights = share[b, j].double() if weighted else torch.full((s,), 1 / s).double()
+            pairs = list(zip(bags[b, j].tolist(), weights))
             mean = sum(w * table[token].double() for token, w in pairs)
-            assert_close(out[b, j].double(), mean, **tolerance)
+            assert_close(out[b, j].double(), mean, rtol=bound, atol=bound)
             for token, w in pairs:
                 grad[token] += w * upstream[b, j].double()
-    assert_close(
-        table.grad.double(), grad, rtol=10 * tolerance["rtol"], atol=10 * tolerance["atol"]
-    )
+    assert_close(table.grad.double(), grad, rtol=10 * bound, atol=10 * bound)
+    table.grad = None
     with torch.autocast("cpu", torch.bfloat16):
-        assert embed_bags(bags, table, share).dtype == torch.bfloat16
-
-
-def test_even_shares_are_the_plain_mean():
-    bags, table = torch.randint(V, (2, 3, 4)), torch.randn(V, C)
-    assert_close(embed_bags(bags, table, torch.full((2, 3, 4), 0.25)), embed_bags(bags, table))
+        embed_bags(bags, table, share).backward(upstream.bfloat16())
+    assert_close(table.grad.double(), grad, rtol=5e-2, atol=1e-1)
 
 
 # ---- bags that mix no documents
@@ -379,12 +259,6 @@ def test_within_documents_bags_and_labels_are_of_the_document_of_the_bags_last_t
             for i in range(n_out):
                 wanted = tokens[row, end + i] if documents[end + i] == documents[end - 1] else -100
                 assert labels[row, j, i] == wanted
-
-
-def test_within_one_document_bags_and_labels_are_the_plain_ones():
-    tokens = torch.randint(1, V, (2, 20))
-    share, labels = within_documents(tokens, 4, 4, 0)
-    assert share.eq(0.25).all() and torch.equal(labels, bags_and_labels(tokens, 4, 4)[1])
 
 
 # ---- the weights of a bag's labels
@@ -563,24 +437,6 @@ def test_losses_stay_finite_for_extreme_logits(loss):
 # ---- multi-hot cross-entropy
 
 
-@pytest.mark.parametrize("s", BAG_SIZES)
-@pytest.mark.parametrize("kind", BAG_WEIGHTS)
-def test_weighted_loss_equals_the_loop_of_cross_entropies(kind, s):
-    assert_same(
-        multi_hot_cross_entropy, loop_of_cross_entropies, *operands(s), bag_weights(kind, s)
-    )
-
-
-def test_weights_are_uniform_by_default():
-    args = operands(4)
-    assert_close(
-        multi_hot_cross_entropy(*args),
-        multi_hot_cross_entropy(*args, torch.full((4,), 0.25)),
-        rtol=1e-12,
-        atol=0,
-    )
-
-
 @pytest.mark.parametrize("kind", BAG_WEIGHTS)
 @pytest.mark.parametrize("s", BAG_SIZES)
 def test_zero_logits_cost_log_v(kind, s):
@@ -589,16 +445,6 @@ def test_zero_logits_cost_log_v(kind, s):
         torch.zeros(N, V), torch.randint(V, (N, s)), bag_weights(kind, s)
     )
     assert_close(loss.item(), math.log(V), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("loss", [multi_hot_cross_entropy, summed_probability])
-def test_one_label_is_ordinary_cross_entropy(loss):
-    def ordinary(logits, labels):
-        return F.cross_entropy(logits, labels[:, 0])
-
-    assert_same(loss, ordinary, *operands(1), rtol=1e-13, atol=1e-15)
-    assert_same(loss, ordinary, *with_holes(1), rtol=1e-13, atol=1e-15)
-    assert_same(loss, ordinary, *operands(1, torch.float32), rtol=1e-5, atol=1e-7)
 
 
 def test_one_label_is_ordinary_cross_entropy_bit_for_bit():
@@ -618,13 +464,12 @@ def test_a_label_that_occurs_twice_counts_twice():
     assert distribution.abs().gt(1e-12).sum() == 3
 
 
-@pytest.mark.parametrize("kind", BAG_WEIGHTS)
 @pytest.mark.parametrize("s", BAG_SIZES)
+@pytest.mark.parametrize("kind", BAG_WEIGHTS)
 def test_ignored_labels_leave_the_mean_of_their_own_offset(kind, s):
     """Each place in the bag has its own number of valid labels."""
-    assert_same(
-        multi_hot_cross_entropy, loop_of_cross_entropies, *with_holes(s), bag_weights(kind, s)
-    )
+    for args in (operands(s), with_holes(s)):
+        assert_same(multi_hot_cross_entropy, loop_of_cross_entropies, *args, bag_weights(kind, s))
 
 
 def test_an_offset_without_labels_counts_zero():
@@ -638,20 +483,3 @@ def test_an_offset_without_labels_counts_zero():
 
 
 # ---- the other losses
-
-
-def test_bce_and_hinge_at_zero_logits_by_hand():
-    """log 2 for each word of the vocabulary; a margin of 1 from each word outside the bag, for each label."""
-    logits, labels = torch.zeros(1, V), torch.tensor([[3, 3, 5]])
-    assert binary_cross_entropy(logits, labels).item() == pytest.approx(V * math.log(2))
-    assert multi_label_hinge(logits, labels).item() == pytest.approx(V - 2)
-    assert summed_probability(logits, labels[:, 1:]).item() == pytest.approx(
-        math.log(V) - math.log(2)
-    )
-
-
-def test_a_hinge_that_is_satisfied_is_zero_up_to_its_margin_of_one():
-    logits, labels = torch.zeros(1, V), torch.tensor([[3, 5]])
-    for score, wanted in ((2.0, 0), (1.0, 0), (0.75, 0.25 * (V - 2))):
-        logits[0, labels[0]] = score
-        assert multi_label_hinge(logits, labels).item() == pytest.approx(wanted)
