@@ -1,7 +1,7 @@
 """From files to a corpus, for all prepare scripts but python_source's.
 
-A preparation that is stopped and started again keeps its finished shards. The files are those of an unbroken
-one, and do not depend on the number of workers.
+A preparation that was stopped resumes after its finished shards. It writes the same files as one that was
+not, whatever the number of workers.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ def prepare(
 ):
     """Tokenise `inputs` and write them with the Writer `out`, from where an earlier preparation stopped.
 
-    inputs: [(split, names)], the split "train", "val", or "" to choose by a hash of each document. Each has
-    shards of its own. The names are paths, or what fetch(name) makes a path of, which is removed when its
-    shards are finished unless keep is set. limits: {split: tokens}, 0 for all.
+    inputs: [(split, names)]. The split is "train", "val", or "" to choose by a hash of each document. Each
+    input has its own shards. The names are paths, or fetch(name) returns the path of a file, which is removed
+    when its shards are finished unless keep is set. limits: {split: tokens}, 0 for all.
     """
     limits = limits or {}
     if out.tokenizer.note:
@@ -78,8 +78,8 @@ def choose(paths, split, options, val_fraction=0.0, state=None):
     """Yield (place, hash, text, what to say) of documents, without those in finished shards. The place is
     "train", "val", or the reason why a document is left out.
 
-    A hash decides which are held out for validation. The choice depends on nothing but the text, so two
-    copies of a document land on the same side.
+    A hash of the text alone decides which documents are held out for validation, so two copies land on the
+    same side.
     """
     skip, held_out = (state["documents"], state["held_out"]) if state else (0, ())
     for path in paths:

@@ -71,7 +71,7 @@ class Writer:
     Leaving the block without an error moves the files into place, meta.json last: a preparation that fails,
     is killed or fills the disk leaves the former corpus or none. `knobs`, a dict of plain values, says what
     the corpus is made from; ask prepared() first. The document that fills shard_tokens ends a shard, which is
-    held in memory until then. A seed shuffles its documents.
+    held in memory until then. With a seed the documents of a shard are shuffled.
     """
 
     def __init__(self, out_dir, tokenizer, knobs, shard_tokens=0, seed=None):

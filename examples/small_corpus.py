@@ -34,11 +34,9 @@ def main(config):
         raise UserError(f"--tokens must lie in {BLOCKS}..{apart * BLOCKS}, got {n}")
     if prepared(config.folder, knobs, config.overwrite):
         return
-    ranks = os.path.join(corpus.folder, meta["encoding"] or "")
+    name, ranks = meta["encoding"], os.path.join(corpus.folder, meta["encoding"] or "")
     ranks = ranks if os.path.isfile(ranks) else ""
-    tokenizer = Tokenizer(
-        meta["encoding"], meta["vocab_size"], meta["separator"], None, None, ranks
-    )
+    tokenizer = Tokenizer(name, meta["vocab_size"], meta["separator"], None, None, ranks)
     with Writer(config.folder, tokenizer, knobs) as out:
         for i in range(BLOCKS):
             out.add("train", corpus.train[i * apart : i * apart + size], 0)

@@ -47,12 +47,11 @@ class Config:
 
         python data/python_source/prepare.py [--key=value ...]
 
-    pip fetches the wheels that wheels.txt pins (80 MB, some seconds), and their .py files are taken. Without
-    a network the Python packages of this machine are taken instead, with a warning: losses on them compare
-    with nobody else's, and private packages among them are read, too.
+    pip fetches the wheels that wheels.txt pins (80 MB, some seconds), and the corpus is their .py files.
+    Without a network it is the Python packages of this machine, with a warning: losses on them cannot be
+    compared with anybody else's, and private packages among them are read, too.
 
-    The hash of a file's content decides its place, whether it is held out for validation, and whether it is
-    within --max_mb.
+    The hash of its content decides where a file comes, and whether it is held out for validation.
     """
 
     source: Literal["wheels", "installed"] = "wheels"  # pinned wheels, or packages installed here
@@ -84,7 +83,7 @@ def fetch_wheels(folder):
 
 
 def wheel_files(folder):
-    """Yield a function that reads it for every .py file in the wheels, which are zip files."""
+    """Yield a function that returns the content, for each .py file in the wheels (zip files)."""
     for path in Path(folder).glob("*.whl"):
         archive = zipfile.ZipFile(path)  # stays open
         for name in archive.namelist():
@@ -93,7 +92,7 @@ def wheel_files(folder):
 
 
 def installed_files(roots):
-    """Yield the same for every .py file below the roots."""
+    """Yield the same for each .py file below the roots."""
     for root in roots:
         yield from (path.read_bytes for path in Path(root).rglob("*.py") if path.is_file())
 
