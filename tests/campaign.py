@@ -774,6 +774,7 @@ def command(lab, folder, rng, i):
             "tools.fit_mi",
             f"--dataset={lab.text}",
             f"--out={folder / 'f.json'}",
+            "--plot=False",
         ],
         "tools.bench": [
             "tools.bench",
