@@ -125,7 +125,7 @@ def test_what_fits_nowhere_is_said_and_muon_is_not_sharded():
         (["config/dense_3b.py", "n_layers=4"], "did you mean n_layer"),
         (
             ["config/dense_3b.py", "loss=bce", "bag_weights=power"],
-            "belongs to loss=mce",
+            "loss=mce",
         ),  # train.check
         (["dataset=nowhere", "gpus=1"], "nowhere.*give --vocab_size"),
     ],
