@@ -153,42 +153,38 @@ def test_attention(L, heads, kv_heads, window, compiled):
     z = torch.einsum("blhd,bmhd->bhlm", turned[0], k) / D**0.5  # (B, H, L, L)
     back = torch.arange(L, device=DEVICE)[:, None] - torch.arange(L, device=DEVICE)  # (L, L)
     p = z.masked_fill((back < 0) | (back >= (window or L)), -torch.inf).softmax(-1)
-    wanted = (
-        torch.einsum("bhlm,bmhd->blhd", p, v).flatten(2) @ attention.out.weight.detach().double().T
-    )
-    assert distance(found, wanted) < 1e-2
+    y = torch.einsum("bhlm,bmhd->blhd", p, v).flatten(2)  # (B, L, C)
+    assert distance(found, y @ attention.out.weight.double().T) < 1e-2
 
 
 SHAPES = {
     "dense": dict(n_kv_head=2, qk_norm=True),
     "tied, window": dict(tie_embeddings=True, attention_window=40),
-    "mixture": dict(n_expert=8, top_k=2, ff_dim=64, qk_norm=True),
-    # in bfloat16 some positions change their experts, so there all are chosen
-    "all experts": dict(n_expert=4, top_k=4, ff_dim=64, qk_norm=True),
+    "mixture": dict(n_expert=8, ff_dim=64, qk_norm=True),
 }
-KINDS = [
-    (name, dtype) for name in SHAPES for dtype in HEAD if (name, dtype) != ("mixture", "bfloat16")
-]
 
 
-@pytest.mark.parametrize("name, dtype", KINDS)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_whole_model(name, dtype):
-    """Loss and gradients of bags against the CPU in float32: eager, in bfloat16 compiled."""
-    plain = GPT(GPTConfig(500, 128, 2, 4, 64, **SHAPES[name]))
+    """Loss and gradients of bags against the CPU in float32: eager, and compiled in bfloat16. There a mixture
+    uses all experts, since rounding would send some positions to other ones."""
+    low, own = dtype == "bfloat16", SHAPES[name]
+    own = own | dict(top_k=8 if low else 2) if name == "mixture" else own
+    plain = GPT(GPTConfig(500, 128, 2, 4, 64, **own))
     model = copy.deepcopy(plain).to(DEVICE)
     if hasattr(kernels, "use_twins"):
         kernels.use_twins(model, Machine(DEVICE, dtype), [(4, 4)])
     tokens = torch.randint(500, (4, 129 * 4))  # (B, L*s + s)
     loss, _ = plain(*bags_and_labels(tokens, 4, 4))
     loss.backward()
-    low = dtype == "bfloat16"
     net = torch.compile(model, dynamic=False, fullgraph=True) if low else model
     with torch.autocast(DEVICE, torch.bfloat16, enabled=low):
         found, _ = net(*bags_and_labels(tokens.to(DEVICE), 4, 4))
     found.backward()
     assert found.item() == pytest.approx(loss.item(), rel=2e-3)
     for (key, p), wanted in zip(model.named_parameters(), plain.parameters()):
-        if "router" not in key or name == "mixture":  # else it is small, and mostly rounding
+        if not low or "router" not in key:  # small, and mostly rounding
             assert distance(p.grad, wanted.grad) < WHOLE[dtype], key
 
 
@@ -251,15 +247,11 @@ def test_one_rank_trains_like_no_ranks(run, monkeypatch, tmp_path, parallel):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = dict(
-        RANK=0,
-        WORLD_SIZE=1,
-        LOCAL_RANK=0,
-        LOCAL_WORLD_SIZE=1,
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=port,
-    )
-    for key, value in ranks.items():
-        monkeypatch.setenv(key, str(value))
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
     ranked = run(**knobs, out_dir=str(tmp_path / parallel), parallel=parallel)
     assert losses(ranked) == pytest.approx(losses(alone), rel=2e-3)
