@@ -141,7 +141,9 @@ def undecayed_speedup(side, baselines):
 def switches(rows):
     """[(row, row)] for each switch: the last logged row on larger bags, the first on smaller ones."""
     logged = [row for row in rows if "loss" in row and "bag_size" in row]
-    return [(old, new) for old, new in zip(logged, logged[1:]) if new["bag_size"] < old["bag_size"]]
+    return [
+        (old, new) for old, new in zip(logged, logged[1:]) if new["bag_size"] != old["bag_size"]
+    ]
 
 
 def met_again(side, baseline, switch):
