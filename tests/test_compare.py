@@ -54,7 +54,7 @@ def test_three_comparisons_of_known_runs(compared, capsys):
     # a baseline of 640 steps ends as low; 360 of its tokens are worth the 480 that TST reads in bags
     assert "Exchange rate: 1.33 (95 % 1." in printed
     assert "before its decay" not in printed  # the longest one is still above TST there
-    assert printed.split("\nwrote")[0].strip().splitcells()[-1] in (out / "table.md").read_text()
+    assert printed.split("\nwrote")[0].strip().splitlines()[-1] in (out / "table.md").read_text()
     with open(out / "runs.csv", newline="") as f:
         assert len(list(csv.DictReader(f))) == 15
 
@@ -190,7 +190,7 @@ def test_picture(compared, monkeypatch):
     for ax in (left, right):
         drawn = [text.get_text() for text in ax.get_legend().get_texts()]
         assert drawn[:2] == ["baseline (2 seeds)", f"{TST} (2 seeds)"]
-    (ends,) = (line for line in middle.get_cells() if line.get_label() == "ends of baselines")
+    (ends,) = (line for line in middle.get_lines() if line.get_label() == "ends of baselines")
     assert list(ends.get_xdata()) == [1.0, 1.5, 1.9, 2.0] and middle.get_xscale() == "log"
     assert list(ends.get_ydata()) == pytest.approx([end_of(400 * x, 1.5) for x in ends.get_xdata()])
     assert any(text.get_text() == f"{TST}: 1.60x" for text in middle.get_legend().get_texts())

@@ -1,4 +1,4 @@
-"""tools/keep.py: what is kept of finished runs, and that a picture of what is kept is that of the runs."""
+"""tools/keep.py: what is kept of finished runs, and that it gives the same table as the runs."""
 
 import csv
 import json
@@ -198,6 +198,7 @@ def test_kept_runs_are_chosen_by_name_or_label(pair, tmp_path, capsys):
             "a row of base does not hold numbers",
         ),
         ("runs.csv", lambda text: text.replace(b"base", b"\xff"), "is not a table of tools.keep"),
+        ("runs.csv", lambda text: b"run,step\nbase,20\n", "was not written by tools.keep"),
     ],
 )
 def test_damage_is_named(pair, tmp_path, file, damage, message):
@@ -223,7 +224,7 @@ def test_errors_say_what_is_wrong(tmp_path, args, message):
 
 
 def test_the_committed_results_are_read():
-    """Their columns are those of older code: tokens_per_second, z_coef, fitted_c0."""
+    """Older code wrote them, with columns such as tokens_per_second, z_coef and fitted_c0."""
     for folder in (
         path.parent for path in keep.Path(runs.__file__).parents[1].glob("results/*/runs.csv")
     ):

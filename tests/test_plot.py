@@ -310,7 +310,7 @@ def test_each_panel_has_its_own_x_axis_curves_switch_and_ends(pair):
         assert [text.get_text() for text in ax.texts] == ["1.000", "2.000"]
         ordinary = [
             row["loss"] for row in pair[1]["rows"][4:]
-        ]  # training loss, without that of bags
+        ]  # training loss of ordinary steps alone
         assert ordinary in [list(line.get_ydata()) for line in ax.get_lines()]
 
 

@@ -289,6 +289,12 @@ def test_a_missing_seed_is_said_and_never_the_best(swept, tmp_path, capsys):
     two, four = cells(capsys.readouterr().out.rpartition("| bag_size")[2])["val loss"]
     assert two.startswith("**") and four == f"{end_of(STEPS, s=4):.4f} (1 of 2 done)"
     assert len(names(tmp_path / "sweep")) == 3
+    swept(
+        "--bag_size=4", "--learning_rate=0.02,0.03", "--seed=1,2"
+    )  # higher losses, but of all seeds
+    swept("--bag_size=2,4", "--learning_rate=0.01,0.02", "--seed=1,2", "--train=no")
+    _, four = cells(capsys.readouterr().out.rpartition("| bag_size")[2])["val loss"]
+    assert four.endswith("(2) (lr 0.02, an edge)")
 
 
 def test_one_bag_size_is_in_the_title(swept, capsys):

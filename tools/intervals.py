@@ -50,8 +50,8 @@ def difference(ours, theirs):
 
 
 def crossing(lengths, differences):
-    """Length at which a baseline would end as low as a run, given the run's loss minus that of baselines of
-    ascending `lengths`. Linear over log length; 0 or inf if it is shorter or longer than all of them."""
+    """Length at which a baseline would end as low as a run, given the run's loss minus the baselines', which
+    have ascending `lengths`. Linear over log length; 0 or inf if it is shorter or longer than all of them."""
     if differences[0] > 0:
         return 0.0
     points = list(zip(lengths, differences))

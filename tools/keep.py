@@ -29,7 +29,7 @@ class Config:
     python -m tools.keep out/sweep/* --out_dir=results/mine --labels=sweep --curves=none    more of them
 
     A run is named after its folder, with as many of the folders above as tell the given runs apart. Runs that
-    are already kept stay, except those of the same name.
+    are already kept stay, unless a new one has the same name.
     """
 
     runs: list[str]  # run folders of train.py
@@ -63,7 +63,7 @@ def cells(row, but=()):
 
 
 def without_folders(text):
-    """`text` without the folders of absolute paths, which are those of one machine."""
+    """`text` without the folders of absolute paths, which mean nothing on another machine."""
     return re.sub(r"(^|[=:,\s])(?:[A-Za-z]:)?[/\\](?:[^/\\\s=,]+[/\\])*", r"\1", text)
 
 
@@ -78,8 +78,7 @@ def summary(folder, name, label, rows):
     where = {WHERE.get(k, k): str(v) for k, v in described["versions"].items()}
     where["positions_per_second"] = str(round(statistics.median(rates))) if rates else ""
     where["command"] = " ".join(without_folders(arg) for arg in described["command"])
-    metrics = cells(ends, LEFT_OUT | facts.keys())  # where names meet, the knob counts
-    return {"run": name, "label": label} | metrics | where | facts
+    return {"run": name, "label": label} | cells(ends, LEFT_OUT) | where | facts
 
 
 def thinned(rows, points):

@@ -63,7 +63,7 @@ def mean_rows(seeds):
 
 
 class Side:
-    """Runs that differ by seed alone; the means of their rows stand for them. y is the loss that counts."""
+    """Runs that differ by seed alone, with the means of their rows. y is the loss that counts."""
 
     def __init__(self, runs, y="val_loss"):
         self.runs, self.label, self.y, self.facts = runs, runs[0]["label"], y, runs[0]["facts"]
@@ -108,7 +108,7 @@ def lengths_of(baselines):
 
 
 def equal(side, baselines, key):
-    """The baselines whose FLOPs or data_tokens are those of a side."""
+    """The baselines with as many FLOPs, or data_tokens, as a side."""
     return [b for b in baselines if abs(b.end[key] / side.end[key] - 1) < 0.01]
 
 
@@ -141,7 +141,9 @@ def undecayed_speedup(side, baselines):
 def switches(rows):
     """[(row, row)] for each switch: the last logged row on larger bags, the first on smaller ones."""
     logged = [row for row in rows if "loss" in row and "bag_size" in row]
-    return [(old, new) for old, new in zip(logged, logged[1:]) if new["bag_size"] < old["bag_size"]]
+    return [
+        (old, new) for old, new in zip(logged, logged[1:]) if new["bag_size"] != old["bag_size"]
+    ]
 
 
 def met_again(side, baseline, switch):

@@ -1,4 +1,4 @@
-"""Trains many runs of train.py side by side. tools/sweep.py and tools/compare.py stand on this.
+"""Trains many runs of train.py side by side. tools/sweep.py and tools/compare.py use it.
 
 Each run has a folder with its settings (sweep.json) and what it printed (log.txt). Finished runs are skipped,
 interrupted ones resumed, failed ones tried again.

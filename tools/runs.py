@@ -106,6 +106,8 @@ def read_kept(folder, wanted="*"):
         curves.setdefault(line["run"], []).append(row)
     for line in table:
         if any(fnmatch(line.get(key, ""), wanted) for key in ("run", "label")):
+            if not {"steps", "max_steps", "bag_size"} <= line.keys():
+                raise UserError(f"{folder / 'runs.csv'} was not written by tools.keep")
             end = numbers(folder / "runs.csv", line, ("steps", "max_steps", *ENDS))
             rows = curves.get(line["run"]) or [{"step": end["steps"]} | end]
             yield dict(name=line["run"], label=line.get("label"), rows=rows, facts=line)

@@ -174,7 +174,7 @@ def axes_of(members, varied, best_of):
     rows, *others = free or [""]
     sizes = {member.point.get("bag_size") for member in members} - {1}
     if columns == "bag_size" and rows in BAGS and len(sizes) == 1:
-        return "", rows, [*others, columns]  # its other value is that of the baselines
+        return "", rows, [*others, columns]  # its other value is the baselines'
     return rows, columns, others
 
 
