@@ -116,7 +116,7 @@ def read_foreign(folder, names):
         meta |= known | {"vocabulary": known["encoding"] or "Llama 3"}
         return Found(folder, files, meta, np.dtype(dtype), (magic, version))
     if files["train"] != ["train.bin"]:
-        raise UserError(f"{path} has no header of llm.c (but {magic}), and meta.json is missing")
+        raise UserError(f"{path} has no header of llm.c (magic {magic}), and no meta.json")
     if "meta.pkl" in names:
         meta |= read_pickle(os.path.join(folder, "meta.pkl"))
         note = ""

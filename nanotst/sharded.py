@@ -134,8 +134,8 @@ def remove_parts(path, but=""):
 
 
 def open_parts(path, state):
-    """state, which a checkpoint's file holds, with Parts in place of sharded tensors. The ranks share the work
-    of verifying checksums. Raises UserError, on all ranks, if a part is damaged or missing."""
+    """state, which a checkpoint's file holds, with Parts in place of sharded tensors. The ranks share the
+    verification of checksums. Raises UserError, on all ranks, if a part is damaged or missing."""
     folder = os.path.join(os.path.dirname(path), os.path.basename(state["folder"]))
     (rank, ranks), files = (0, 1), []
     if dist.is_initialized():

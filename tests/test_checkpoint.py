@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import resource
 import shutil
 import socket
 import subprocess
@@ -456,35 +457,38 @@ def test_a_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     assert done == [("sync", inode), ("name", inode), ("sync", folder)]
 
 
-def test_a_planted_link_is_not_followed(tmp_path):
+def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
+    def write():
+        (tmp_path / "x.tmp").symlink_to(tmp_path / "precious")
+        files.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("new"))
+
     (tmp_path / "precious").write_text("old")
-    (tmp_path / "x.tmp").symlink_to(tmp_path / "precious")
-    files.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("new"))
-    assert (tmp_path / "precious").read_text() == "old" and (tmp_path / "x").read_text() == "new"
-    assert not (tmp_path / "x").is_symlink() and not os.path.lexists(tmp_path / "x.tmp")
+    write()
+    assert (tmp_path / "x").read_text() == "new" and not (tmp_path / "x").is_symlink()
+    monkeypatch.setattr(os, "remove", lambda path: None)  # it is there again at once
+    with pytest.raises(UserError, match="cannot write .*x: File exists"):
+        write()
+    assert (tmp_path / "precious").read_text() == "old"
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     """Said as that although torch.save hides the system's error in one of its own."""
 
-    class FullDisk:
-        def write(self, data):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def fail(temporary):
+        raise RuntimeError("connection closed by peer")
 
-        def flush(self):
-            pass
-
-    def write(temporary, error=None):
-        Path(temporary).write_text("half of the n")
-        if error:
-            raise error
-        torch.save({"x": torch.zeros(9)}, FullDisk())
-
-    (tmp_path / "last.pt").write_text("old")
+    path, limit = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_text("old")
     full = "cannot write .*last.pt: the disk is full.*; the old one is untouched: make room and use --resume$"
-    broken = "last.pt: RuntimeError connection closed by peer; the old one is untouched$"
-    for error, words in ((None, full), (RuntimeError("connection closed by peer"), broken)):
-        with pytest.raises(UserError, match=words) as e:
-            files.write_safely(str(tmp_path / "last.pt"), lambda path: write(path, error))  # noqa: B023
-        assert "\n" not in str(e.value) and os.listdir(tmp_path) == ["last.pt"]
-    assert (tmp_path / "last.pt").read_text() == "old"
+    with pytest.raises(UserError, match=full) as e:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        try:
+            sharded.save_file(str(path), {"x": torch.zeros(9999)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "\n" not in str(e.value)
+    with pytest.raises(
+        UserError, match="RuntimeError connection closed by peer; the old one is untouched$"
+    ):
+        files.write_safely(str(path), fail)
+    assert os.listdir(tmp_path) == ["last.pt"] and path.read_text() == "old"
