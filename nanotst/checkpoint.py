@@ -21,7 +21,7 @@ from model import GPT, GPTConfig
 from nanotst import UserError, sharded
 from nanotst.corpus import check_same, check_vocabulary
 from nanotst.parallel import copy_part
-from nanotst.sharded import Rows, map_tensors, of_all_ranks
+from nanotst.sharded import Parts, map_tensors, of_all_ranks
 from nanotst.stream import is_state
 
 # ----------------------------------------------------------------------------------------------------- saving
@@ -81,9 +81,7 @@ def find_checkpoint(path):
             if not dist.is_initialized() or dist.get_rank() == 0:
                 print(f"using {found}", file=sys.stderr)
             return found
-    old = "; folders named .dcp are of an older version, commit e9f8ad9" * path.rstrip(
-        "/"
-    ).endswith(".dcp")
+    old = "; it is from an older version, e9f8ad9" if ".dcp" in path else ""
     raise UserError(f"{path} holds neither best.pt nor last.pt{old}")
 
 
@@ -94,11 +92,10 @@ def load_checkpoint(path):
 
 
 def read(path):
-    """load_checkpoint, but sharded tensors are Rows, so that each rank can read its part."""
+    """load_checkpoint, but sharded tensors are Parts, of which each rank can read what it holds."""
     saved = sharded.load_file(path)
-    if not isinstance(saved, dict) or not all(
-        isinstance(saved.get(key), dict) for key in ("model", "config", "meta")
-    ):
+    keys = ("model", "config", "meta")
+    if type(saved) is not dict or any(not isinstance(saved.get(key), dict) for key in keys):
         raise UserError(f"{path} is not a checkpoint of this repository")
     if "z_coef" in saved["config"]:  # its name until November 2026
         saved["config"]["router_z_coef"] = saved["config"].pop("z_coef")
@@ -128,14 +125,14 @@ def load_weights(model, state, path):
 
 
 def describe_tensor(t):
-    """The dtype and shape of a tensor or of Rows, in words."""
-    if not isinstance(t, (torch.Tensor, Rows)):
+    """The dtype and shape of a tensor or of Parts, in words."""
+    if not isinstance(t, (torch.Tensor, Parts)):
         return "missing"
     return f"{t.dtype} {list(t.shape)}".removeprefix("torch.")
 
 
 def copy(mine, saved):
-    """Copy a saved tensor, or Rows, into one of which this rank may hold a part."""
+    """Copy a saved tensor, or Parts, into one of which this rank may hold a part."""
     copy_part(mine, saved if isinstance(mine, DTensor) else saved[...])
 
 
@@ -172,12 +169,9 @@ def load_initial(path, model, corpus):
     check_vocabulary(corpus, saved["meta"], path)
     theirs = dataclasses.asdict(model_config(saved["config"], saved["meta"]))
     ours = dataclasses.asdict(model.config)
-    if changed := changes(
-        theirs, ours, sorted(ours.keys() - {"block_size", "checkpoint_activations"})
-    ):
-        raise UserError(
-            f"{path} does not fit this model: it was trained with other settings, {changed}"
-        )
+    keys = sorted(ours.keys() - {"block_size", "checkpoint_activations"})
+    if changed := changes(theirs, ours, keys):
+        raise UserError(f"{path} does not fit this model: its settings differ, {changed}")
     load_weights(model, saved["model"], path)
 
 
@@ -201,28 +195,21 @@ def resume(path, model, optimizer, c, corpus, free):
     try:
         load_moments(optimizer, saved.pop("optimizer"))
         torch.set_rng_state(saved["rng"])
-        if (
-            not saved["step"] > 0
-            or not 0 <= saved["seconds"] < math.inf
-            or math.isnan(saved["best_val"])
-        ):
-            raise ValueError("its step, seconds or best_val is out of range")
-        if not is_state(saved["stream"]):
-            raise ValueError("its stream is no place in a corpus")
-        if c.n_expert and (
-            saved["shares"].shape != (c.n_layer, c.n_expert) or not all_finite([saved["shares"]])
-        ):
+        clock = saved["step"] > 0 and 0 <= saved["seconds"] < math.inf
+        if not clock or math.isnan(saved["best_val"]) or not is_state(saved["stream"]):
+            raise ValueError("its step, seconds, best_val or stream is out of range")
+        shares = saved["shares"] if c.n_expert else torch.empty(c.n_layer, 0)
+        if shares.shape != (c.n_layer, c.n_expert) or not all_finite([shares]):
             raise ValueError("its shares of experts have another shape or are not finite")
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UserError(f"{path} cannot be resumed ({reason}); use another checkpoint") from None
-    return map_tensors(
-        lambda name, t: t.clone(), saved
-    )  # or they would map the file, which is replaced
+    # copied, since torch maps the file, which will be replaced
+    return map_tensors(lambda name, t: t.clone(), saved)
 
 
 def load_moments(optimizer, states):
-    """Load what optimizer.state_dict() gave, its tensors whole or Rows, into an optimizer whose parameters
+    """Load what optimizer.state_dict() gave, its tensors whole or Parts, into an optimizer whose parameters
     may be sharded. Raises ValueError and others for the state of another one."""
     for ours, theirs in zip(optimizer, states):
         parameters = [p.detach() for group in ours.param_groups for p in group["params"]]
@@ -230,12 +217,12 @@ def load_moments(optimizer, states):
         for n, p in zip(numbers, parameters):
             moments = theirs["state"].get(n, {})
             for key, saved in moments.items():
-                counter = not len(
-                    saved.shape
-                )  # AdamW's number of steps; the rest is like the parameter
-                if not counter and saved.shape != p.shape:
+                if not len(saved.shape):  # AdamW's number of steps
+                    moments[key] = saved.clone()
+                    continue
+                if saved.shape != p.shape:
                     raise ValueError("a moment has another shape than its parameter")
-                moments[key] = saved.clone() if counter else torch.zeros_like(p)
+                moments[key] = torch.zeros_like(p)
                 copy(moments[key], saved)
     optimizer.load_state_dict(states)
     kept = [t for one in optimizer for state in one.state.values() for t in state.values()]

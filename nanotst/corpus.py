@@ -56,10 +56,8 @@ def open_corpus(name):
         paths = [os.path.join(found.folder, name) for name in found.files[split]]
         tokens = Tokens(paths, found.dtype, found.header, meta["vocab_size"])
         if len(tokens) != meta.setdefault(f"{split}_tokens", len(tokens)):
-            files, said = ", ".join(paths[:1] + paths[1:][-1:]), meta[f"{split}_tokens"]
-            raise UserError(
-                f"{files} hold {len(tokens):,} tokens, meta.json says {said:,}; {AGAIN}"
-            )
+            held, said = f"{len(tokens):,} tokens", meta[f"{split}_tokens"]
+            raise UserError(f"{found.folder}: {split} has {held}, meta.json says {said:,}; {AGAIN}")
         splits.append(tokens)
     large = sum(map(len, splits)) * smallest_dtype(meta["vocab_size"]).itemsize > LARGE
     for name, sha256 in () if large else found.sha256.items():
@@ -84,9 +82,8 @@ def check_vocabulary(corpus, saved, where):
     if what := differing(corpus.meta, saved, ("vocabulary", "vocab_size")):
         raise UserError(f"{corpus.folder} has another vocabulary than {where}: {what}")
     if corpus.meta["vocabulary"] is None:
-        raise UserError(
-            f"{corpus.folder} and {where} name no encoding to compare; name it in both meta.json"
-        )
+        both = f"{corpus.folder} and {where}"
+        raise UserError(f"{both} name no encoding to compare; name it in both meta.json")
 
 
 def differing(meta, saved, keys):
@@ -125,9 +122,7 @@ class Tokens:
         for path, (size, _) in zip(paths, self.states):
             n, rest = divmod(size - self.offset, dtype.itemsize)
             if rest or n <= 0:
-                raise UserError(
-                    f"{path} is cut short: {size:,} bytes for tokens of {dtype.name}; {AGAIN}"
-                )
+                raise UserError(f"{path} is cut short: {size:,} bytes of {dtype.name}; {AGAIN}")
             says = tuple(np.fromfile(path, "<i4", 3).tolist())
             if header and says != (*header, n):
                 what = f"its header (magic, version, tokens) is {says}, by its size it should be"
@@ -156,17 +151,13 @@ class Tokens:
     def _read(self, i, start, stop):
         """[start:stop] of the split, which lies in file i."""
         path, first = self.paths[i], self.stops[i]
-        if (
-            size_and_time(path) != self.states[i]
-        ):  # reading beyond the new end would kill the process
+        if size_and_time(path) != self.states[i]:  # reading beyond its end would kill the process
             raise UserError(f"{path} has changed while it was in use; start again")
         ids = self.map(i)[start - first : stop - first]
         if ids.max() >= self.vocab_size:
             at = int(np.argmax(ids >= self.vocab_size))
-            where = f"id {ids[at]} of token {start - first + at:,}"
-            raise UserError(
-                f"{path}: {where} is beyond the vocabulary of {self.vocab_size:,}; {AGAIN}"
-            )
+            what = f"id {ids[at]} of token {start - first + at:,}"
+            raise UserError(f"{path}: {what} is beyond the {self.vocab_size:,} ids; {AGAIN}")
         return ids
 
 

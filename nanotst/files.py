@@ -16,10 +16,8 @@ def write_safely(path, write, kept=""):
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            os.remove(
-                temporary
-            )  # of a killed process; or a planted link, which must not be followed
-        open(temporary, "xb").close()
+            os.remove(temporary)  # left by a killed process
+        open(temporary, "xb").close()  # does not follow a link that someone planted
         write(temporary)
         with open(temporary, "r+b") as f:  # Windows syncs only files that are open for writing
             os.fsync(f.fileno())

@@ -21,9 +21,8 @@ import numpy as np
 from nanotst import UserError
 
 DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data")
-TOKEN_FILE = re.compile(
-    r"(.+_)?(train|val)(?:_(\d{1,9}))?\.bin"
-)  # whose, split, number of the shard
+# whose, split, number of the shard
+TOKEN_FILE = re.compile(r"(.+_)?(train|val)(?:_(\d{1,9}))?\.bin")
 LLM_C = {  # magic: version, dtype, and what is in it. The separator is in front of each document
     20240520: (1, "<u2", dict(vocab_size=50257, encoding="gpt2", separator=50256)),
     20240801: (7, "<u4", dict(vocab_size=128256, encoding=None, separator=128000)),
@@ -46,11 +45,8 @@ class Found:
 
 def find(name):
     """The corpus in the folder `name`, or else in data/`name` -> Found. UserError if there is none."""
-    places = [
-        name,
-        os.path.join(DATA, name),
-    ]  # raw text in the working directory doesn't hide data/NAME
-    for folder in places:
+    places = [name, os.path.join(DATA, name)]
+    for folder in places:  # raw text in the working directory doesn't hide data/NAME
         with contextlib.suppress(OSError, ValueError):  # ValueError: a zero byte in the name
             names = os.listdir(folder)
             if "meta.json" in names:
@@ -58,13 +54,9 @@ def find(name):
             # without unfinished.tmp, which a preparation leaves if it is killed at its end
             if any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names:
                 return read_foreign(os.path.abspath(folder), names)
-    scripts = filter(os.path.isfile, (os.path.join(folder, "prepare.py") for folder in places))
-    script = next(scripts, os.path.join(DATA, "text", "prepare.py")).removeprefix(
-        os.getcwd() + os.sep
-    )
-    raise UserError(
-        f"no prepared corpus in {name!r} or in data/; prepare it: run python {script} first"
-    )
+    scripts = [os.path.join(folder, "prepare.py") for folder in (*places, f"{DATA}/text")]
+    script = next(filter(os.path.isfile, scripts), scripts[-1]).removeprefix(os.getcwd() + os.sep)
+    raise UserError(f"no prepared corpus in {name!r} or in data/; run python {script} first")
 
 
 def shards(folder, names):
@@ -77,13 +69,9 @@ def shards(folder, names):
             raise UserError(f"{folder} has no {split}.bin and no shards of it; {AGAIN}")
         first, last = files[0], files[-1]
         if (first[1], first[3] is None) != (last[1], last[3] is None):
-            raise UserError(
-                f"{folder} holds several corpora, {first[0]} and {last[0]}; keep one there"
-            )
+            raise UserError(f"{folder} holds several corpora, {first[0]} and {last[0]}; keep one")
         if last[3] and int(last[3]) - int(first[3]) != len(files) - 1:
-            raise UserError(
-                f"{folder} lacks shards from {first[0]} to {last[0]}; fetch or prepare them"
-            )
+            raise UserError(f"{folder} lacks shards between {first[0]} and {last[0]}; add them")
         found[split] = [m[0] for m in files]
     return found
 
@@ -109,9 +97,7 @@ def read_ours(folder, names):
     # files without a hash are of a former corpus, unless there are no hashes at all
     files = shards(folder, [n for n in sha256 or names if n.startswith(("train", "val"))])
     meta["vocabulary"] = vocabulary = meta["encoding"]
-    if (
-        vocabulary in names or vocabulary in hashes
-    ):  # rank files of one name may hold different tokens
+    if vocabulary in names or vocabulary in hashes:  # rank files may share a name
         meta["vocabulary"] = f"rank file {sha256_of(os.path.join(folder, vocabulary))[:16]}"
     note = (meta["source"] or [""])[0]
     note = f"{folder}: {note}" if note.startswith("NOT THE PINNED CORPUS") else ""
@@ -130,14 +116,13 @@ def read_foreign(folder, names):
         meta |= known | {"vocabulary": known["encoding"] or "Llama 3"}
         return Found(folder, files, meta, np.dtype(dtype), (magic, version))
     if files["train"] != ["train.bin"]:
-        raise UserError(
-            f"{path} has no header of llm.c (it begins with {magic}), and meta.json is missing"
-        )
+        raise UserError(f"{path} has no header of llm.c (magic {magic}), and no meta.json")
     if "meta.pkl" in names:
         meta |= read_pickle(os.path.join(folder, "meta.pkl"))
-        return Found(folder, files, meta, np.dtype("<u2"))
-    note = f"{folder} has neither meta.json nor meta.pkl: its tokens are taken for GPT-2's, as in nanoGPT"
-    meta |= LLM_C[20240520][2] | {"vocabulary": "gpt2"}
+        note = ""
+    else:
+        meta |= LLM_C[20240520][2] | {"vocabulary": "gpt2"}
+        note = f"{folder} has neither meta.json nor meta.pkl: its tokens are taken for GPT-2's"
     return Found(folder, files, meta, np.dtype("<u2"), note=note)
 
 

@@ -1,7 +1,9 @@
 """The checkpoint of a sharded run, to which every rank writes its part.
 
     last.pt                            all that is not sharded, and the shapes of the tensors that are
-    last.step_500.7f31a2e0/rank_3.pt   {name: (first row, rows)}, the rows that rank 3 holds of each of these
+    last.step_500.7f31a2e0/rank_3.pt   {name: (start, part)}, what rank 3 holds of each of these
+
+FSDP2 cuts tensors along their first dimension, so a part is tensor[start : start + len(part)].
 
 last.pt is replaced last and atomically, and names the folder of the parts. Until then the checkpoint before
 it counts; folders left by a killed run don't. torch.load reads all files with weights_only, so none can run
@@ -21,22 +23,22 @@ from nanotst import UserError
 from nanotst.files import write_safely
 
 
-class Rows:
-    """A saved tensor in parts, [(first row, rows)] in order, from the files of several ranks."""
+class Parts:
+    """A saved tensor in parts, [(start, part)] in order, from the files of several ranks."""
 
     def __init__(self, parts):
         self.parts, self.dtype = parts, parts[0][1].dtype
         self.shape = torch.Size([sum(len(t) for _, t in parts), *parts[0][1].shape[1:]])
 
     def __getitem__(self, index):
-        """The tensor; index: ..., or slices of which the first may leave out rows."""
+        """The tensor; index: ..., or slices of which only the first may leave something out."""
         a, b = (0, self.shape[0]) if index is ... else (index[0].start, index[0].stop)
-        return torch.cat([t[max(0, a - first) : max(0, b - first)] for first, t in self.parts])
+        return torch.cat([t[max(0, a - start) : max(0, b - start)] for start, t in self.parts])
 
 
 def map_tensors(f, x, name=""):
     """Nested dicts and lists with f(name, tensor) for each tensor; a name is like .model.head.weight."""
-    if isinstance(x, (torch.Tensor, Rows)):
+    if isinstance(x, (torch.Tensor, Parts)):
         return f(name, x)
     if isinstance(x, dict):
         return {k: map_tensors(f, v, f"{name}.{k}") for k, v in x.items()}
@@ -69,9 +71,7 @@ def save_file(path, state, kept=""):
     """torch.save, atomically."""
 
     def write(temporary):
-        with open(
-            temporary, "wb"
-        ) as f:  # given a path, torch.save would hide the cause of an error
+        with open(temporary, "wb") as f:  # given a path, torch.save hides the cause of an error
             torch.save(state, f)
 
     write_safely(path, write, kept)
@@ -90,14 +90,13 @@ def load_file(path, verify=True):
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as e:  # a damaged file can make zipfile, pickle and torch raise anything
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
-        raise UserError(
-            f"{path} is not a checkpoint or is damaged ({reason}); use another"
-        ) from None
+        what = f"{path} is not a checkpoint, or is damaged"
+        raise UserError(f"{what} ({reason}); use another") from None
 
 
 def copy_to_host(state):
     """Copy nested dicts and lists of tensors to host memory -> (the copy, in which sharded tensors are on the
-    meta device, without data; {name: (first row, rows)} of what this rank holds of them)."""
+    meta device, without data; {name: (start, part)} of what this rank holds of them)."""
     parts = {}
 
     def copy(name, t):
@@ -108,7 +107,7 @@ def copy_to_host(state):
         _, offset = compute_local_shape_and_global_offset(t.shape, mesh, placements)
         groups = [i for i, p in zip(mesh.get_coordinate(), placements) if p.is_replicate()]
         if not any(groups):  # of the groups of hybrid sharding, the first writes
-            parts[name] = offset[0], t.to_local().to("cpu", copy=True)  # FSDP2 shards rows
+            parts[name] = offset[0], t.to_local().to("cpu", copy=True)
         return torch.empty(t.shape, dtype=t.dtype, device="meta")
 
     return map_tensors(copy, state), parts
@@ -135,8 +134,8 @@ def remove_parts(path, but=""):
 
 
 def open_parts(path, state):
-    """state, which a checkpoint's file holds, with Rows in place of sharded tensors. The ranks share the work
-    of verifying checksums. Raises UserError, on all ranks, if a part is damaged or missing."""
+    """state, which a checkpoint's file holds, with Parts in place of sharded tensors. The ranks share the
+    verification of checksums. Raises UserError, on all ranks, if a part is damaged or missing."""
     folder = os.path.join(os.path.dirname(path), os.path.basename(state["folder"]))
     (rank, ranks), files = (0, 1), []
     if dist.is_initialized():
@@ -146,13 +145,13 @@ def open_parts(path, state):
         for i in range(state["ranks"]):
             files.append(load_file(f"{folder}/rank_{i}.pt", verify=i % ranks == rank))
 
-    def rows(name, t):
+    def find(name, t):
         if not t.is_meta:
             return t
         parts = sorted((file[name] for file in files if name in file), key=lambda part: part[0])
         if sum(len(part) for _, part in parts) != len(t):
-            raise UserError(f"{path} is damaged: rows of {name[1:]} are missing; use another")
-        return Rows(parts)
+            raise UserError(f"{path} is damaged: a part of {name[1:]} is missing; use another")
+        return Parts(parts)
 
     together(load)
-    return map_tensors(rows, state)
+    return map_tensors(find, state)

@@ -52,11 +52,9 @@ def get_tokenizer(name: str, folder: str = "") -> Tokenizer:
     if name.endswith((".model", ".tiktoken")) or os.path.dirname(name):
         raise UserError(f"no such rank file: {os.path.join(folder, name)}")
     tiktoken = _import_tiktoken(name)
-    known = ", ".join(tiktoken.list_encoding_names())
-    if name not in tiktoken.list_encoding_names():
-        raise UserError(
-            f"unknown encoding '{name}'; known: bytes, the path of a rank file, {known}"
-        )
+    known = ["bytes", "a path of a rank file", *tiktoken.list_encoding_names()]
+    if name not in known:
+        raise UserError(f"unknown encoding '{name}'; known: {', '.join(known)}")
     try:
         return _bpe_tokenizer(name, tiktoken.get_encoding(name))
     except Exception as e:  # requests, urllib3, hash and file errors have one remedy
@@ -109,9 +107,7 @@ def _rank_file_tokenizer(path: str) -> Tokenizer:
         if set(ranks.values()) != set(range(n)) or not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError("needs ranks 0..N-1 and all 256 bytes")
     except (OSError, ValueError) as e:
-        raise UserError(
-            f"{path} is not a tiktoken rank file of lines 'base64 rank' ({e})"
-        ) from None
+        raise UserError(f"{path} is not a tiktoken rank file ({e})") from None
     names, separator, note = ["<|endoftext|>"], n, ""
     if n == LLAMA3_RANKS:  # ids 128000 to 128255, in the order of the Llama 3 release
         reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]

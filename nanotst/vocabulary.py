@@ -20,26 +20,20 @@ def tokenizer_of(path, checkpoint, data=""):
     if meta.get("characters"):
         return character_tokenizer(meta["characters"])
     encoding = meta.get("encoding")
-    if not encoding:
+    if not isinstance(encoding, str):
         raise UserError(f"the corpus of {path} names no encoding, so its tokens cannot become text")
     if not encoding.endswith((".model", ".tiktoken")):
         return get_tokenizer(encoding)
     if not data:
         was, run = str(checkpoint.get("data")), Path(path).resolve().parent
         name = os.path.basename(os.path.normpath(was))
-        folders = [
-            was,
-            *(str(folder / name) for folder in run.parents[:2]),
-            os.path.join(DATA, name),
-        ]
-    file = next(
-        filter(os.path.isfile, (os.path.join(folder, encoding) for folder in folders)), None
-    )
-    todo = "give the folder of its corpus, --data=FOLDER"
+        beside = [str(folder / name) for folder in run.parents[:2]]
+        folders = [was, *beside, os.path.join(DATA, name)]
+    files = [os.path.join(folder, encoding) for folder in folders]
+    file, todo = next(filter(os.path.isfile, files), None), "give its folder, --data=FOLDER"
     if not file:
-        raise UserError(
-            f"{encoding}, the vocabulary of {path}, is in none of {', '.join(folders)}: {todo}"
-        )
+        where = ", ".join(folders)
+        raise UserError(f"{encoding}, the vocabulary of {path}, is in none of {where}: {todo}")
     if meta.get("vocabulary") != f"rank file {sha256_of(file)[:16]}":
         raise UserError(f"{file} is another vocabulary than that of {path}: {todo}")
     return get_tokenizer(os.path.abspath(file))
@@ -51,9 +45,8 @@ def character_tokenizer(characters):
 
     def encode(text):
         if unknown := next((character for character in text if character not in ids), None):
-            raise UserError(
-                f"the prompt holds {unknown!r}, which is none of the {len(ids)} characters"
-            )
+            what = f"none of the corpus's {len(ids)} characters"
+            raise UserError(f"the prompt holds {unknown!r}, {what}")
         return np.array([ids[character] for character in text], dtype=np.int64)
 
     def decode_bytes(tokens):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import resource
 import shutil
 import socket
 import subprocess
@@ -69,6 +70,7 @@ def ranks(corpus, tmp_path_factory):
         parallel, n = how.split()[:2]
         knobs = {**TINY, **SHORT, "dataset": corpus, "out_dir": f"{folder}/{name}", "threads": 1}
         knobs |= {"parallel": parallel, "resume": name in RUNS}
+        knobs |= {"shard_size": 2} if n == "4" else {}  # in two groups, which hold the same
         job = dict(ranks=int(n), port=free_port(), before=f"{folder}/{RUNS.get(name)}", knobs=knobs)
         jobs.append(job | {"stop": {"before": STOP, "auto 1": STOP + 2}.get(name)})
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
@@ -131,10 +133,10 @@ def test_a_missing_or_damaged_part_is_refused(ranks, tmp_path):
             load_checkpoint(str(run / "last.pt"))
         for damaged in (with_flip, whole[:-5]):
             file.write_bytes(damaged)
-            with pytest.raises(UserError, match=f"{file.name} is not a checkpoint or is damaged"):
+            with pytest.raises(UserError, match=f"{file.name} is not a checkpoint, or is damaged"):
                 load_checkpoint(str(run / "last.pt"))
-        torch.save({}, file)  # readable, but without its rows
-        with pytest.raises(UserError, match="last.pt is damaged: rows of .* are missing"):
+        torch.save({}, file)  # readable, but without its parts
+        with pytest.raises(UserError, match="last.pt is damaged: a part of .* is missing"):
             load_checkpoint(str(run / "last.pt"))
         file.write_bytes(whole)
     shutil.copytree(file.parent, run / "last.step_9.0")  # left by a killed run
@@ -281,7 +283,7 @@ def test_the_folder_of_a_run_stands_for_its_checkpoint(folder, capsys):
     "change_to, words",
     [
         ({"step": "5"}, ""), ({"step": 0}, "out of range"), ({"seconds": -1.0}, "out of range"),
-        ({"best_val": float("nan")}, "out of range"), ({"stream": {}}, "no place in a corpus"),
+        ({"best_val": float("nan")}, "out of range"), ({"stream": {}}, "out of range"),
         ({"rng": torch.zeros(3)}, ""), ({"optimizer": []}, "another optimizer"), ({"optimizer": [{}]}, ""),
         ({"model": {}}, "does not fit this model"), ({"config": []}, "not a checkpoint of this repository"),
     ],
@@ -354,7 +356,7 @@ def test_initial_weights_are_only_of_the_same_vocabulary_and_model(run, folder, 
     second = load_checkpoint(str(tmp_path / "b"))["model"]
     assert all(torch.equal(t, second[name]) for name, t in first["model"].items())
     for knobs, words in [
-        (dict(rope_theta=5e5), "other settings, rope_theta 10000.0 -> 500000.0"),
+        (dict(rope_theta=5e5), "settings differ, rope_theta 10000.0 -> 500000.0"),
         (dict(norm_eps=1e-3), "norm_eps"),
         (dict(n_head=4, n_kv_head=2), "n_head 2 -> 4"),
         (dict(n_embd=32), "does not fit this model"),
@@ -455,35 +457,38 @@ def test_a_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     assert done == [("sync", inode), ("name", inode), ("sync", folder)]
 
 
-def test_a_planted_link_is_not_followed(tmp_path):
+def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
+    def write():
+        (tmp_path / "x.tmp").symlink_to(tmp_path / "precious")
+        files.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("new"))
+
     (tmp_path / "precious").write_text("old")
-    (tmp_path / "x.tmp").symlink_to(tmp_path / "precious")
-    files.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("new"))
-    assert (tmp_path / "precious").read_text() == "old" and (tmp_path / "x").read_text() == "new"
-    assert not (tmp_path / "x").is_symlink() and not os.path.lexists(tmp_path / "x.tmp")
+    write()
+    assert (tmp_path / "x").read_text() == "new" and not (tmp_path / "x").is_symlink()
+    monkeypatch.setattr(os, "remove", lambda path: None)  # it is there again at once
+    with pytest.raises(UserError, match="cannot write .*x: File exists"):
+        write()
+    assert (tmp_path / "precious").read_text() == "old"
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     """Said as that although torch.save hides the system's error in one of its own."""
 
-    class FullDisk:
-        def write(self, data):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def fail(temporary):
+        raise RuntimeError("connection closed by peer")
 
-        def flush(self):
-            pass
-
-    def write(temporary, error=None):
-        Path(temporary).write_text("half of the n")
-        if error:
-            raise error
-        torch.save({"x": torch.zeros(9)}, FullDisk())
-
-    (tmp_path / "last.pt").write_text("old")
+    path, limit = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_text("old")
     full = "cannot write .*last.pt: the disk is full.*; the old one is untouched: make room and use --resume$"
-    broken = "last.pt: RuntimeError connection closed by peer; the old one is untouched$"
-    for error, words in ((None, full), (RuntimeError("connection closed by peer"), broken)):
-        with pytest.raises(UserError, match=words) as e:
-            files.write_safely(str(tmp_path / "last.pt"), lambda path: write(path, error))  # noqa: B023
-        assert "\n" not in str(e.value) and os.listdir(tmp_path) == ["last.pt"]
-    assert (tmp_path / "last.pt").read_text() == "old"
+    with pytest.raises(UserError, match=full) as e:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        try:
+            sharded.save_file(str(path), {"x": torch.zeros(9999)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "\n" not in str(e.value)
+    with pytest.raises(
+        UserError, match="RuntimeError connection closed by peer; the old one is untouched$"
+    ):
+        files.write_safely(str(path), fail)
+    assert os.listdir(tmp_path) == ["last.pt"] and path.read_text() == "old"

@@ -161,7 +161,7 @@ def test_shards_with_a_gap_in_their_numbers_are_refused(tmp_path):
     llm_c(tmp_path / "x", [[1], [2], [3]])
     (tmp_path / "x" / "fineweb_train_000002.bin").unlink()
     refused(
-        tmp_path / "x", "lacks shards from fineweb_train_000001.bin to fineweb_train_000003.bin"
+        tmp_path / "x", "lacks shards between fineweb_train_000001.bin and fineweb_train_000003.bin"
     )
 
 
@@ -312,9 +312,9 @@ def test_every_flipped_bit_is_found(tmp_path, cuts):
 DAMAGES = [
     (
         lambda path: path.write_bytes(path.read_bytes()[:-2]),
-        "{} hold 999 tokens, meta.json says 1,000",
+        "train has 999 tokens, meta.json says 1,000",
     ),
-    (lambda path: path.write_bytes(path.read_bytes() + b"xx"), "{} hold 1,001 tokens"),
+    (lambda path: path.write_bytes(path.read_bytes() + b"xx"), "train has 1,001 tokens"),
     (lambda path: path.write_bytes(path.read_bytes()[:-1]), "{} is cut short"),
     (lambda path: path.write_bytes(b""), "{} is cut short"),
     (lambda path: path.unlink(), "train.bin"),
@@ -344,7 +344,7 @@ def test_missing_and_left_over_shards(tmp_path):
     folder = tmp_path / "y"
     ours(folder, cuts=[300, 600], hashed=False)
     (folder / "train_00003.bin").write_bytes(b"xx")
-    refused(folder, "train_00000.bin", "train_00003.bin hold 1,001 tokens")
+    refused(folder, "train has 1,001 tokens")
     (folder / "train.bin").write_bytes(b"xx")
     refused(folder, "several corpora")
     folder = tmp_path / "z"
@@ -375,7 +375,7 @@ def test_files_of_no_format(tmp_path):
     (tmp_path / "x").mkdir()
     for split in ("train", "val"):
         (tmp_path / "x" / f"a_{split}.bin").write_bytes(bytes(4000))
-    refused(tmp_path / "x", "a_train.bin", "begins with 0")
+    refused(tmp_path / "x", "a_train.bin", "magic 0")
     llm_c(tmp_path / "z", [TRAIN])
     (tmp_path / "z" / "fineweb_val_000000.bin").unlink()
     refused(tmp_path / "z", "has no val.bin")
