@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -149,10 +150,7 @@ def check(c, world_size):
         raise UserError("out_dir is empty: name a folder")
     parts = set(c.reinit_at_switch.split(",")) if c.reinit_at_switch else set()
     if parts - REINIT.keys():
-        known = ", ".join(REINIT)
-        raise UserError(
-            f"reinit_at_switch takes {known}, comma-separated, got {c.reinit_at_switch!r}"
-        )
+        raise UserError(f"reinit_at_switch takes {', '.join(REINIT)}, got {c.reinit_at_switch!r}")
     if c.tie_embeddings and "head" in parts:
         raise UserError("reinit_at_switch=head: tied to the embedding, so use embedding instead")
     if c.fitted and c.bag_weights != "fitted":
@@ -166,12 +164,9 @@ def check(c, world_size):
         factors = f"batch_size {c.batch_size or 1} x block_size {c.block_size} x {world_size} ranks"
         product = f"{factors} = {rows * c.block_size}"
         raise UserError(f"total_batch {c.total_batch} positions must be a multiple of {product}")
-    try:
-        sizes = [int(s) for s in str(c.bag_size).split("-")]  # 8-4-2 steps down
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1:
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", str(c.bag_size)):
         raise UserError(f"bag_size must be at least 1, or such as 8-4-2, got {c.bag_size!r}")
+    sizes = [int(s) for s in str(c.bag_size).split("-")]
     try:
         return tst.phase_list(c.max_steps, sizes, c.superposition_ratio, c.superposition)
     except ValueError as e:
@@ -195,15 +190,13 @@ def read_fit(path):
 
 def check_files(c, fit, separator, saved):
     """Raise UserError if files that a resumed run reads, beside its text, have changed."""
-    if c.allow_changes:
-        return
-    if saved.get("fit", fit) != fit:
-        change = f"fitted={c.fitted} holds {fit}, but the run began with {saved['fit']}"
-        raise UserError(f"{change}: restore it, or use --allow_changes")
-    was = saved["meta"].get("separator")
-    if c.document_bags and was != separator:
-        change = f"meta.json has separator {separator}, but the run began with {was}"
-        raise UserError(f"{change}: restore it, or use --allow_changes")
+    facts = [(f"fitted={c.fitted} holds", fit, saved.get("fit", fit))]
+    if c.document_bags:
+        facts.append((f"{c.dataset} has separator", separator, saved["meta"].get("separator")))
+    for what, now, was in facts:
+        if now != was and not c.allow_changes:
+            todo = "restore it, or use --allow_changes"
+            raise UserError(f"{what} {now}, but the run began with {was}: {todo}")
 
 
 # --------------------------------------------------------------------------------------------- parts of main
@@ -372,9 +365,8 @@ def main(c):
 
     # --------------------------------------------------------------------------------------------------- loop
     flops_per_step = raw_model.flops_per_position() * c.total_batch
-    ends = {p.stop for p in phases} | {
-        p.start + 1 for p in phases
-    }  # first and last steps of phases
+    # Rows for the first and the last step of each phase, too, since the switch is what one wants to see
+    ends = {p.stop for p in phases} | {p.start + 1 for p in phases}
     signals, stopping = StopSignals(machine), False
     clock, logged_at = time.perf_counter(), step
     while step < c.max_steps:

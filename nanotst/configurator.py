@@ -52,7 +52,7 @@ def entry_point(main, cls, argv=None, known=None):
         if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
             # Rank 0 of the node probably met the same error, and torchrun is about to end this rank
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
+            time.sleep(10)
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         sys.exit(f"error: {' '.join(text.splitlines())}")
     except KeyboardInterrupt:

@@ -72,10 +72,8 @@ class RunFolder:
             raise UserError(f"there is no checkpoint {self.last}: the folder holds {what}; {start}")
         if held and not resume and not overwrite:
             what = "a run" if last else f"{os.path.basename(held[0])} of a run, but no last.pt"
-            todo = "resume it (--resume), " * last + "replace it (--overwrite)"
-            raise UserError(
-                f"{self.out_dir} already holds {what}: {todo} or choose another --out_dir"
-            )
+            todo = "resume it (--resume), " * last + "replace it (--overwrite) or choose another"
+            raise UserError(f"{self.out_dir} already holds {what}: {todo} --out_dir")
 
     def _held(self):
         return [p for p in (self.last, self.best, self.metrics) if os.path.exists(p)]
@@ -129,19 +127,17 @@ class RunFolder:
 
     def _start_wandb(self, project, resume, described):
         """Start logging to Weights & Biases -> id of its run, which a resumed run continues."""
+        name = os.path.basename(os.path.abspath(self.out_dir))
         known = read_json(self.config).get("wandb_id") if resume else None
+        again = {"id": known, "resume": "allow"} if known else {}
         try:
             import wandb
 
-            name = os.path.basename(os.path.abspath(self.out_dir))
-            again = {"id": known, "resume": "allow"} if known else {}
             self.wandb = wandb.init(project=project, name=name, config=described, **again)
-            return self.wandb.id
-        except ImportError:
-            raise UserError("--wandb_project needs: pip install wandb") from None
-        except Exception as e:  # wandb.errors.Error, and what the network throws
-            todo = "use `wandb login`, or WANDB_MODE=offline"
+        except Exception as e:  # ImportError, wandb.errors.Error, and what the network throws
+            todo = "pip install wandb, use `wandb login`, or WANDB_MODE=offline"
             raise UserError(f"wandb: {' '.join(str(e).split())[:150]}; {todo}") from None
+        return self.wandb.id
 
     def add(self, row, line, sync=False):
         """Append a row, a dict, to metrics.jsonl and print `line`. sync: until it is on the disk, so that a
@@ -198,19 +194,18 @@ def knobs_of_run(c):
 def progress(row, max_steps, seconds_per_step):
     """The line printed for a row of metrics.jsonl. It shows the columns it knows."""
     eta = int(seconds_per_step * (max_steps - row["step"]))
-    parts = [f"step {row['step']:>{len(str(max_steps))}}/{max_steps}", f"s {row['bag_size']}"]
-    parts.append(f"loss {row['loss']:.4f}")
+    line = f"step {row['step']:>{len(str(max_steps))}}/{max_steps} | s {row['bag_size']}"
+    line += f" | loss {row['loss']:.4f}"
     if "val_loss" in row:
         bits = f" ({row['val_bpb']:.4f} bits/byte)" if "val_bpb" in row else ""
-        parts.append(f"val {row['val_loss']:.4f}{bits}")
-    parts += [f"lr {row['lr']:.2e}", f"norm {row['grad_norm']:.2f}"]
-    parts.append(f"{seconds_per_step * 1e3:.1f} ms")
-    parts.append(f"{row['positions_per_second'] / 1e3:.1f}k pos/s")
+        line += f" | val {row['val_loss']:.4f}{bits}"
+    line += f" | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | {seconds_per_step * 1e3:.1f} ms"
+    line += f" | {row['positions_per_second'] / 1e3:.1f}k pos/s"
     if "mfu" in row:
-        parts.append(f"mfu {row['mfu']:.1%}")
+        line += f" | mfu {row['mfu']:.1%}"
     if "max_violation" in row:
-        parts.append(f"max vio {row['max_violation']:.2f}, dead {row['dead_experts_worst']}")
-    return " | ".join([*parts, f"eta {eta // 60}m{eta % 60:02d}s"])
+        line += f" | max vio {row['max_violation']:.2f}, dead {row['dead_experts_worst']}"
+    return line + f" | eta {eta // 60}m{eta % 60:02d}s"
 
 
 def router_metrics(load, entropy):

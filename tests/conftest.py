@@ -41,28 +41,25 @@ TINY = dict(
 
 @pytest.fixture(autouse=True)
 def same_every_time(monkeypatch):
+    """No variables of a launcher, one thread, a fixed seed; signal handlers are restored."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def write_corpus(folder, train_tokens, val_tokens, vocab_size):
     """A prepared corpus: train.bin, val.bin, meta.json."""
     folder.mkdir()
+    meta = dict(vocab_size=vocab_size, dtype="uint16", bytes_per_token=2.0)
     for split, tokens in (("train", train_tokens), ("val", val_tokens)):
         np.asarray(tokens, dtype=np.uint16).tofile(folder / f"{split}.bin")
-    (folder / "meta.json").write_text(
-        json.dumps(
-            dict(
-                vocab_size=vocab_size,
-                dtype="uint16",
-                train_tokens=len(train_tokens),
-                val_tokens=len(val_tokens),
-                bytes_per_token=2.0,
-            )
-        )
-    )
+        meta[f"{split}_tokens"] = len(tokens)
+    (folder / "meta.json").write_text(json.dumps(meta))
     return str(folder)
 
 
@@ -79,28 +76,20 @@ def corpus(tmp_path_factory):
 def tiny(corpus, tmp_path):
     """tiny(key=value, ...) -> the Config of a run of a second or less."""
 
-    def config(**knobs):
-        return train.Config(
-            **{**TINY, "dataset": corpus, "out_dir": str(tmp_path / "run"), **knobs}
-        )
-
-    return config
+    out_dir = str(tmp_path / "run")
+    return lambda **knobs: train.Config(**TINY | {"dataset": corpus, "out_dir": out_dir} | knobs)
 
 
 @pytest.fixture
 def run(tiny):
-    """run(key=value, ...) trains in this process -> the rows of its metrics.jsonl. Signal handlers are put
-    back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """run(key=value, ...) trains in this process -> the rows of its metrics.jsonl."""
 
     def start(**knobs):
         config = tiny(**knobs)
         train.main(config)
         return read_rows(config.out_dir)
 
-    yield start
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return start
 
 
 def read_rows(out_dir):

@@ -177,7 +177,7 @@ def test_a_later_switch_stays_in_the_same_epoch(step):
         (LISTS["TST"], {"seed": 6}),
     ],
 )
-def test_where_rows_are_cut_anew_another_epoch_begins(wanted, changes):
+def test_where_rows_are_cut_in_another_way_a_new_epoch_begins(wanted, changes):
     first = stream([Phase(0, 30, 1, 1)])
     second = stream(wanted, state=first.state(), step=10, **changes)
     assert second.tokens_at(10) == first.tokens_at(10) == 10 * R * L

@@ -160,7 +160,7 @@ def assert_plain(rows, plain):
 
 
 def test_training_equals_a_plain_loop(run, tiny):
-    """Weights, optimizer moments, learning-rate schedule and place in the text go on through the switch; a
+    """Weights, optimizer moments, learning-rate schedule and place in the text continue through the switch; a
     change of any of them at step 4 would show in the losses after it."""
     assert_plain(run(), plain_training(tiny()))
 
@@ -583,7 +583,7 @@ def test_all_graphs_are_compiled_before_the_first_step_and_none_after(run, monke
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
-def test_training_goes_on_where_compilation_fails(run, tmp_path, monkeypatch, capsys):
+def test_training_continues_where_compilation_fails(run, tmp_path, monkeypatch, capsys):
     wanted = run(out_dir=str(tmp_path / "eager"))
 
     def broken(graph, inputs):
@@ -777,7 +777,7 @@ def test_initial_weights_from_a_checkpoint(run, tiny, tmp_path):
     )
 
 
-def test_a_mixture_of_experts_goes_on_with_other_micro_batches(run, tmp_path, monkeypatch):
+def test_a_mixture_of_experts_resumes_with_other_micro_batches(run, tmp_path, monkeypatch):
     """Its balance loss is that of the whole batch, and the shares of the step before are in the
     checkpoint."""
     knobs = dict(n_expert=4, top_k=2, balance_coef=1.0)
@@ -1238,7 +1238,7 @@ def test_interrupted_imports_print_nothing():
 
 
 @pytest.mark.parametrize("parts", ["embedding,head", "head,optimizer"])
-def test_parts_that_begin_anew_at_the_switch(run, tiny, tmp_path, monkeypatch, parts):
+def test_parts_that_are_reset_at_the_switch(run, tiny, tmp_path, monkeypatch, parts):
     """Just before the first ordinary step: the named weights are those of another draw, the others those that
     superposition left, and the optimizer has forgotten its moments or not. A run resumed there does the
     same."""
@@ -1320,7 +1320,7 @@ def test_bags_have_the_loss_of_the_knob_in_every_mode(
     assert phases == ["superposition"] * 4 + ["recovery"] * 6
 
 
-def test_what_begins_anew_is_drawn_from_the_seed_of_the_run(run, tiny, monkeypatch):
+def test_what_is_reset_is_drawn_from_the_seed_of_the_run(run, tiny, monkeypatch):
     seeds, forward = [], train.reinitialise
     monkeypatch.setattr(
         train, "reinitialise", lambda *args: seeds.append(args[-1]) or forward(*args)
