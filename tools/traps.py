@@ -146,26 +146,32 @@ def near(a, b):
     return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4)
 
 
-def main(config):
-    path, trapped = Path(config.file), False
-    if not path.is_file() or not (config.loss or config.split or config.embed):
-        raise UserError(f"{path} is not a file, or --loss=, --split= and --embed= are missing")
+def check(**functions):
+    """Try the functions, any of loss=, split= and embed=, and print a line for each check. Returns whether
+    all hold."""
     torch.manual_seed(0)
-    sys.path.insert(0, str(path.parent))  # for what the file imports
-    functions = runpy.run_path(str(path))
-    for check in (check_loss, check_split, check_embed):
-        if not (name := getattr(config, check.__name__.removeprefix("check_"))):
-            continue
-        if name not in functions:
-            raise UserError(f"{path} has no function {name}")
-        for what, right, found, row in check(functions[name]):
+    checks, trapped = {"loss": check_loss, "split": check_split, "embed": check_embed}, False
+    for kind, function in functions.items():
+        for what, right, found, row in checks[kind](function):
             print(
                 f"ok    {what}" if right else f"TRAP  {what}; yours: {found}. TRAPS.md: {row} ..."
             )
             if not right:
                 trapped = True
                 break
-    if trapped:
+    return not trapped
+
+
+def main(config):
+    path = Path(config.file)
+    names = {k: getattr(config, k) for k in ("loss", "split", "embed") if getattr(config, k)}
+    if not path.is_file() or not names:
+        raise UserError(f"{path} is not a file, or --loss=, --split= and --embed= are missing")
+    sys.path.insert(0, str(path.parent))  # for what the file imports
+    there = runpy.run_path(str(path))
+    if missing := [name for name in names.values() if name not in there]:
+        raise UserError(f"{path} has no function {missing[0]}")
+    if not check(**{kind: there[name] for kind, name in names.items()}):
         sys.exit(1)
 
 
