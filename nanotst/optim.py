@@ -78,7 +78,6 @@ def muon(model, c, device_type):
 
 
 OPTIMIZERS = {"adamw": all_adamw, "muon": muon}
-SCHEDULES = ("wsd", "cosine")
 
 
 def make_optimizer(model, c, device_type):
@@ -93,6 +92,9 @@ def set_rates(optimizer, multiplier):
     """Set each group's rate to its own times the multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
+
+
+SCHEDULES = ("wsd", "cosine")
 
 
 def rate_multiplier(step, c):
