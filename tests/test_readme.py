@@ -14,10 +14,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 RESULTS = sorted(ROOT.glob("results/**/README.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "examples/recipes.md", *RESULTS]
-    *sorted(ROOT.glob("*.md")),
-    ROOT / "examples" / "recipes.md",
-    *sorted(ROOT.glob("results/**/README.md")),
-]
 CHANGES = re.findall(r"`(--\S+)`[^\n]*\n+```diff\n(.*?)```", CONTRIBUTING, re.S)
 
 
