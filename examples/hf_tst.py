@@ -13,18 +13,20 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python examples/hf_tst.py
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+from nanotst import UserError  # before torch: it sets how torch's threads wait
 
-from nanotst import UserError  # noqa: E402
-from nanotst.checkpoint import all_finite  # noqa: E402
-from nanotst.configurator import entry_point  # noqa: E402
-from nanotst.huggingface import import_transformers  # noqa: E402
-from nanotst.machine import pick_device  # noqa: E402
-from nanotst.stream import TokenStream  # noqa: E402
-from tst import bags_and_labels, embed_bags, multi_hot_cross_entropy, phase_at, phase_list  # noqa: E402
+# isort: split
+import numpy as np
+import torch
+
+from nanotst.checkpoint import all_finite
+from nanotst.configurator import entry_point
+from nanotst.huggingface import import_transformers
+from nanotst.machine import pick_device
+from nanotst.stream import TokenStream
+from tst import bags_and_labels, embed_bags, multi_hot_cross_entropy, phase_at, phase_list
 
 
 @dataclass
@@ -76,44 +78,39 @@ def main(config):
     model, tokenizer, tokens = load(c)
     device = pick_device(c.device)
     model.to(device)
-    table, n_rows = model.get_input_embeddings().weight, range(c.batch_size)  # (V, C)
+    table, rows = model.get_input_embeddings().weight, range(c.batch_size)  # (V, C)
     try:
         phases = phase_list(c.max_steps, [c.bag_size], c.superposition_ratio)
     except ValueError as e:
         raise UserError(str(e)) from None
     source = [(tokens, Fraction(1))]  # one corpus, which gives all of a step's rows
-    stream = TokenStream(source, c.block_size, phases, c.batch_size, n_rows, c.seed, device)
+    stream = TokenStream(source, c.block_size, phases, c.batch_size, rows, c.seed, device)
     first = torch.from_numpy(tokens[None, : c.block_size]).to(device)  # (1, L)
     with torch.no_grad():  # s = 1 must be what the model does by itself
         model.eval()
-        theirs, ours = (
-            model(first).logits,
-            model(inputs_embeds=embed_bags(first[..., None], table)).logits,
-        )
+        theirs = model(first).logits  # (1, L, V)
+        ours = model(inputs_embeds=embed_bags(first[..., None], table)).logits
     if not torch.allclose(ours, theirs, atol=1e-3 * theirs.abs().max().item()):
         raise UserError(f"{type(model).__name__} changes its embeddings before it uses them")
     model.train()
 
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(0.9, 0.95))
-    experts = (
-        {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
-    )
+    vectors = [p for p in model.parameters() if p.dim() < 2]  # norms, without weight decay
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    optimizer = torch.optim.AdamW(matrices, c.learning_rate, (0.9, 0.95), weight_decay=0.1)
+    optimizer.add_param_group({"params": vectors, "weight_decay": 0.0})
+    balance = getattr(model.config, "router_aux_loss_coef", None)  # of a mixture of experts
+    experts = {} if balance is None else {"output_router_logits": True}
     losses = []
     for step in range(c.max_steps):
         phase = phase_at(phases, step)
-        bags, labels = bags_and_labels(
-            stream.batch(step), phase.n_in, phase.n_out
-        )  # (B, L, s) each
+        tokens = stream.batch(step)  # (B, L*s + s)
+        bags, labels = bags_and_labels(tokens, phase.n_in, phase.n_out)  # (B, L, s) each
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled="cuda" in device):
             x = embed_bags(bags, table)  # (B, L, C)
             out = model(inputs_embeds=x, use_cache=False, **experts)
             loss = objective = multi_hot_cross_entropy(out.logits, labels)  # logits (B, L, V)
             if experts:
-                objective = loss + model.config.router_aux_loss_coef * out.aux_loss
+                objective = loss + balance * out.aux_loss
         decay = max(1, round(0.1 * c.max_steps))  # warmup, constant, linear decay
         share = min(1, (step + 1) / max(1, c.warmup_steps), (c.max_steps - step) / decay)
         for group in optimizer.param_groups:
@@ -124,8 +121,7 @@ def main(config):
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % 20 == 0 or step == c.max_steps - 1:
-            progress = f"step {step + 1}/{c.max_steps} | s {phase.n_out} | loss {losses[-1]:.4f}"
-            print(progress, flush=True)
+            print(f"step {step + 1}/{c.max_steps} | s {phase.n_out} | loss {losses[-1]:.4f}")
     if not all_finite(model.parameters()):
         raise UserError("the weights are not finite, so nothing was saved; lower --learning_rate")
     if c.out:

@@ -67,8 +67,8 @@ def config_names(kind):
 
 
 def tensor_table(c):
-    """A list of (name in transformers, our name, view), one for each tensor in transformers, by our name.
-    view(our tensor) has the shape of transformers' tensor and shares our memory."""
+    """A list of (transformers' tensor name, our name, view), grouped by our name. view(our tensor) has the
+    shape of transformers' tensor and shares our memory."""
 
     def rows(a, b):
         return lambda t: t[a:b]

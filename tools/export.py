@@ -14,12 +14,15 @@ of experts), and the padding of the vocabulary is left out.
 
 import json
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/export.py
 from nanotst import UserError
 from nanotst.checkpoint import load_model
 from nanotst.configurator import entry_point

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/traps.py
 from nanotst import UserError
 from nanotst.configurator import entry_point
 
