@@ -1,6 +1,7 @@
 """Token Superposition Training (TST) as pure functions. Needs torch alone: copy this file into any trainer.
 
 Efficient Pre-Training with Token Superposition, Peng, Gigant, Quesnelle, arXiv 2605.06546.
+From nanoTST, version 1.0 (November 2026), where TRAPS.md lists what goes wrong.
 
     tokens   t0 t1 t2 | t3 t4 t5 | t6 t7 t8 | t9 ...        a row of L*s + s tokens, here s = 3
     input    mean of      mean of    mean of
@@ -263,3 +264,12 @@ def multi_hot(logits, labels, ignore_index=-100):
 def mean_where(mask, x):
     """Mean of x where mask is true, 0 if it is true nowhere."""
     return x.where(mask, 0).sum() / mask.sum().clamp(min=1)
+
+
+if __name__ == "__main__":  # python tst.py tries the traps on this file
+    try:
+        from tools.traps import check
+    except ImportError:
+        raise SystemExit("the checker is tools/traps.py in nanoTST") from None
+    split = lambda tokens, s: bags_and_labels(tokens, s, s)
+    raise SystemExit(not check(loss=multi_hot_cross_entropy, split=split, embed=embed_bags))
