@@ -8,9 +8,11 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
+from nanotst import UserError  # before torch: it says what is missing
+
+# isort: split
 import torch
 
-from nanotst import UserError
 from nanotst.checkpoint import find_checkpoint, load_model
 from nanotst.configurator import entry_point
 from nanotst.kernels import use_twins

@@ -9,9 +9,10 @@ checkpoint, sharded       saving, loading, resuming
 log                       the folder of a run, its log, what it prints
 files, configurator       atomic file writes; knobs from files and the command line
 huggingface               initial weights from Hugging Face folders
-kernels                   the numbers of tst.py and model.py, faster
+kernels, cpu              faster twins of functions in tst.py and model.py
 """
 
+import importlib.util
 import os
 
 # GNU's OpenMP, on which torch runs on Linux, reads this when torch is imported. By default threads spin while
@@ -19,6 +20,11 @@ import os
 USERS_ENVIRONMENT = dict(os.environ)  # for programs of others that we start
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+for package in ("torch", "numpy"):  # every command imports this file first
+    if importlib.util.find_spec(package) is None:
+        todo = "activate the environment (source .venv/bin/activate) or pip install -r requirements.txt"
+        raise SystemExit(f"error: the package {package} is missing: {todo}")
 
 
 class UserError(Exception):
