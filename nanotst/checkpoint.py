@@ -195,12 +195,14 @@ def resume(path, model, optimizer, c, corpus, free):
     try:
         load_moments(optimizer, saved.pop("optimizer"))
         torch.set_rng_state(saved["rng"])
-        clock = saved["step"] > 0 and 0 <= saved["seconds"] < math.inf
+        clock = (
+            0 < saved["step"] <= saved["config"]["max_steps"] and 0 <= saved["seconds"] < math.inf
+        )
         if not clock or math.isnan(saved["best_val"]) or not is_state(saved["stream"]):
             raise ValueError("its step, seconds, best_val or stream is out of range")
         shares = saved["shares"] if c.n_expert else torch.empty(c.n_layer, 0)
         if shares.shape != (c.n_layer, c.n_expert) or not all_finite([shares]):
-            raise ValueError("its shares of experts have another shape or are not finite")
+            raise ValueError("its shares of experts are not finite or have another shape")
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UserError(f"{path} cannot be resumed ({reason}); use another checkpoint") from None

@@ -282,7 +282,7 @@ def test_the_folder_of_a_run_stands_for_its_checkpoint(folder, capsys):
 @pytest.mark.parametrize(
     "change_to, words",
     [
-        ({"step": "5"}, ""), ({"step": 0}, "out of range"), ({"seconds": -1.0}, "out of range"),
+        ({"step": "5"}, ""), ({"step": 5}, "out of range"), ({"seconds": -1.0}, "out of range"),
         ({"best_val": float("nan")}, "out of range"), ({"stream": {}}, "out of range"),
         ({"rng": torch.zeros(3)}, ""), ({"optimizer": []}, "another optimizer"), ({"optimizer": [{}]}, ""),
         ({"model": {}}, "does not fit this model"), ({"config": []}, "not a checkpoint of this repository"),

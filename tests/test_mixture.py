@@ -72,7 +72,11 @@ def test_corpora_of_one_length_have_orders_of_their_own():
 def corpora(tmp_path):
     rng = np.random.default_rng(0)
     for name, values in dict(
-        b={}, a={}, c={"vocab_size": 60}, d={"separator": 3}, e={"encoding": None}
+        b={},
+        a={"bytes_per_token": 4.0},
+        c={"vocab_size": 60},
+        d={"separator": 3},
+        e={"encoding": None},
     ).items():
         tokens = np.cumsum(rng.choice([1, 7, 20], 4500)) % 50
         write_corpus(tmp_path / name, tokens[:4000], tokens[4000:], 50)
@@ -116,6 +120,7 @@ def test_a_run_on_a_mixture(run, tiny, corpora, tmp_path):
     assert row["val_loss"] == pytest.approx(0.25 * alone[0] + 0.75 * alone[1])
     described = json.loads((tmp_path / "run" / "config.json").read_text())
     assert [part["share"] for part in described["data"]["mixture"]] == ["1/4", "3/4"]
+    assert described["data"]["bytes_per_token"] == 0.25 * 4 + 0.75 * 2
     assert described["data"]["source"] == ["a", "b"] and described["data"]["train_tokens"] == 8000
     with pytest.raises(UserError, match="does not hold the corpus"):
         run(dataset="{a}:0.5,{b}:0.5".format(**corpora), resume=True, **knobs)
