@@ -15,10 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from nanotst import UserError  # noqa: E402 before torch: it sets how torch's threads wait
+
+# isort: split
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from nanotst import UserError  # noqa: E402
 from nanotst.checkpoint import all_finite  # noqa: E402
 from nanotst.configurator import entry_point  # noqa: E402
 from nanotst.huggingface import import_transformers  # noqa: E402
