@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from typing import Literal
 
 from nanotst import UserError  # before torch: it sets how torch's threads wait
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 # The phases differ in tensor sizes, which would fragment the memory of a GPU
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -130,24 +127,21 @@ class Config:
 def check(c, world_size):
     """The phases of the run. Raises UserError for a combination of knobs that cannot work."""
     validate(c)
-    positive = "n_layer n_head n_embd block_size total_batch max_steps eval_interval eval_positions"
+    counts = "n_layer n_head n_embd block_size total_batch max_steps eval_interval eval_positions"
     others = "seed batch_size n_kv_head head_dim ff_dim n_expert top_k warmup_steps weight_decay"
     others += " grad_clip save_interval matrix_learning_rate shard_size"
-    for least, keys in ((1, positive + " log_interval"), (0, others)):
+    ranges = {
+        "at least 1": (counts + " log_interval", lambda x: x >= 1),
+        "at least 0": (others, lambda x: x >= 0),
+        "in 0..1024": ("threads", lambda x: 0 <= x <= 1024),
+        "in 0..1": ("superposition_ratio decay_ratio min_lr_ratio", lambda x: 0 <= x <= 1),
+        "at least 0 and below 1": ("beta1 beta2", lambda x: 0 <= x < 1),
+        "positive": ("learning_rate norm_eps rope_theta", lambda x: x > 0),
+    }
+    for words, (keys, fits) in ranges.items():
         for key in keys.split():
-            if getattr(c, key) < least:
-                raise UserError(f"{key} must be at least {least}, got {getattr(c, key)}")
-    for key in ("superposition_ratio", "decay_ratio", "min_lr_ratio"):
-        if not 0 <= getattr(c, key) <= 1:
-            raise UserError(f"{key} must be in 0..1, got {getattr(c, key)}")
-    for key in ("beta1", "beta2"):
-        if not 0 <= getattr(c, key) < 1:
-            raise UserError(f"{key} must be at least 0 and below 1, got {getattr(c, key)}")
-    for key in ("learning_rate", "norm_eps", "rope_theta"):
-        if not getattr(c, key) > 0:
-            raise UserError(f"{key} must be positive, got {getattr(c, key)}")
-    if not c.out_dir:
-        raise UserError("out_dir is empty: name a folder")
+            if not fits(getattr(c, key)):
+                raise UserError(f"{key} must be {words}, got {getattr(c, key)}")
     parts = set(c.reinit_at_switch.split(",")) if c.reinit_at_switch else set()
     if parts - REINIT.keys():
         raise UserError(f"reinit_at_switch takes {', '.join(REINIT)}, got {c.reinit_at_switch!r}")
@@ -162,16 +156,14 @@ def check(c, world_size):
     rows = (c.batch_size or 1) * world_size
     if c.total_batch % (rows * c.block_size):
         factors = f"batch_size {c.batch_size or 1} x block_size {c.block_size} x {world_size} ranks"
-        product = f"{factors} = {rows * c.block_size}"
-        raise UserError(f"total_batch {c.total_batch} positions must be a multiple of {product}")
+        raise UserError(f"total_batch {c.total_batch} must be a multiple of {factors}")
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", str(c.bag_size)):
         raise UserError(f"bag_size must be at least 1, or such as 8-4-2, got {c.bag_size!r}")
     sizes = [int(s) for s in str(c.bag_size).split("-")]
     try:
         return tst.phase_list(c.max_steps, sizes, c.superposition_ratio, c.superposition)
     except ValueError as e:
-        said = f"bag_size={c.bag_size}, superposition_ratio={c.superposition_ratio}"
-        raise UserError(f"{said}: {e}") from None
+        raise UserError(f"bag_size={c.bag_size}: {e}") from None
 
 
 def read_fit(path):
@@ -183,20 +175,8 @@ def read_fit(path):
         if not all(0 <= fit["c0"] + fit["a"] * i ** fit["k"] < math.inf for i in range(1, 65)):
             raise ValueError("c0 + a i^k is negative or infinite for an i up to 64")
         return fit
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        why = f"{type(e).__name__}: {e}"
-        raise UserError(f"fitted={path} is not a file of tools.fit_mi ({why})") from None
-
-
-def check_files(c, fit, separator, saved):
-    """Raise UserError if files that a resumed run reads, beside its text, have changed."""
-    facts = [(f"fitted={c.fitted} holds", fit, saved.get("fit", fit))]
-    if c.document_bags:
-        facts.append((f"{c.dataset} has separator", separator, saved["meta"].get("separator")))
-    for what, now, was in facts:
-        if now != was and not c.allow_changes:
-            todo = "restore it, or use --allow_changes"
-            raise UserError(f"{what} {now}, but the run began with {was}: {todo}")
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"fitted={path} is not a file of tools.fit_mi: {e!r}") from None
 
 
 # --------------------------------------------------------------------------------------------- parts of main
@@ -310,11 +290,15 @@ def main(c):
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
         load_shares = saved["shares"].to(device) if c.n_expert else None
         # The stream continues where it was, even if the phases ahead are now others
-        was = saved["stream"]
-        stream = TokenStream(sources, c.block_size, phases, **read, state=was, step=step)
-        if was != stream.state() and not c.allow_changes:  # no knob has changed, so it is damaged
+        read |= dict(state=saved["stream"], step=step)
+        stream = TokenStream(sources, c.block_size, phases, **read)
+        if (
+            saved["stream"] != stream.state() and not c.allow_changes
+        ):  # no knob has changed, so it is damaged
             raise UserError(f"{path} cannot be resumed: its place in the text is another run's")
-        check_files(c, fit, separator, saved)
+        if fit != saved.get("fit", fit) and not c.allow_changes:
+            differ = f"{c.fitted} holds {fit}, but the run began with {saved['fit']}"
+            raise UserError(f"{differ}: restore it, or use --allow_changes")
     phases = stream.phases
 
     # ------------------------------------------------------------------------------------ one step, compiled
@@ -369,7 +353,7 @@ def main(c):
     ends = {p.stop for p in phases} | {p.start + 1 for p in phases}
     signals, stopping = StopSignals(machine), False
     clock, logged_at = time.perf_counter(), step
-    while step < c.max_steps:
+    while step < c.max_steps and not stopping:
         phase = tst.phase_at(phases, step)  # TST
         if c.reinit_at_switch and step == phase.start > 0 and phase.bag_size == 1:
             reinitialise(raw_model, optimizer, c.reinit_at_switch.split(","), c.seed + 1)
@@ -462,10 +446,6 @@ def main(c):
             if save_now:
                 saver.save(folder.last, state | {"optimizer": optimizer.state_dict()})
                 signals.saved(time.perf_counter() - began)
-        if stopping:
-            saver.wait()
-            say(f"stopped by {signals.reason} after step {step}; resume with --resume")
-            break
         clock, logged_at = time.perf_counter(), step
 
     saver.wait()
@@ -473,6 +453,7 @@ def main(c):
     del shared  # before the group of its ranks
     machine.leave()
     if stopping:
+        say(f"stopped by {signals.reason} after step {step}; resume with --resume")
         sys.exit(1)
 
 

@@ -39,8 +39,6 @@ def entry_point(main, cls, argv=None, known=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not if it is closed, or a notebook's
             stream.reconfigure(errors="replace")  # the terminal may lack a character
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # train.py sets it during its imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     argv = sys.argv[1:] if argv is None else argv
     try:
         config = parse(cls, argv)
@@ -80,8 +78,6 @@ def parse(cls, argv, known=()):
         else:
             raise UserError(f"{arg!r} is neither a config file nor --key=value, see --help")
     for key, value, where in given:
-        if key in (names := getattr(cls, "OTHER_NAMES", {})):
-            raise UserError(f"{where}: here this knob is called --{names[key]}")
         values[key] = typed(fields.get(key), key, value, where, fields)
     for place in places:
         taken = positional if place.type == list[str] else positional[:1]
@@ -153,18 +149,13 @@ def read_file(path):
             continue  # a docstring
         try:
             (target,) = node.targets
-            values[target.id] = value_of(node.value)
+            if not all(isinstance(n, ARITHMETIC) for n in ast.walk(node.value)):
+                raise ValueError
+            values[target.id] = eval(compile(ast.Expression(node.value), path, "eval"))
         except (AttributeError, ValueError, TypeError, ArithmeticError):
             wanted = "a config file holds assignments such as `bag_size = 4` and nothing else"
             raise UserError(f"{path}:{node.lineno}: {wanted}") from None
     return values
-
-
-def value_of(node):
-    """Value of a literal or of arithmetic on literals. Raises ValueError for anything else."""
-    if isinstance(node, ast.BinOp) and all(isinstance(n, ARITHMETIC) for n in ast.walk(node)):
-        return eval(compile(ast.Expression(node), "a config file", "eval"))
-    return ast.literal_eval(node)
 
 
 def help_text(cls):
@@ -178,13 +169,11 @@ def help_text(cls):
         knob = re.match(r"    (\w+): [^#]*(?:# (.*))?", line)
         if not knob or knob[1] not in fields:
             continue
-        field, text = fields[knob[1]], knob[2] or ""
-        if get_origin(type_of(field)) is Literal:
-            text += f" [{', '.join(get_args(type_of(field)))}]"
-        shown = field.name.upper()
-        if (value := field.default) is not dataclasses.MISSING:
-            folder = isinstance(value, str) and os.path.isabs(value)
-            shown = f"--{field.name}={os.path.relpath(value) if folder else value}"
-            shown = shown.replace("\n", "\\n")
-        lines.append(f"  {shown}".ljust(36) + text)
+        value, kind = fields[knob[1]].default, type_of(fields[knob[1]])
+        if isinstance(value, str) and os.path.isabs(value):
+            value = os.path.relpath(value)
+        place = value is dataclasses.MISSING
+        shown = knob[1].upper() if place else f"--{knob[1]}={value}".replace("\n", "\\n")
+        choices = f" [{', '.join(get_args(kind))}]" if get_origin(kind) is Literal else ""
+        lines.append(f"  {shown}".ljust(36) + (knob[2] or "") + choices)
     return "\n".join(lines)

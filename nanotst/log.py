@@ -11,7 +11,8 @@ from nanotst import UserError
 from nanotst.checkpoint import remove
 from nanotst.configurator import typed
 from nanotst.files import write_safely
-from nanotst.sharded import of_all_ranks
+from nanotst.machine import one_line
+from nanotst.sharded import of_all_ranks, together
 
 with contextlib.suppress(ImportError):  # Windows cannot lock a folder
     import fcntl
@@ -49,14 +50,7 @@ class RunFolder:
     def begin(self, resume, overwrite):
         """Lock the folder. Raises UserError, on all ranks, if it holds a run that would be lost, or none to
         resume."""
-        error = None
-        if self.machine.master:
-            try:
-                self._begin(resume, overwrite)
-            except UserError as e:
-                error = str(e)
-        if error := self.machine.from_master(error):
-            raise UserError(error)
+        together(lambda: self.machine.master and self._begin(resume, overwrite))
 
     def _begin(self, resume, overwrite):
         if not resume:
@@ -66,8 +60,6 @@ class RunFolder:
         held, last = self._held(), os.path.exists(self.last)
         if resume and not last:
             what = "the log of a run that ended before its first save" if held else "no run"
-            if os.path.isdir(os.path.join(self.out_dir, "last.dcp")):
-                what = "last.dcp of an older version, commit e9f8ad9, which alone can resume it"
             start = "start without --resume" + ", but with --overwrite" * bool(held)
             raise UserError(f"there is no checkpoint {self.last}: the folder holds {what}; {start}")
         if held and not resume and not overwrite:
@@ -81,19 +73,14 @@ class RunFolder:
     def _lock(self):
         if "fcntl" not in globals():
             return
-        self.lock = open(os.path.join(self.out_dir, "lock"), "a+")  # noqa: SIM115 closing unlocks
+        self.lock = open(os.path.join(self.out_dir, "lock"), "a")  # noqa: SIM115 closing unlocks
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            self.lock.seek(0)
-            who = self.lock.read().strip() or "another process"
             todo = "wait for it or choose another --out_dir"
-            raise UserError(f"{self.out_dir} is in use by {who}; {todo}") from None
-        except OSError:  # a file system without locks
-            return
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        self.lock.flush()
+            raise UserError(f"{self.out_dir} is in use by another process; {todo}") from None
+        except OSError:
+            pass  # a file system without locks
 
     def start(self, resume, step, described, wandb_project=""):
         """Training is about to start: everything that can fail was tried. Now remove the run that was to be
@@ -113,7 +100,7 @@ class RunFolder:
     def _keep_rows(self, step):
         """Drop the rows after `step`, which will be written again, and half a line of a killed process."""
         text, last = "", 0
-        if os.path.exists(self.metrics):
+        with contextlib.suppress(FileNotFoundError):
             try:
                 for line in Path(self.metrics).read_text(encoding="utf-8").splitlines(True):
                     if line.endswith("\n") and json.loads(line)["step"] <= step:
@@ -136,7 +123,7 @@ class RunFolder:
             self.wandb = wandb.init(project=project, name=name, config=described, **again)
         except Exception as e:  # ImportError, wandb.errors.Error, and what the network throws
             todo = "pip install wandb, use `wandb login`, or WANDB_MODE=offline"
-            raise UserError(f"wandb: {' '.join(str(e).split())[:150]}; {todo}") from None
+            raise UserError(f"wandb: {one_line(e)}; {todo}") from None
         return self.wandb.id
 
     def add(self, row, line, sync=False):
@@ -170,7 +157,7 @@ def torchrun():
 
 def read_json(path):
     """The object in a file, {} if it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     return {}
 
@@ -180,19 +167,17 @@ def knobs_of_run(c):
     path = os.path.join(c.out_dir, "config.json")
     if not c.resume or not os.path.exists(path):
         return {}
-    fields = {field.name: field for field in dataclasses.fields(c)}
-    for key in ("out_dir", "resume", "allow_changes", "overwrite", "init_from"):  # of a command
-        del fields[key]
-    try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))["config"]
-        saved.setdefault("router_z_coef", saved.get("z_coef", 0.0))  # its name until November 2026
-        return {k: typed(fields[k], k, saved[k], path, fields) for k in fields if k in saved}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged; move it away, and give --resume all knobs") from None
+    of_command = "out_dir", "resume", "allow_changes", "overwrite", "init_from"
+    fields = {f.name: f for f in dataclasses.fields(c) if f.name not in of_command}
+    saved = read_json(path).get("config")
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is damaged; move it away, and give --resume all knobs")
+    saved.setdefault("router_z_coef", saved.get("z_coef", 0.0))  # its name until November 2026
+    return {k: typed(fields[k], k, saved[k], path, fields) for k in fields if k in saved}
 
 
 def progress(row, max_steps, seconds_per_step):
-    """The line printed for a row of metrics.jsonl. It shows the columns it knows."""
+    """The line printed for a row of metrics.jsonl."""
     eta = int(seconds_per_step * (max_steps - row["step"]))
     line = f"step {row['step']:>{len(str(max_steps))}}/{max_steps} | s {row['bag_size']}"
     line += f" | loss {row['loss']:.4f}"
@@ -226,30 +211,29 @@ def router_metrics(load, entropy):
 def warn(c, machine, model, epochs):
     """Warn about settings that run but are probably mistakes. epochs: times that the run reads the text."""
     decay = round(c.decay_ratio * c.max_steps) if c.schedule == "wsd" else 0
-    warmup = f"note: warmup_steps {c.warmup_steps}"
+    note = lambda text: machine.say(f"note: {text}")
     if c.warmup_steps >= c.max_steps:
         still = f"so the learning rate is still rising after max_steps {c.max_steps}"
-        machine.say(f"{warmup} is not below max_steps, {still}")
+        note(f"warmup_steps {c.warmup_steps} is not below max_steps, {still}")
     elif c.warmup_steps + decay > c.max_steps:
-        jump = f"so the learning rate drops at once after step {c.warmup_steps}"
-        machine.say(f"{warmup} and a decay of {decay} steps overlap, {jump}; lower one of them")
+        todo = "so the learning rate drops at once; lower one of them"
+        note(f"warmup_steps {c.warmup_steps} and a decay of {decay} steps overlap, {todo}")
     if epochs > 8:
         todo = "use more text, fewer steps (--max_steps) or a smaller model"
-        machine.say(f"note: the run reads its text {epochs:.0f} times and may memorise it; {todo}")
+        note(f"the run reads its text {epochs:.0f} times and may memorise it; {todo}")
     V, C = model.config.vocab_size, model.config.n_embd
     share = 6 * V * C / model.flops_per_position()  # of the head, in the FLOPs of a step
     if machine.device == "cpu" and share > 0.75:
-        head = f"note: {min(share, 0.999):.1%} of the work of a step is the head over {V:,} tokens"
-        todo = f"a corpus of bytes (--encoding=bytes) is about {1 / (1 - share):.0f} times faster"
-        machine.say(f"{head}; on a CPU {todo}")
+        todo = f"bytes (--encoding=bytes) are about {1 / (1 - share):.0f} times faster on a CPU"
+        note(f"{min(share, 0.999):.1%} of the work of a step is the head over {V:,} tokens; {todo}")
 
 
 def describe_run(c, machine, model, stream, compiled, micro_steps, step):
     """The opening lines: what is trained, on what, on how much text."""
     active = f" ({model.n_params(active=True):,} active)" if c.n_expert else ""
     ranks = f", {machine.world_size} ranks" if machine.distributed else ""
-    how = f"{machine.dtype}, {'compiled' if compiled else 'eager'}, {machine.name}{ranks}"
-    machine.say(f"{model.n_params():,} parameters{active}, {how}")
+    how = f"{machine.dtype}, {'compiled' if compiled else 'eager'}, {machine.name}"
+    machine.say(f"{model.n_params():,} parameters{active}, {how}{ranks}")
     if step >= c.max_steps:
         todo = "to train longer, use --resume --allow_changes --max_steps=N"
         machine.say(f"{c.out_dir} is finished: step {step:,} of {c.max_steps:,}; {todo}")

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import signal
-import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -17,9 +16,8 @@ import torch.distributed as dist
 
 from nanotst import UserError
 from nanotst.parallel import compile_units
+from nanotst.sharded import of_all_ranks
 
-# How long ranks wait for one that hangs, compiles or writes. One that has died is noticed at once
-TIMEOUT = timedelta(minutes=20)
 # Dense bfloat16 FLOPs per second by a part of the GPU's name, of SXM cards where there are several kinds
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "4090": 165e12}
 
@@ -71,27 +69,18 @@ def keep_freed_memory():
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never shrink it
 
 
-def make_deterministic():
-    """Make two CUDA runs of one seed bit-equal, and slower. On a CPU they are equal anyway."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is not deterministic
-
-
 def join(device):
     """Meet the other ranks at the address in the environment."""
-    backend = {"backend": "gloo"}
+    timeout = timedelta(minutes=20)  # for a rank that hangs, compiles or writes, not for a dead one
+    how = {"backend": "gloo", "timeout": timeout}
     if device.startswith("cuda"):
-        backend = {"backend": "nccl", "device_id": torch.device(device)}
+        how |= {"backend": "nccl", "device_id": torch.device(device)}
     try:
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps this store when it restarts, with the addresses of ranks that have died
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(
-            store=store, rank=rank, world_size=ranks, timeout=TIMEOUT, **backend
-        )
+        dist.init_process_group(store=store, rank=rank, world_size=ranks, **how)
     except (RuntimeError, ValueError) as e:
         hint = "check MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         raise UserError(f"the ranks do not find each other ({one_line(e)}); {hint}") from None
@@ -120,21 +109,20 @@ class Machine:
         if ranks and c.device.startswith("cuda:"):
             raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
         if parallel != "auto" and not ranks:
-            raise UserError(
-                f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N train.py"
-            )
-        parallel = "none" if not ranks else "ddp" if parallel == "auto" else parallel
+            raise UserError(f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N ...")
+        if parallel == "auto":
+            parallel = "ddp" if ranks else "none"
         if shard_size and (parallel != "fsdp" or world_size % shard_size):
-            raise UserError(
-                f"shard_size {shard_size} is for parallel=fsdp, must divide {world_size} ranks"
-            )
-        if not 0 <= c.threads <= 1024:
-            raise UserError(f"threads must be in 0..1024, got {c.threads}")
+            must = f"must divide {world_size} ranks"
+            raise UserError(f"shard_size {shard_size} is for parallel=fsdp, {must}")
         device = pick_device(c.device, local_rank)
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-            if getattr(c, "deterministic", False):
-                make_deterministic()
+        if device.startswith("cuda") and getattr(c, "deterministic", False):
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+            torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is not deterministic
         if ranks:
             join(device)
         if c.threads or ranks and device == "cpu":  # torchrun's own choice is a single thread
@@ -144,10 +132,13 @@ class Machine:
         if device == "cpu":
             keep_freed_memory()
         torch.set_float32_matmul_precision("high")  # TF32 where CUDA still computes in float32
-        dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
-        dtype = dtype if c.dtype == "auto" else c.dtype
-        ranks = rank, local_rank, world_size, bool(ranks)
-        return cls(device, dtype, *ranks, parallel, shard_size or world_size)
+        try:  # torch makes this folder, or fails, even if nothing is compiled
+            os.makedirs(os.environ["TORCHINDUCTOR_CACHE_DIR"], exist_ok=True)
+        except (KeyError, OSError):
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        best = "bfloat16" if has_fast_bfloat16(device) else "float32"
+        group = rank, local_rank, world_size, bool(ranks), parallel, shard_size or world_size
+        return cls(device, best if c.dtype == "auto" else c.dtype, *group)
 
     @property
     def master(self):
@@ -198,22 +189,15 @@ class Machine:
 
     def from_master(self, value):
         """Rank 0's plain value, on all ranks."""
-        box = [value]
-        if self.distributed:
-            dist.broadcast_object_list(box, device=self.device)
-        return box[0]
+        return of_all_ranks(value)[0]
 
     def compile(self, model, wanted, warm_up):
         """(model, whether it is compiled). wanted: auto (on CUDA), on, off. warm_up(model) runs each graph
         once, so that nothing is compiled later. If compiling fails, training continues without it, except
         when sharded, since the other ranks have gone ahead."""
         wanted = wanted == "on" or wanted == "auto" and self.device_type == "cuda"
-        if wanted and model.config.n_expert and self.dtype == "float32":
-            self.say("experts compile in bfloat16 only; going on without torch.compile")
-            wanted = False
-        elif wanted:
+        if wanted:
             self.say("compiling, which takes a minute or more; --compile=off starts at once")
-        started = time.perf_counter()
         for retry in (True, False) if wanted else ():
             try:
                 if self.parallel == "fsdp":
@@ -222,7 +206,6 @@ class Machine:
                 else:
                     compiled = torch.compile(model, dynamic=False, fullgraph=True)
                 warm_up(compiled)
-                self.say(f"compiled in {time.perf_counter() - started:.0f} s")
                 return compiled, True
             except Exception as e:
                 if self.parallel == "fsdp" or isinstance(e, torch.OutOfMemoryError | UserError):
@@ -238,9 +221,8 @@ class Machine:
         return model, False
 
     def leave(self):
-        """Wait for the other ranks (rank 0 may still be writing), then leave the group. Delete the DDP
-        wrapper first: with the last reference to the group, it would hold Python's lock while it waits for a
-        thread that waits for the same lock."""
+        """Wait for the other ranks, since rank 0 may still be writing, and leave the group. Delete the DDP
+        wrapper first: if it holds the last reference to the group, it can deadlock with a thread."""
         if self.distributed:
             dist.barrier()
             dist.destroy_process_group()
@@ -248,47 +230,44 @@ class Machine:
 
 class StopSignals:
     """Whether to stop, after Ctrl-C or SIGTERM, and whether a checkpoint is due by time. Ranks must agree,
-    so they ask each other, about every `seconds` seconds, at a step that all know from the time before."""
+    so they ask each other about every two seconds, at a step that all know from the time before."""
 
-    def __init__(self, machine, seconds=2.0):
-        self.machine, self.seconds, self.received = machine, seconds, []
+    def __init__(self, machine):
+        self.machine, self.save_due = machine, False
+        self.received, self.reason = False, "a signal to another rank"
         self.next_step, self.last_step, self.asked_at = 0, 0, time.perf_counter()
-        self.save_due, self.save_at = False, self.asked_at + 50  # soon: a crash loses little
+        self.save_at = self.asked_at + 50  # soon: a crash loses little
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not the main thread
-                signal.signal(number, lambda n, frame: self.received.append(signal.Signals(n).name))
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.received, self.reason = True, signal.Signals(number).name
 
     def stop(self, step):
         """After `step` steps: whether to stop here. Updates save_due. Equal on all ranks."""
         now = time.perf_counter()
+        due = now > self.save_at
         if not self.machine.distributed:
-            self.save_due = now > self.save_at
-            return bool(self.received)
+            self.save_due = due
+            return self.received
         if step < self.next_step:
             return False
         pace = (now - self.asked_at) / max(1, step - self.last_step)  # seconds per step
-        until = max(1, int(self.seconds / max(pace, 1e-6)))
-        mine = [bool(self.received), until, now > self.save_at]
-        mine = mine if self.machine.master else [mine[0], 0, 0]  # rank 0's clock decides
-        answer = torch.tensor(mine, dtype=torch.float32, device=self.machine.device)
+        # rank 0's clock decides
+        mine = [max(1, int(2 / max(pace, 1e-6))), due] if self.machine.master else [0, 0]
+        answer = torch.tensor([self.received, *mine], device=self.machine.device)
         dist.all_reduce(answer)
-        stopping, until, due = answer.tolist()
-        self.save_due = due > 0
-        self.next_step, self.last_step, self.asked_at = step + int(until), step, now
+        stopping, steps, self.save_due = answer.tolist()
+        self.next_step, self.last_step, self.asked_at = step + steps, step, now
         return stopping > 0
 
     def saved(self, seconds):
         """A checkpoint was written, which took `seconds`; the next one shall cost at most 2 % of the time."""
         self.save_due, self.save_at = False, time.perf_counter() + max(300, 50 * seconds)
 
-    @property
-    def reason(self):
-        return self.received[0] if self.received else "a signal to another rank"
-
 
 def as_one(main):
-    """main for a run of several ranks: a rank that fails does not wait for the others, and one that has lost
-    another says so in one line. Out of memory becomes a UserError."""
+    """main, but a rank that fails does not wait for the others, and out of memory is a UserError."""
 
     def ranked(config):
         try:
@@ -297,23 +276,12 @@ def as_one(main):
             raise
         except Exception as e:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
             if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
-                smaller = "a smaller --batch_size (the total batch stays the same)"
-                raise UserError(
-                    f"out of memory: use {smaller} or --checkpoint_activations"
-                ) from None
+                todo = "use a smaller --batch_size (the total batch stays the same)"
+                raise UserError(f"out of memory: {todo} or --checkpoint_activations") from None
             if not launcher()[3]:
                 raise
-            lost = (
-                "(?i)closed by peer|reset by peer|broken pipe|time(d )?out|remote (process|error)"
-            )
-            if isinstance(e, RuntimeError) and re.search(lost, str(e)):
-                print(f"error: another rank has ended or hangs ({one_line(e)})", file=sys.stderr)
-            else:
-                traceback.print_exception(e)
-            sys.stderr.flush()
-            os._exit(
-                1
-            )  # Python's own exit would wait for threads, and NCCL for ranks that are gone
+            traceback.print_exc()
+            os._exit(1)  # Python's own exit waits for threads, and NCCL for ranks that are gone
 
     return ranked
 

@@ -145,8 +145,8 @@ class TokenStream:
         # rows of a batch that come from this corpus, rounded up
         n_rows = -(-self.n_rows * int(self.pattern.before[corpus, -1]) // self.pattern.n)
         if order.n_stretches < n_rows:
-            n = len(self.tokens)
-            which = "the corpus" if n == 1 else f"corpus {corpus + 1} of {n}"
+            many = len(self.tokens) > 1
+            which = f"corpus {corpus + 1} of {len(self.tokens)}" if many else "the corpus"
             rows = f"{n_rows} rows of {self.block_size} x bag_size {self.phases[0].n_in}"
             todo = "use smaller ones, a smaller total_batch or more text"
             raise UserError(f"{which} has {n_tokens:,} tokens, too few for {rows}; {todo}")
@@ -154,12 +154,8 @@ class TokenStream:
 
     def state(self):
         """What a checkpoint needs to continue the stream: plain values."""
-        return {
-            "cut": self.cut,
-            "phases": [astuple(p) for p in self.phases],
-            "first_step": self.first_step,
-            "tokens_before": self.tokens_before,
-        }
+        begin = {"first_step": self.first_step, "tokens_before": self.tokens_before}
+        return {"cut": self.cut, "phases": [astuple(p) for p in self.phases]} | begin
 
     def _resume(self, state, step):
         """Continue the order of `state`: with its phases up to `step`, and the wanted ones from there on. If
@@ -187,9 +183,8 @@ class TokenStream:
 
     def tokens_at(self, step):
         """Tokens of text read before step number `step`, over all ranks."""
-        last = self.phases[-1]
         bags = sum(max(0, min(step, p.stop) - p.start) * p.n_in for p in self.phases)
-        bags += max(0, step - last.stop) * last.n_in
+        bags += max(0, step - self.phases[-1].stop) * self.phases[-1].n_in
         return self.tokens_before + bags * self.n_rows * self.block_size
 
     def read(self, step):
@@ -238,6 +233,5 @@ def validation_rows(tokens, positions, block_size):
         raise UserError(f"{long}: use more validation text or a smaller block_size")
     n_rows = max(1, min(positions, len(tokens)) // block_size)
     starts = np.linspace(0, len(tokens) - block_size - 1, n_rows).astype(np.int64)
-    return torch.from_numpy(
-        np.stack([tokens[i : i + block_size + 1] for i in starts]).astype(np.int32)
-    )
+    rows = np.stack([tokens[i : i + block_size + 1] for i in starts])
+    return torch.from_numpy(rows.astype(np.int32))

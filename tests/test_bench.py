@@ -179,7 +179,7 @@ def test_trainers_are_compared_by_their_later_steps_in_the_users_environment(
     (folders["ours"] / "config").symlink_to(bench.ROOT / "config")
     monkeypatch.setattr(bench, "ROOT", folders["ours"])
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # as nanotst may set it in its own process
-    monkeypatch.delitem(bench.USERS, "GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delitem(bench.USERS_ENVIRONMENT, "GOMP_SPINCOUNT", raising=False)
     found = figures(parts="nanogpt", rows=2, repeats=3, nanogpt=str(folders["theirs"]))
     ((title, (theirs, ours)),) = found.items()
     assert title == "against nanoGPT's train.py, curves, 2 rows of 128"

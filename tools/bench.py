@@ -11,7 +11,8 @@ Memory is the peak above what was held before the call: of the allocator on CUDA
 
 import os
 
-USERS = dict(os.environ)  # the user's environment, for trainers: importing nanotst adds to it
+from nanotst import USERS_ENVIRONMENT, UserError  # before torch: it sets how torch's threads wait
+
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as in train.py
 
 import contextlib
@@ -37,7 +38,6 @@ import torch.nn.functional as F
 
 import train
 from model import GPT
-from nanotst import UserError
 from nanotst.checkpoint import model_config
 from nanotst.configurator import entry_point, parse
 from nanotst.kernels import linear_multi_hot_cross_entropy, use_twins
@@ -289,7 +289,7 @@ def loader(b):
 def time_trainer(folder, arguments):
     """Median ms of the steps of a train.py, nanoGPT's or ours, from the ninth on."""
     command = [sys.executable, "train.py", *arguments.split()]
-    out = subprocess.run(command, cwd=folder, env=USERS, capture_output=True, text=True)
+    out = subprocess.run(command, cwd=folder, env=USERS_ENVIRONMENT, capture_output=True, text=True)
     steps = re.findall(r"^(?:iter|step) +(\d+)[:/].* ([\d.]+) ?ms\b", out.stdout, re.M)
     found = [float(ms) for step, ms in steps if int(step) > 8]
     if not found or out.returncode:
