@@ -246,7 +246,7 @@ def test_rms_norm():
 def test_rotary_positions_are_a_rotation_in_the_complex_plane():
     x = torch.randn(2, 10, 3, 8)  # (B, L, H, D)
     cos, sin = rotary(10, 8, 10000.0)
-    got = rotate(x, cos[:, None], sin[:, None])
+    got = rotate(x, cos, sin)
     for position in range(10):
         for i in range(4):
             turned = torch.complex(x[:, position, :, i], x[:, position, :, i + 4]).to(
