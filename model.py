@@ -1,9 +1,8 @@
 """The language model: a Llama decoder, optionally with Qwen3's qk-norm and mixture-of-experts (MoE) layers.
 
-The computation is exactly Llama's (dense) and Qwen3-MoE's (MoE), so a checkpoint converts to formats that
-other tools read. This file is plain PyTorch, and it is the truth: Linear.forward, Attention.attend, MoE.mix,
-BagEmbedding.forward and Head.bag_loss have faster twins in nanotst/kernels.py and nanotst/cpu.py, but a twin
-runs only where it agrees with the code here. So every edit takes effect.
+The computation is exactly Llama's or Qwen3-MoE's, so checkpoints convert to formats that other tools read.
+This file is plain PyTorch, and every edit takes effect: Linear.forward, Attention.attend, MoE.mix,
+BagEmbedding.forward and Head.bag_loss have faster twins in nanotst/, used only where they agree with it.
 
 Dimensions: B rows, L positions, N = B*L, C width (n_embd), H heads, K key/value heads, D head_dim, F width of
 the MLP (ff_dim), V vocabulary, s bag size (1 in ordinary training), E experts, k experts per position.
@@ -54,7 +53,6 @@ class GPTConfig:
             (self.attention_window < 0, "attention_window must not be negative"),
             (self.head_dim % 2, "head_dim must be even for rotary positions"),
             (self.n_head % self.n_kv_head, "n_head must be a multiple of n_kv_head"),
-            (self.balance_bias and not E, "balance_bias needs a mixture: give n_expert and top_k"),
             (E and not 1 <= k <= E, "top_k must be between 1 and n_expert"),
             (E and (self.ff_dim | self.n_embd) % 8, "experts take widths in multiples of 8"),
         ):
@@ -83,8 +81,7 @@ class Init(NamedTuple):
         self.init = {"gate": 0.5}                          a scale that begins at 0.5
         self.init = {"mix": Init("matrix", nn.init.eye_)}  any function that fills a tensor in place
 
-    Kinds: "scale" (norms, gates: no weight decay, no FLOPs), "matrix" (Muon trains it), and "embedding",
-    "head", "router", "expert".
+    Kinds: "scale" (no weight decay, no FLOPs), "matrix" (for Muon), "embedding", "head", "router", "expert".
     """
 
     kind: str
@@ -97,26 +94,23 @@ def normal(kind, std):
 
 
 def rotary(block_size, head_dim, theta):
-    """cos and sin of the rotary angles at positions 0..L-1: 2 tensors (L, D/2), float32."""
+    """cos and sin of the rotary angles at positions 0..L-1: (L, 1, D/2) each, float32."""
     freq = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (D/2,)
-    angle = torch.arange(block_size, dtype=torch.float32)[:, None] * freq  # (L, D/2)
+    angle = torch.arange(block_size, dtype=torch.float32)[:, None, None] * freq  # (L, 1, D/2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + D/2]) of queries or keys by their position's angle: (B, L, H, D) -> the
-    same."""
+    """Rotate the pairs (x[i], x[i + D/2]) of (B, L, H, D) queries or keys by their position's angle."""
     a, b = x.chunk(2, dim=-1)  # (B, L, H, D/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, statistics in float32, result in the dtype of x."""
 
     def __init__(self, dim, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        super().__init__(dim, eps)
         self.init = {"weight": 1.0}
 
     def forward(self, x):
@@ -167,9 +161,7 @@ class Attention(nn.Module):
 
 def visible(L, window, device):
     """Whether position i sees position j: (L, L) bool."""
-    i = torch.arange(L, device=device)
-    back = i[:, None] - i  # (L, L)
-    return (back >= 0) & (back < (window or L))
+    return torch.ones(L, L, dtype=torch.bool, device=device).tril().triu(1 - (window or L))
 
 
 def swiglu(x):
@@ -201,13 +193,12 @@ class Router(Linear):
 
 class MoE(nn.Module):
     """Mixture of experts as in Qwen3: every position goes to the k most probable of E small MLPs, whose
-    probabilities are renormalised to 1. No expert has a capacity, no position is dropped.
+    probabilities are renormalised to 1. No position is dropped.
 
     forward returns (y (B, L, C), statistics in float32):
-        balance_loss  E * sum_e f_e P_e, which is k when balanced. P_e: mean probability of expert e in this
-                      batch; f_e: share of positions that chose it, load_share (E,) or, without, this batch's.
-                      train.py passes the previous step's, over all ranks and micro-steps, so that the loss
-                      does not depend on how a batch is split; Qwen3 uses each micro-batch's own
+        balance_loss  E * sum_e f_e P_e, which is k when balanced. P_e: mean probability of expert e;
+                      f_e: share of positions that chose it, load_share (E,) or else this batch's. train.py
+                      passes the previous step's, so the loss does not depend on how a batch is split
         z_loss        mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)
         load          (E,) positions that chose each expert, N*k in total
         entropy       mean entropy of a position's probabilities, nats
@@ -216,24 +207,21 @@ class MoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, C = config.n_expert, config.n_embd
-        self.top_k, self.balance_bias = config.top_k, config.balance_bias
+        self.top_k = config.top_k
         self.router = Router(C, E, config.std, "router")
         self.gate_up = nn.Parameter(torch.empty(E, C, 2 * config.ff_dim))
         self.down = nn.Parameter(torch.empty(E, config.ff_dim, C))
         self.init = {"gate_up": normal("expert", config.std)}
-        self.init |= {"down": normal("expert", config.residual_std)}
-        if self.balance_bias:  # part of the choice alone, see GPT.balance_experts
-            self.register_buffer("bias", torch.zeros(E))
+        self.init["down"] = normal("expert", config.residual_std)
+        self.register_buffer("bias", torch.zeros(E) if config.balance_bias else None)
 
     def forward(self, x, load_share=None):
         shape, x = x.shape, x.flatten(0, 1)  # (N, C)
         logits = self.router(x)  # (N, E)
         probs = logits.softmax(-1)
-        if self.balance_bias:
-            experts = (probs + self.bias).topk(self.top_k).indices  # (N, k)
-            weights = probs.gather(-1, experts)
-        else:
-            weights, experts = probs.topk(self.top_k)  # (N, k) each
+        scores = probs if self.bias is None else probs + self.bias  # see GPT.balance_experts
+        experts = scores.topk(self.top_k).indices  # (N, k)
+        weights = probs.gather(-1, experts)
         weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
         y, load = self.mix(x, experts, weights)
         load_share = load / len(x) if load_share is None else load_share  # (E,)
@@ -247,17 +235,15 @@ class MoE(nn.Module):
     def mix(self, x, experts, weights):
         """Weighted sum of each position's experts: x (N, C), experts and weights (N, k) -> (N, C), load (E,).
         Runs every expert on every position: simple, right, and slow."""
-        y, load = 0, []
+        y = 0
         for e, (gate_up, down) in enumerate(zip(self.gate_up, self.down)):
-            chosen = experts == e  # (N, k), true at most once per position
-            weight = (weights * chosen).sum(-1, keepdim=True)  # (N, 1), 0 if not chosen
+            weight = (weights * (experts == e)).sum(-1, keepdim=True)  # (N, 1), 0 if not chosen
             y = y + weight * (swiglu(x @ gate_up) @ down)  # (N, C)
-            load.append(chosen.sum())
-        return y, torch.stack(load).float()
+        return y, F.one_hot(experts, len(self.down)).sum((0, 1)).float()
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Also returns the MoE's statistics, None if dense."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Also returns the MoE's statistics, {} if dense."""
 
     def __init__(self, config):
         super().__init__()
@@ -268,9 +254,8 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, load_share=None):
         x = x + self.attn(self.attn_norm(x), cos, sin)  # (B, L, C)
-        if isinstance(self.mlp, MLP):
-            return x + self.mlp(self.mlp_norm(x)), None
-        y, routing = self.mlp(self.mlp_norm(x), load_share)  # (B, L, C)
+        h = self.mlp_norm(x)  # (B, L, C)
+        y, routing = self.mlp(h, load_share) if isinstance(self.mlp, MoE) else (self.mlp(h), {})
         return x + y, routing
 
 
@@ -315,9 +300,6 @@ class GPT(nn.Module):
         self.head = Head(config)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        for name in ("cos", "sin"):  # (L, 1, D/2)
-            angles = torch.empty(config.block_size, 1, config.head_dim // 2)
-            self.register_buffer(name, angles, persistent=False)
         for _, p, init in self.inits():
             init.fill(p)
         self.init_buffers()
@@ -335,27 +317,23 @@ class GPT(nn.Module):
                 init = Init("scale", partial(nn.init.constant_, val=init))
             yield full_name, p, init
 
-    @torch.no_grad()
     def init_buffers(self):
         """Fill everything that is not a parameter."""
-        with torch.device(self.cos.device):
+        with torch.device(self.norm.weight.device):
             cos, sin = rotary(self.config.block_size, self.config.head_dim, self.config.rope_theta)
-        self.cos.copy_(cos[:, None])
-        self.sin.copy_(sin[:, None])
-        for block in self.blocks:
-            if self.config.balance_bias:
-                block.mlp.bias.zero_()
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for block in self.blocks if self.config.balance_bias else ():
+            block.mlp.bias.zero_()
 
     def forward(self, bags, labels=None, weights=None, loss="mce", load_shares=None, share=None):
-        """Token ids to logits, or to the loss.
+        """Token ids (B, L, s) or (B, L) to logits (B, L, V) or, with labels (B, L, n_out), (loss, routing).
 
-        bags (B, L, s), or (B, L) for ordinary tokens, which are bags of one. Without labels: logits (B, L,
-        V). With labels (B, L, n_out): (loss, routing), where loss is one of tst.LOSSES in nats ("mce" with
-        one label is cross-entropy) and routing the statistics of the MoE layers, None if dense. weights
-        (n_out,): label weights within a bag (mce only). load_shares (n_layer, E): see MoE. share (B, L,
-        s): see tst.embed_bags.
+        loss is one of tst.LOSSES in nats ("mce" with one label is cross-entropy), routing the statistics of
+        the MoE layers, None if dense. weights (n_out,): label weights within a bag (mce only). load_shares
+        (n_layer, E): see MoE. share (B, L, s): see tst.embed_bags.
         """
-        bags = bags if bags.dim() == 3 else bags.unsqueeze(-1)  # (B, L, s)
+        bags = bags if bags.dim() == 3 else bags.unsqueeze(-1)  # (B, L, s), tokens are bags of one
         x = self.embed(bags, share)  # (B, L, C)
         cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
         load_shares = [None] * len(self.blocks) if load_shares is None else load_shares
@@ -367,12 +345,9 @@ class GPT(nn.Module):
         x = self.norm(x)
         if labels is None:
             return self.head(x)  # (B, L, V)
-        loss = self.head(x, labels, weights, loss)
-        if self.config.n_expert:
-            return loss, {key: torch.stack([r[key] for r in routing]) for key in routing[0]}
-        return loss, None
+        routing = {key: torch.stack([r[key] for r in routing]) for key in routing[0]}
+        return self.head(x, labels, weights, loss), routing or None
 
-    @torch.no_grad()
     def balance_experts(self, load, rate):
         """Move each expert's bias by `rate`: down if its load was above the mean, else up (arXiv 2408.15664).
         load (n_layer, E), over a whole step and all ranks."""
@@ -380,7 +355,7 @@ class GPT(nn.Module):
             block.mlp.bias += rate * torch.sign(n.mean() - n)
 
     def n_params(self, active=False, without=()):
-        """Number of parameters, padding excluded. active: only the top_k experts that a position uses.
+        """Number of parameters without padding. active: only the top_k experts that a position uses.
         without: kinds to leave out, see Init; a tied embedding is a head."""
         c, total = self.config, 0
         for _, p, (kind, _) in self.inits():
@@ -394,8 +369,8 @@ class GPT(nn.Module):
 
     def flops_per_position(self):
         """FLOPs of one position in a training step, as in the PaLM paper, appendix B: 6 per active weight of
-        a matrix product (an embedding is a look-up), 12*H*D*L per layer for attention (with a window, its
-        length for L), causality not deducted. A bag costs 6*s*C more than a token, under 0.1 %."""
+        a matrix product, 12*H*D*L per layer for attention (with a window, its length for L), causality not
+        deducted. A bag costs 6*s*C more than a token, under 0.1 %."""
         c = self.config
         seen = min(c.block_size, c.attention_window or c.block_size)
         attention = 12 * c.n_layer * c.n_head * c.head_dim * seen

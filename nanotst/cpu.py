@@ -58,8 +58,7 @@ class BagEmbeddingOnCPU(BagEmbedding):
     replaces = "tst.embed_bags or BagEmbedding.forward"
 
     def forward(self, bags, share=None):
-        small = self.weight.dtype == torch.float32 and self.weight.size(0) <= 1024
-        look_up = SmallVocabulary.apply if small else mean_embedding
+        look_up = SmallVocabulary.apply if len(self.weight) <= 1024 else mean_embedding
         share = None if share is None else share.flatten(0, -2)  # (N, s)
         x = look_up(bags.flatten(0, -2), self.weight, share, compute_dtype(self.weight))  # (N, C)
         return x.view(*bags.shape[:-1], -1)  # (B, L, C)
@@ -69,13 +68,9 @@ def mean_embedding(bags, weight, share, dtype):
     """tst.embed_bags: (N, s), (V, C), (N, s) or None -> (N, C)."""
     if bags.size(-1) == 1:
         return F.embedding(bags.squeeze(-1), weight).to(dtype)
-    if weight.dtype == torch.float32:
-        mode = "mean" if share is None else "sum"
-        return F.embedding_bag(bags, weight, mode=mode, per_sample_weights=share).to(dtype)
-    x = F.embedding(bags, weight)  # (N, s, C)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x = x.mean(-2, dtype=wide) if share is None else (x.to(wide) * share[..., None]).sum(-2)
-    return x.to(dtype)
+    share = None if share is None else share.to(weight.dtype)
+    how = dict(mode="mean" if share is None else "sum", per_sample_weights=share)
+    return F.embedding_bag(bags, weight, **how).to(dtype)
 
 
 class SmallVocabulary(torch.autograd.Function):
@@ -92,11 +87,10 @@ class SmallVocabulary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         bags, share = ctx.saved_tensors
-        rows = torch.arange(bags.size(0), device=grad.device)[:, None]
-        one = torch.ones((), dtype=grad.dtype, device=grad.device)
-        one = one if share is None else share.to(grad.dtype)
-        counts = grad.new_zeros(bags.size(0), ctx.vocab_size)  # (N, V)
-        counts.index_put_((rows, bags), one, accumulate=True)
+        rows = torch.arange(len(bags), device=grad.device)[:, None]
+        each = grad.new_ones(()) if share is None else share.to(grad.dtype)
+        counts = grad.new_zeros(len(bags), ctx.vocab_size)  # (N, V)
+        counts.index_put_((rows, bags), each, accumulate=True)
         grad_weight = tall_product(counts, grad).to(ctx.dtype)  # (V, C)
         return None, grad_weight / bags.size(1) if share is None else grad_weight, None, None
 
@@ -122,8 +116,7 @@ class ShortAttention(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         q = (q * q.size(-1) ** -0.5).contiguous()  # all three here, or again in each product
         k, v = k.contiguous(), v.contiguous()
-        hidden = torch.zeros(q.size(2), q.size(2), dtype=wide, device=q.device)  # (L, L)
-        hidden = hidden.masked_fill(~visible(q.size(2), window, q.device), -torch.inf)
+        hidden = torch.where(visible(q.size(2), window, q.device), 0.0, -torch.inf)  # (L, L)
         z = q @ k.transpose(-2, -1) + hidden  # (B, H, L, L)
         p = (z - z.amax(-1, keepdim=True)).exp().to(q.dtype)  # not yet divided by its sum
         scale = 1 / p.sum(-1, keepdim=True, dtype=wide)  # (B, H, L, 1)

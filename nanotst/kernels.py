@@ -78,36 +78,27 @@ def agree(twins, config, machine, kinds, loss, document_bags):
 
 def small_config(config, with_experts):
     """A model that takes every branch which the run's takes, in milliseconds."""
-    changes = dict(
-        n_layer=1, n_embd=16, n_head=4, head_dim=8, ff_dim=16, checkpoint_activations=False
+    L = 16 * math.ceil(min(config.block_size, 512) / 16)  # longer rows have no twin
+    V = 37 if config.padded_vocab_size <= 1024 else 1030  # see BagEmbeddingOnCPU
+    K = 4 if config.n_kv_head == config.n_head else 2
+    E = min(config.n_expert, max(8, config.top_k)) if with_experts else 0
+    small = dict(
+        vocab_size=V, block_size=L, n_layer=1, n_embd=16, n_head=4, n_kv_head=K, head_dim=8
     )
-    changes["n_kv_head"] = 4 if config.n_kv_head == config.n_head else 2
-    changes["vocab_size"] = (
-        37 if config.padded_vocab_size <= 1024 else 1030
-    )  # see BagEmbeddingOnCPU
-    changes["block_size"] = min(config.block_size, 512)  # longer rows have no twin
-    if with_experts:
-        changes["n_expert"] = min(config.n_expert, max(8, config.top_k))
-    else:
-        changes |= dict(n_expert=0, top_k=0, balance_bias=False)
-    return dataclasses.replace(config, **changes)
+    small |= dict(ff_dim=16, n_expert=E, balance_bias=E > 0 and config.balance_bias)
+    return dataclasses.replace(config, checkpoint_activations=False, **small)
 
 
 def batch(config, n_in, n_out, loss, document_bags):
     """Random arguments of GPT.forward for a phase, as train.py passes them."""
-    L, V = config.block_size, config.vocab_size
-    step = 16 // math.gcd(L, 16)
-    B = step * math.ceil(512 / L / step)  # N is large and a multiple of 16: see tall_product
+    L, V, bagged = config.block_size, config.vocab_size, max(n_in, n_out) > 1
+    B = math.ceil(512 / L)  # N is large and a multiple of 16: see tall_product
     bags = torch.randint(V, (B, L, n_in), dtype=torch.int32)
     labels = torch.randint(V, (B, L, n_out), dtype=torch.int32)
     labels = labels.masked_fill(torch.rand(labels.shape) < 0.1, -100)
-    weights = share = None
-    if n_out > 1 and loss == "mce":
-        weights = torch.arange(n_out, 0, -1) / (n_out * (n_out + 1) / 2)
-    if document_bags and max(n_in, n_out) > 1:
-        share = (torch.rand(bags.shape) < 0.7).float() + 0.01
-        share = share / share.sum(-1, keepdim=True)
-    return bags, labels, weights, loss if max(n_in, n_out) > 1 else "mce", None, share
+    weights = tst.bag_weights("power", n_out) if n_out > 1 and loss == "mce" else None
+    share = torch.rand(bags.shape).softmax(-1) if document_bags and bagged else None
+    return bags, labels, weights, loss if bagged else "mce", None, share
 
 
 def outcome(model, batches, dtype, machine):
@@ -138,20 +129,16 @@ class GroupedMoE(MoE):
         (N, k), x = experts.shape, x.to(compute_dtype(x))
         offsets, row_of, pair_of, filled, load = place_rows(experts, len(self.down), x.dtype)
         rows = Take.apply(x, pair_of, row_of, k)  # (M, C), sorted by expert
-        rows = swiglu(_grouped_mm(rows, self.gate_up.to(x.dtype), offs=offsets))  # (M, F)
-        rows = _grouped_mm(rows, self.down.to(x.dtype), offs=offsets)  # (M, C)
+        rows = swiglu(F.grouped_mm(rows, self.gate_up.to(x.dtype), offs=offsets))  # (M, F)
+        rows = F.grouped_mm(rows, self.down.to(x.dtype), offs=offsets)  # (M, C)
         weight = Take.apply(weights.view(-1, 1), pair_of, row_of, 1)  # (M, 1)
         rows = rows * (weight * filled)  # an empty row gets no gradient
         return Take.apply(rows, row_of, pair_of, 1).unflatten(0, (N, k)).sum(1), load  # (N, C)
 
 
-_grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since torch 2.10
-
-
 def place_rows(experts, n_expert, dtype):
-    """Sort the N*k pairs (position, chosen expert), (N, k), by expert into M rows, an upper bound that does
-    not depend on the routing. A CPU prepares a product again for each new number of rows, so there an
-    expert's rows are padded to a multiple of 64. Returns
+    """Sort the N*k pairs (position, chosen expert), (N, k), by expert into M rows, whatever the routing. A
+    CPU prepares a product again for each new number of rows, so there experts get multiples of 64. Returns
         offsets (E,)   int32, where each expert's rows end
         row_of (N*k,)  the row of each pair
         pair_of (M,)   the pair in each row, 0 in an empty one
@@ -213,9 +200,8 @@ def rows_of_chunk(weight):
 def linear_loss(loss, hidden, weight, labels, vocab_size=None, chunk_rows=None, ignore_index=-100):
     """Equals loss(hidden @ weight[:vocab_size].T, labels) without ever holding all logits, by autograd.
 
-    loss: logits (n, V), labels (n, s) -> its mean over the positions that have a label, see tst.LOSSES.
-    hidden (..., C), weight (V, C), labels (..., s) -> scalar. Each chunk's logits are computed again for its
-    gradients.
+    loss: one of tst.LOSSES. hidden (..., C), weight (V, C), labels (..., s) -> scalar. Each chunk's logits
+    are computed again for its gradients.
     """
     dtype = compute_dtype(hidden)
     hidden, labels = hidden.flatten(0, -2).to(dtype), labels.flatten(0, -2)  # (N, C), (N, s)
@@ -228,8 +214,8 @@ def linear_loss(loss, hidden, weight, labels, vocab_size=None, chunk_rows=None, 
         return loss(h @ w.to(dtype).T, y, ignore_index=ignore_index) * n_labelled / total
 
     mean = 0.0
-    n = chunk_rows or rows_of_chunk(weight)
-    for h, y, some in zip(hidden.split(n), labels.split(n), has_label.split(n)):
+    chunks = (x.split(chunk_rows or rows_of_chunk(weight)) for x in (hidden, labels, has_label))
+    for h, y, some in zip(*chunks):
         mean = mean + checkpoint(of_chunk, h, weight, y, some.sum(), use_reentrant=False)
     return mean
 
@@ -239,29 +225,27 @@ def linear_multi_hot_cross_entropy(
 ):
     """Equals tst.multi_hot_cross_entropy(hidden @ weight.T, labels, weights) without ever holding all logits.
 
-    hidden (..., C), weight (V, C), labels (..., s), weights (s,) or None -> scalar in nats, float32.
+    hidden (..., C), weight (V, C), labels (..., s), weights (s,) or None -> scalar in nats, float32. Rows of
+    `weight` from vocab_size on are padding. chunk_rows: positions in a chunk.
 
     Each chunk of positions turns its logits into the gradients of `hidden` and `weight` in the forward pass,
     so memory is one chunk's; one matrix product and one log-sum-exp serve all s labels. Products run in the
-    dtype of `hidden` (or of autocast), softmax and sums in float32 (float64 for float64 inputs).
-
-    vocab_size: rows of `weight` from here on are padding. chunk_rows: positions in a chunk. The gradients do
-    not know the incoming one: create_graph=True raises RuntimeError, float16 with a loss scaler overflows.
+    dtype of `hidden` (or of autocast), softmax and sums in float32 (float64 for float64 inputs). Second
+    derivatives raise RuntimeError.
     """
     dtype = compute_dtype(hidden)
-    # N is the dimension along which compiled loops are vectorised
+    # compiled loops are vectorised along N
     labels = labels.flatten(0, -2).T.long().contiguous()  # (s, N)
     s, wide = labels.size(0), torch.promote_types(dtype, torch.float32)
     if weights is None:  # filled on the device: a copy from the host would wait for it in each step
         weights = torch.full((s,), 1 / s, dtype=wide, device=labels.device)
     valid = labels != ignore_index  # (s, N)
-    # how much each label counts in the loss
-    coef = valid * (weights.to(wide) / valid.sum(1).clamp(min=1))[:, None]  # (s, N)
+    share = weights.to(wide) / valid.sum(1).clamp(min=1)  # (s,), of each valid label
+    coef = valid * share[:, None]  # (s, N)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return LinearMCE.apply(
-        hidden.flatten(0, -2), weight, labels.where(valid, 0), coef, dtype, vocab_size or weight.size(0),
-        chunk_rows or rows_of_chunk(weight), with_grad,
-    )  # fmt: skip
+    sizes = vocab_size or weight.size(0), chunk_rows or rows_of_chunk(weight)
+    hidden, labels = hidden.flatten(0, -2), labels.where(valid, 0)  # (N, C), (s, N)
+    return LinearMCE.apply(hidden, weight, labels, coef, dtype, *sizes, with_grad)
 
 
 class LinearMCE(torch.autograd.Function):
@@ -271,8 +255,7 @@ class LinearMCE(torch.autograd.Function):
         wide = coef.dtype  # float32, or float64
         total = coef.sum(0)  # (N,), 1/N where every label is valid
         share = coef / total.clamp(min=torch.finfo(wide).tiny)  # (s, N), each position sums to 1
-        # (s, N), equal labels added up
-        share = sum(own * (labels == label) for own, label in zip(share, labels))
+        share = sum(own * (labels == y) for own, y in zip(share, labels))  # equal labels added up
         total = total[:, None]  # (N, 1)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_h, grad_w = [], None
@@ -291,29 +274,20 @@ class LinearMCE(torch.autograd.Function):
                 continue
             # d loss / d z = total * (softmax - label distribution). The factor `total` goes to the narrow
             # side of each product, (n, C), and the labels' entries are overwritten: fewer passes over (n, V).
-            dz = z  # (n, V)
             label_dz = (label_log_p.exp() - share[:, rows].T).to(dtype)  # (n, s)
-            dz[torch.arange(len(dz), device=dz.device)[:, None], y] = label_dz
-            grad_h.append((dz @ w) * total[rows].to(dtype))  # (n, C)
-            scaled = h * total[rows].to(dtype)
-            if grad_w is None:
-                grad_w = tall_product(dz, scaled).to(wide)  # (V, C)
-            elif dtype == wide:
-                grad_w.addmm_(dz.T, scaled)
-            else:  # products in bfloat16, their sum over the chunks in float32
-                grad_w += dz.T @ scaled
-            del z, dz  # or they would still be there when the next chunk's are made
+            z[torch.arange(len(z), device=z.device)[:, None], y] = label_dz
+            grad_h.append((z @ w) * total[rows].to(dtype))  # (n, C)
+            part = tall_product(z, h * total[rows].to(dtype)).to(wide)  # (V, C)
+            grad_w = part if grad_w is None else grad_w.add_(part)
+            del z  # or it would still be there when the next chunk's is made
         if with_grad:
             ctx.save_for_backward(torch.cat(grad_h).to(hidden.dtype), grad_w.to(weight.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "linear_multi_hot_cross_entropy cannot be differentiated twice (create_graph=True); "
-                "use tst.multi_hot_cross_entropy"
-            )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise RuntimeError("the fused loss has no second derivative; train with --plain")
         grad_h, grad_w = ctx.saved_tensors
         return grad_h * grad_loss.to(grad_h.dtype), grad_w * grad_loss.to(grad_w.dtype), *[None] * 6
 

@@ -46,8 +46,7 @@ def check_size(shape, machine):
 
 def build(config, machine, prepare=lambda model: None):
     """A new GPT on the machine's device, sharded under FSDP. A seed gives the same weights either way, and no
-    rank holds more than one whole parameter of a sharded model. prepare(model) is called before it is
-    sharded, see kernels.use_twins."""
+    rank holds more than one whole parameter of a sharded model. prepare(model) runs before sharding."""
     sharded = machine.parallel == "fsdp"
     with torch.device("meta" if sharded else machine.device):
         model = GPT(config)
@@ -64,8 +63,8 @@ def build(config, machine, prepare=lambda model: None):
 
 
 def init_weights(model, parts=("",)):
-    """Initialise the parameters whose names start with one of `parts`, of a model that may be sharded: each
-    rank fills one whole parameter at a time."""
+    """Initialise the parameters whose names start with one of `parts`. If the model is sharded, each rank fills
+    one whole parameter at a time."""
     for name, p, init in model.inits():
         if name.startswith(tuple(parts)):
             whole = torch.empty(p.shape, device=p.device)
@@ -79,8 +78,8 @@ def shard(model, machine):
     shape, names = ((ranks // n, n), ("replicate", "shard")) if n < ranks else ((n,), ("shard",))
     mesh = init_device_mesh(machine.device_type, shape, mesh_dim_names=names)
     how = dict(reduce_dtype=torch.float32, cast_forward_inputs=False)  # autocast casts inputs
-    policy = functools.partial(MixedPrecisionPolicy, **how)
-    exact, low = policy(), policy(torch.bfloat16 if machine.dtype == "bfloat16" else None)
+    exact = MixedPrecisionPolicy(**how)
+    low = MixedPrecisionPolicy(torch.bfloat16, **how) if machine.dtype == "bfloat16" else exact
     # units change no view in place; those left gathered would have other parameters than the optimizer
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     unit = functools.partial(fully_shard, mesh=mesh, reshard_after_forward=True)
@@ -88,10 +87,9 @@ def shard(model, machine):
         if model.config.n_expert:
             unit(block.mlp.router, mp_policy=exact)
         unit(block, mp_policy=low)
-    if model.config.tie_embeddings:  # one parameter cannot be in two units
-        unit([model.embed, model.head], mp_policy=exact)
-    else:
-        unit(model.embed, mp_policy=exact)
+    tied = model.config.tie_embeddings  # one parameter cannot be in two units
+    unit([model.embed, model.head] if tied else model.embed, mp_policy=exact)
+    if not tied:
         unit(model.head, mp_policy=low)
     unit(model, mp_policy=exact)  # the last norm
 
@@ -123,18 +121,17 @@ def clip_gradients(model, limit):
 def compile_units(model):
     """Compile a sharded model, in place, unit by unit, since FSDP's hooks between units and around a router
     cannot be part of a graph. Blocks share one graph."""
+    how = dict(dynamic=False, fullgraph=not model.config.n_expert)
     for unit in (model.embed, *model.blocks, model.head):
-        whole = not model.config.n_expert
-        unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=whole)
+        unit.forward = torch.compile(unit.forward, **how)
 
 
 @torch.no_grad()
 def copy_part(mine, whole):
     """mine.copy_(whole), where mine may be sharded and this rank has a part of it."""
     if isinstance(mine, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            mine.shape, mine.device_mesh, mine.placements
-        )
+        where = mine.shape, mine.device_mesh, mine.placements
+        shape, offset = compute_local_shape_and_global_offset(*where)
         whole = whole[tuple(slice(a, a + n) for a, n in zip(offset, shape))]
         mine = mine.to_local()
     mine.copy_(whole)

@@ -1,6 +1,7 @@
 """Twins (nanotst/kernels.py, cpu.py) against the plain code and plain loops, in values and gradients; their
 savings, mostly memory; and the trial that leaves out a twin whose plain code has changed."""
 
+import copy
 import math
 from collections import Counter
 
@@ -9,26 +10,17 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as plain_model
 import tst
-from model import GPT, Attention, BagEmbedding, GPTConfig, Head, Linear, MoE
+from model import GPT, Attention, BagEmbedding, GPTConfig, Head, Linear, MoE, RMSNorm, swiglu
 from nanotst import kernels
 from nanotst.cpu import AttentionOnCPU, BagEmbeddingOnCPU, LinearOnCPU, tall_product
-from nanotst.kernels import (
-    FusedHead,
-    GroupedMoE,
-    linear_loss,
-    linear_multi_hot_cross_entropy,
-    place_rows,
-    use_twins,
-)
+from nanotst.kernels import FusedHead, GroupedMoE, linear_multi_hot_cross_entropy, use_twins
 from nanotst.machine import Machine
-from tst import BAG_WEIGHTS, LOSSES, bag_weights
+from tst import LOSSES, bag_weights
 
 N, C, V = 20, 12, 37  # positions, width, vocabulary: not multiples of anything
 CPU, BFLOAT16 = Machine("cpu", "float32"), Machine("cpu", "bfloat16")
@@ -39,16 +31,22 @@ EXPERTS = dict(n_expert=4, top_k=2)
 
 
 class BigOperations(TorchDispatchMode):
-    """Counts the operations that return at least `size` numbers, by name, and all matrix products."""
+    """Counts, by name and size, the operations that return at least `size` numbers, and all matrix products.
+    `most`: how many tensors of that size were in memory at once."""
 
     def __init__(self, size):
         super().__init__()
-        self.size, self.counts = size, Counter()
+        self.size, self.counts, self.living, self.most = size, Counter(), {}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and (out.numel() >= self.size or "mm" in func.__name__):
             self.counts[func.__name__, out.numel()] += 1
+            if out.numel() >= self.size:
+                ref = StorageWeakRef(out.untyped_storage())
+                self.living = {k: r for k, r in self.living.items() if not r.expired()}
+                self.living[ref.cdata] = ref
+                self.most = max(self.most, len(self.living))
         return out
 
 
@@ -161,36 +159,29 @@ def test_a_module_with_a_class_of_its_own_is_left_alone():
 
 
 RUN_EDITS = {
-    "loss": (tst, "multi_hot_cross_entropy", smoothed),
-    "bags": (tst, "embed_bags", lambda *a, f=tst.embed_bags: f(*a) * 0.999),
-    "norm": (plain_model.RMSNorm, "forward",
-             lambda self, x, f=plain_model.RMSNorm.forward: f(self, x) * 0.99),
+    "loss": EDITS["smoothing"][:3],
+    "bags": EDITS["mean"][:3],
+    "norm": (RMSNorm, "forward", lambda self, x, f=RMSNorm.forward: f(self, x) * 0.99),
     "attention": (Attention, "forward", lambda self, *a, f=Attention.forward: f(self, *a) * 0.9),
-}  # fmt: skip
+}
 
 
-def compiled_losses():
-    """The loss of one batch and the norms of its gradients, compiled in bfloat16."""
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    model, labels = GPT(GPTConfig(**SHAPE | dict(n_layer=1))), torch.randint(50, (4, 12, 3))
-    use_twins(model, BFLOAT16, [(3, 3)])
-    net = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
-    with BFLOAT16.autocast():
-        loss = net(torch.randint(50, (4, 12, 3)), labels)[0]
-    loss.backward()
-    return [loss.item(), *(p.grad.norm().item() for p in model.parameters())]
-
-
-@pytest.mark.parametrize("how", ["default", "compiled"])
-def test_every_edit_changes_the_losses(run, how, monkeypatch, capsys):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_edit_changes_the_losses(compiled, monkeypatch, capsys):
     def losses():
-        if how == "compiled":
-            return compiled_losses()
-        return [row["loss"] for row in run(max_steps=5, overwrite=True)]
+        """The loss of one batch in bfloat16 and the norms of its gradients."""
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        net = model = GPT(GPTConfig(**SHAPE | dict(n_layer=1)))
+        use_twins(model, BFLOAT16, [(3, 3)])
+        if compiled:
+            net = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+        with BFLOAT16.autocast():
+            loss = net(torch.randint(50, (4, 12, 3)), torch.randint(50, (4, 12, 3)))[0]
+        loss.backward()
+        return [loss.item(), *(p.grad.norm().item() for p in model.parameters())]
 
     seen, lines = {"unedited": losses()}, {}
-    assert "has changed" not in capsys.readouterr().out
     for edit, (where, name, new) in RUN_EDITS.items():
         with monkeypatch.context() as patch:
             patch.setattr(where, name, new)
@@ -208,33 +199,7 @@ def test_plain_trains_without_twins_to_the_same_losses(run, monkeypatch):
     assert [row["loss"] for row in run(plain=True, **knobs)] == pytest.approx(fused, rel=1e-5)
 
 
-def test_more_layers_compile_no_more_graphs():
-    """One for bags and one for tokens, since a twin is one class for all blocks."""
-    counts = []
-    for n_layer in (1, 4):
-        torch.compiler.reset()
-        counter, model = (
-            CompileCounterWithBackend("eager"),
-            GPT(GPTConfig(**SHAPE | dict(n_layer=n_layer))),
-        )
-        use_twins(model, CPU, [(3, 3)])
-        compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-        for s in (3, 1, 3):
-            compiled(torch.randint(50, (2, 12, s)), torch.randint(50, (2, 12, s)))
-        counts.append(counter.frame_count)
-    assert counts == [2, 2]
-
-
 # ---- twins and their plain modules
-
-
-def pair(knobs, dtype):
-    model = GPT(GPTConfig(**SHAPE | knobs)).to(dtype)
-    torch.manual_seed(0)
-    twin = GPT(GPTConfig(**SHAPE | knobs)).to(dtype)
-    twin.load_state_dict(model.state_dict())
-    use_twins(twin, CPU)
-    return model, twin
 
 
 @pytest.mark.parametrize("knobs", [{}, EXPERTS], ids=["dense", "experts"])
@@ -242,21 +207,23 @@ def pair(knobs, dtype):
 @pytest.mark.parametrize("n_in, n_out", [(1, 1), (3, 3), (4, 1), (1, 5)])
 def test_a_model_of_twins_is_the_plain_model(knobs, loss, n_in, n_out):
     """In values and gradients, at other shapes than those of the trial, with ignored labels and shares."""
-    both = pair(knobs, torch.float32)
+    plain = GPT(GPTConfig(**SHAPE | knobs))
+    use_twins(twin := copy.deepcopy(plain), CPU)
     bags, labels = torch.randint(50, (3, 7, n_in)), torch.randint(50, (3, 7, n_out))
     labels[0, 5:] = -100
     share = torch.rand(3, 7, n_in)
     results = []
-    for model in both:
+    for model in (plain, twin):
         value, routing = model(bags, labels, None, loss, None, share / share.sum(-1, keepdim=True))
         value.backward()
         results.append([value, routing, {name: p.grad for name, p in model.named_parameters()}])
     assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "n, m, k", [(128, 3, 5), (4096, 8, 16), (4096, 16, 8), (100, 3, 5), (48, 40, 40)]
-)  # in parts, and at once
+TALL, OTHER = [(128, 3, 5), (4096, 8, 16), (4096, 16, 8)], [(100, 3, 5), (48, 40, 40)]
+
+
+@pytest.mark.parametrize("n, m, k", TALL + OTHER)
 def test_tall_product_is_the_product_of_the_transposed(n, m, k):
     a, b = torch.randn(n, m, dtype=torch.float64), torch.randn(n, k, dtype=torch.float64)
     wanted = torch.stack([(a[:, i, None] * b).sum(0) for i in range(m)])
@@ -275,29 +242,13 @@ def test_tall_product_takes_parts_of_tall_matrices_alone():
     assert max(numel for _, numel in seen.counts) == 500 * 400
 
 
-def embedding(V, dtype=torch.float32, cls=BagEmbeddingOnCPU):
-    table = BagEmbedding(GPTConfig(**SHAPE | dict(vocab_size=V, n_embd=300))).to(dtype)
-    table.__class__ = cls
-    return table
-
-
-@pytest.mark.parametrize("V", [64, 1088])
-@pytest.mark.parametrize("shared", [False, True])
-def test_bag_embedding_under_autocast_is_that_of_tst(V, shared):
-    table, bags = embedding(V), torch.randint(5, (2, 16, 4), dtype=torch.int32)
-    share = torch.rand(2, 16, 4).softmax(-1) if shared else None
-    upstream, results = torch.randn(2, 16, 300).bfloat16(), []
-    for f in (table, lambda *a: tst.embed_bags(a[0], table.weight, a[1])):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = f(bags, share)
-        results.append((out, *torch.autograd.grad(out, table.weight, upstream)))
-    assert results[0][0].dtype == torch.bfloat16 and results[0][1].dtype == torch.float32
-    assert_close(*results, rtol=3e-2, atol=3e-2)
-
-
 @pytest.mark.parametrize("V", [64, 1088])
 def test_bag_embedding_never_holds_the_embeddings_of_all_tokens(V):
-    table, bags = embedding(V), torch.randint(V, (2, 16, 8))
+    table, bags = (
+        GPT(GPTConfig(**SHAPE | dict(vocab_size=V, n_embd=300))).embed,
+        torch.randint(V, (2, 16, 8)),
+    )
+    table.__class__ = BagEmbeddingOnCPU
     with BigOperations(2 * 16 * 8 * 300) as big:
         table(bags).sum().backward()
     assert not [name for name, numel in big.counts if numel == 2 * 16 * 8 * 300]
@@ -315,9 +266,7 @@ def attention(window=0):
 def loop_attention(q, k, v, window=0):
     """One head after another: scores, minus infinity where a position sees nothing, softmax, sum."""
     groups, L = q.size(1) // k.size(1), q.size(2)
-    unseen = (
-        torch.ones(L, L).triu(1).bool() | torch.ones(L, L).tril(-(window or L)).bool()
-    )  # (L, L)
+    unseen = torch.ones(L, L).triu(1) + torch.ones(L, L).tril(-(window or L)) > 0  # (L, L)
     heads = []
     for h in range(q.size(1)):
         scores = q[:, h] @ k[:, h // groups].mT / math.sqrt(q.size(3))  # (B, L, L)
@@ -341,10 +290,8 @@ def test_attention_equals_a_loop_over_heads(L, H, K, window):
 def test_attention_survives_scores_whose_exponential_does_not():
     q, k, v = leaves((1, 1, 6, 4), (1, 1, 6, 4), (1, 1, 6, 4), dtype=torch.float32)
     q, k = (200 * q).detach().requires_grad_(), (200 * k).detach().requires_grad_()
-    got = attention()(q, k, v)
-    assert_close(
-        got.double(), loop_attention(q.double(), k.double(), v.double()), rtol=1e-4, atol=1e-4
-    )
+    got, wanted = attention()(q, k, v), loop_attention(q.double(), k.double(), v.double())
+    assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(got.sum(), (q, k, v)))
 
 
@@ -370,24 +317,6 @@ ROUTINGS = [(6, 2, 4, 4), (200, 2, 4, 4), (100, 3, 16, 5), (5, 1, 1, 1), (1, 4, 
 
 
 @pytest.mark.parametrize("n, k, n_expert, used", ROUTINGS)
-def test_each_pair_has_a_row_of_its_expert_in_the_order_of_positions(n, k, n_expert, used):
-    """The number of rows depends on the shape alone: up to 63 empty ones per expert that may be chosen."""
-    experts = torch.stack([torch.randperm(used)[:k] for _ in range(n)])
-    offsets, row_of, pair_of, filled, load = place_rows(experts, n_expert, torch.bfloat16)
-    pairs, begins, row_of = experts.flatten().tolist(), [0, *offsets.tolist()[:-1]], row_of.tolist()
-    counts = [pairs.count(e) for e in range(n_expert)]
-    assert load.tolist() == counts and load.dtype == torch.float32
-    assert offsets.dtype == torch.int32
-    for e in range(n_expert):
-        rows = [row for row, expert in zip(row_of, pairs) if expert == e]
-        assert rows == list(range(begins[e], begins[e] + counts[e]))  # without gaps, in order
-        assert offsets[e] - begins[e] == math.ceil(counts[e] / 64) * 64
-    assert len(pair_of) == n * k + 63 * min(n_expert, n * k) and filled.dtype == torch.bfloat16
-    for row, (pair_, full) in enumerate(zip(pair_of.tolist(), filled[:, 0].tolist())):
-        assert full == (row in row_of) and pair_ == (row_of.index(row) if full else 0)
-
-
-@pytest.mark.parametrize("n, k, n_expert, used", ROUTINGS)
 def test_grouped_experts_are_each_positions_weighted_sum(n, k, n_expert, used):
     layer = MoE(GPTConfig(**SHAPE | dict(n_expert=n_expert, top_k=k)))
     layer.__class__ = GroupedMoE
@@ -397,7 +326,7 @@ def test_grouped_experts_are_each_positions_weighted_sum(n, k, n_expert, used):
 
     def loop(x, weights, gate_up, down):
         rows = [
-            sum(w * (plain_model.swiglu(row @ gate_up[e]) @ down[e]) for w, e in zip(ws, es))
+            sum(w * (swiglu(row @ gate_up[e]) @ down[e]) for w, e in zip(ws, es))
             for row, ws, es in zip(x, weights, experts)
         ]
         return torch.stack(rows)
@@ -405,43 +334,29 @@ def test_grouped_experts_are_each_positions_weighted_sum(n, k, n_expert, used):
     inputs = [*leaves((n, 16), (n, k), dtype=torch.float32), layer.gate_up, layer.down]
     grouped = lambda x, weights, *_: layer.mix(x, experts, weights)[0]
     assert_same(grouped, loop, inputs, upstream=torch.randn(n, 16), rtol=1e-4, atol=1e-5)
+    load = layer.mix(*inputs[:1], experts, inputs[1])[1]
+    assert torch.equal(load, experts.flatten().bincount(minlength=n_expert).float())
 
 
 # ---- losses from hidden states: against the same loss of all logits
 
 
-def fused(chunk_rows, **knobs):
-    return lambda hidden, weight, labels, weights=None: linear_multi_hot_cross_entropy(
-        hidden, weight, labels, weights, chunk_rows=chunk_rows, **knobs
+def chunked(name, chunk_rows, **knobs):
+    """The loss `name` of hidden states, weight, labels and weights, by kernels.py."""
+    how = dict(chunk_rows=chunk_rows, **knobs)
+    if name == "mce":
+        return lambda *args: linear_multi_hot_cross_entropy(*args, **how)
+    return lambda *args: kernels.linear_loss(LOSSES[name], *args, **how)
+
+
+def plain(name):
+    """The same loss of all logits."""
+    return lambda hidden, weight, labels, *weights: LOSSES[name](
+        hidden @ weight.T, labels, *weights
     )
-
-
-def loop_of_cross_entropies(hidden, weight, labels, weights=None):
-    """The definition of MCE in the paper: a cross-entropy for each place i in the bag, summed by weight."""
-    logits, s = hidden @ weight.T, labels.size(-1)
-    loss = 0 * logits.sum()
-    for i in range(s):
-        if (labels[:, i] != -100).any():
-            w = 1 / s if weights is None else weights[i].item()
-            loss = loss + w * F.cross_entropy(logits, labels[:, i])
-    return loss
 
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
-
-
-def chunked(name, chunk_rows, **knobs):
-    """The loss `name` of hidden states, weight and labels, by kernels.py."""
-    if name == "mce":
-        return fused(chunk_rows, **knobs)
-    return lambda hidden, weight, labels: linear_loss(
-        LOSSES[name], hidden, weight, labels, chunk_rows=chunk_rows, **knobs
-    )
-
-
-def plain(name, **knobs):
-    """The same loss of all logits."""
-    return lambda hidden, weight, labels: LOSSES[name](hidden @ weight.T, labels, **knobs)
 
 
 def operands(s, dtype=torch.float64):
@@ -451,11 +366,10 @@ def operands(s, dtype=torch.float64):
 
 
 def with_holes(s):
-    inputs, labels = operands(s)
-    labels = labels.where(torch.rand(N, s) < 0.6, -100)
+    labels = operands(s)[1].where(torch.rand(N, s) < 0.6, -100)
     labels[5] = -100  # a position without any label
     labels[14:] = -100  # chunks without any
-    return inputs, labels
+    return labels
 
 
 EXACT = dict(rtol=1e-11, atol=1e-13)
@@ -465,15 +379,13 @@ EXACT = dict(rtol=1e-11, atol=1e-13)
 @pytest.mark.parametrize("rows", [1, 7, N, N + 1, None])
 @pytest.mark.parametrize("s", [1, 5])
 def test_chunks_change_nothing(name, rows, s):
-    assert_same(chunked(name, rows), plain(name), *operands(s), **EXACT)
-    assert_same(chunked(name, rows), plain(name), *with_holes(s), **EXACT)
-
-
-@every_loss
-def test_without_any_label_loss_and_gradients_are_zero(name):
-    inputs, _ = operands(3)
-    value, *grads = value_and_gradients(chunked(name, 7), inputs, torch.full((N, 3), -100))
-    assert value.item() == 0 and not any(grad.any() for grad in grads)
+    """With all labels, with some and with none, weighted and not, whatever gradient comes in."""
+    (inputs, labels), holes = operands(s), with_holes(s)
+    upstream = torch.tensor(-3.0).double()
+    for some in (labels, holes, torch.full((N, s), -100)):
+        for weights in ([], [bag_weights("power", s)]) if name == "mce" else ([],):
+            args = inputs, some, *weights
+            assert_same(chunked(name, rows), plain(name), *args, upstream=upstream, **EXACT)
 
 
 @every_loss
@@ -485,16 +397,6 @@ def test_padding_rows_get_no_probability_and_no_gradient(name):
     loss, grad_h, grad_w = value_and_gradients(plain(name), [hidden, weight], labels)
     assert_close((*got[:2], got[2][:V]), (loss, grad_h, grad_w))
     assert not got[2][V:].any()
-
-
-@every_loss
-def test_incoming_gradients_scale_and_batches_are_flattened(name):
-    (hidden, weight), labels = operands(4)
-    wanted = value_and_gradients(chunked(name, 7), [hidden, weight], labels)
-    batch = lambda h, w, y: chunked(name, 7)(h.view(4, 5, C), w, y.view(4, 5, 4).int())
-    args = [hidden, weight], labels
-    got = value_and_gradients(batch, *args, upstream=torch.tensor(-3.0).double())
-    assert_close(got, (wanted[0], -3 * wanted[1], -3 * wanted[2]), **EXACT)
 
 
 @every_loss
@@ -565,19 +467,11 @@ def test_compiled_equals_eager_and_never_holds_all_logits_at_once_either(name):
         assert made and max(made) <= chunk * V
     kept = sizes_of(
         graphs[0].graph.output_node().args[0]
-    )  # what the backward pass reads, and the loss
+    )  # the loss, and what its backward pass reads
     assert kept and sum(kept) < LONG * V / 3
 
 
 # ---- multi-hot cross-entropy, whose gradient is written by hand
-
-
-@pytest.mark.parametrize("s", [1, 2, 5, 16])
-@pytest.mark.parametrize("kind", BAG_WEIGHTS)
-def test_fused_loss_equals_the_loop_of_cross_entropies(kind, s):
-    inputs, labels = with_holes(s)
-    for some in (operands(s)[1], labels, labels.index_fill(1, torch.tensor([0]), -100)):
-        assert_same(fused(7), loop_of_cross_entropies, inputs, some, bag_weights(kind, s), **EXACT)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -585,33 +479,17 @@ def test_fused_loss_equals_the_loop_of_cross_entropies(kind, s):
 def test_zero_logits_cost_log_v(dtype, compiled):
     """Not log V / s, not log V - log s, and not rounded to bfloat16, which would be 0.04 % off."""
     torch.compiler.reset()
-    form = torch.compile(fused(7), backend="aot_eager", fullgraph=True) if compiled else fused(7)
+    form = chunked("mce", 7)
+    form = torch.compile(form, backend="aot_eager", fullgraph=True) if compiled else form
     hidden, weight = torch.zeros(N, C, dtype=dtype), torch.randn(V, C, dtype=dtype)
     loss = form(hidden, weight, torch.randint(V, (N, 3)), bag_weights("power", 3))
     assert_close(loss.item(), math.log(V), rtol=1e-6, atol=0)
 
 
-class LivingAtOnce(TorchDispatchMode):
-    """The largest number of tensors of `size` numbers that were in memory at once."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size, self.living, self.most = size, {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.numel() == self.size:
-            ref = StorageWeakRef(out.untyped_storage())
-            self.living[ref.cdata] = ref
-        self.living = {key: ref for key, ref in self.living.items() if not ref.expired()}
-        self.most = max(self.most, len(self.living))
-        return out
-
-
 def test_the_logits_of_a_chunk_are_gone_before_the_next_ones_are_made():
     inputs, labels = leaves((70, 2), (V, 2), dtype=torch.float32), torch.randint(V, (70, 3))
-    with LivingAtOnce(7 * V) as seen:
-        fused(7)(*inputs, labels)
+    with BigOperations(7 * V) as seen:
+        chunked("mce", 7)(*inputs, labels)
     assert seen.most == 2  # logits and, while they are turned into it, their softmax
 
 
@@ -621,18 +499,18 @@ def test_large_vocabulary_takes_several_blocks_and_chunks():
     hidden = (30 * torch.randn(70, 4, dtype=torch.float64)).requires_grad_()
     weight = torch.randn(50257, 4, dtype=torch.float64, requires_grad=True)
     labels, weights = torch.randint(0, 50257, (70, 3)), bag_weights("power", 3)
-    wanted = value_and_gradients(loop_of_cross_entropies, [hidden, weight], labels, weights)
+    wanted = value_and_gradients(plain("mce"), [hidden, weight], labels, weights)
     narrow = [hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()]
     for inputs, bound in (([hidden, weight], 1e-7), (narrow, 1e-5)):
-        got = value_and_gradients(fused(45), inputs, labels, weights)
+        got = value_and_gradients(chunked("mce", 45), inputs, labels, weights)
         for x, y in zip(got, wanted, strict=True):
             assert (x - y).norm() < bound * y.norm()
 
 
 def test_second_derivative_is_refused():
     (hidden, weight), labels = operands(2)
-    with pytest.raises(RuntimeError, match="multi_hot_cross_entropy"):
-        torch.autograd.grad(fused(7)(hidden, weight, labels), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(chunked("mce", 7)(hidden, weight, labels), hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("with_grad, products", [(True, 3), (False, 1)])
