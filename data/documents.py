@@ -13,17 +13,16 @@ import re
 import zlib
 from dataclasses import dataclass
 
-import numpy as np
-
 from nanotst import UserError
 
 TEXT, JSON = (".txt", ".md", ".py"), (".jsonl", ".ndjson", ".json")
 PACKED = (".gz", ".xz", ".zst")
 # what a folder is searched for, but for .json: it is more often settings than a corpus
-SUFFIXES = [".parquet", *(kind + packed for kind in TEXT + JSON for packed in ("", *PACKED))]
-SUFFIXES.remove(".json")
+SUFFIXES = {".parquet", *(kind + packed for kind in TEXT + JSON for packed in ("", *PACKED))}
+SUFFIXES = tuple(sorted(SUFFIXES - {".json"}))
 PIECE = 256 * 1024  # bytes: longer documents are tokenised in pieces of at most this size
-LONGEST = 10**8  # bytes of a row of JSON or parquet: more is a mistake, or an attack on our memory
+LONGEST = 10**8  # bytes of a document: more is a mistake, or an attack on our memory
+TOO_LONG = f"is longer than {LONGEST / 1e6:.0f} MB: split that document"
 MARK = b"\xef\xbb\xbf"  # byte-order mark that some programs write before UTF-8
 
 
@@ -33,8 +32,7 @@ class Options:
 
     separator: str = "<|endoftext|>"  # line between the documents of a text file
     field: str = "text"  # field of JSON objects, or column of a parquet file
-    cut: int = LONGEST  # bytes after which a document of a text file ends at the next empty line
-    seed: int | None = None  # seed of the order in which row groups of a parquet file are read
+    cut: int = 25_000_000  # bytes after which a text ends at the next empty line
 
 
 def needs(module, why):
@@ -48,9 +46,7 @@ def needs(module, why):
 
 def kind(path):
     """Return "text", "json" or "parquet", by the suffix in any case. Unknown suffixes are text."""
-    name = path.lower()
-    for packed in PACKED:
-        name = name.removesuffix(packed)
+    name = re.sub(r"\.(gz|xz|zst)$", "", path.lower())
     return "parquet" if name.endswith(".parquet") else "json" if name.endswith(JSON) else "text"
 
 
@@ -59,7 +55,12 @@ def read_documents(path, options):
     read = {"text": text_documents, "json": json_documents, "parquet": parquet_documents}
     try:
         with unpacked(path) as file:
-            yield from read[kind(path)](file, path, options)
+            for where, text in read[kind(path)](file, path, options):
+                if not isinstance(text, str | None):
+                    raise UserError(f"{where} has no text in field '{options.field}' (see --field)")
+                if len(text or "") > LONGEST:
+                    raise UserError(f"{where} {TOO_LONG}")
+                yield text or ""
     except UnicodeDecodeError as e:
         near = bytes(e.object[max(0, e.start - 30) : e.end])
         raise UserError(f"{path} is not UTF-8 text: convert what ends in {near}") from None
@@ -74,14 +75,13 @@ def unpacked(path):
     if name.endswith(".zst"):  # by pyarrow: the package zstandard takes half a file for a whole one
         stored = needs("pyarrow", path).input_stream(open(path, "rb"), compression="zstd")  # noqa: SIM115
         return io.BufferedReader(stored, PIECE)
-    if name.endswith((".gz", ".xz")):
-        return gzip.open(path) if name.endswith(".gz") else lzma.open(path)
-    return open(path, "rb")
+    unpack = gzip.open if name.endswith(".gz") else lzma.open if name.endswith(".xz") else open
+    return unpack(path, "rb")
 
 
 def text_documents(file, path, options):
-    """Yield the texts between separators. The line end before a separator or the end of the file belongs to
-    no document. After options.cut bytes a text ends at the next empty line; after three times as many at
+    """Yield (path, text) between separators. The line end before a separator or the end of the file belongs
+    to no document. After options.cut bytes a text ends at the next empty line; after three times as many at
     the next line end, after four times before a word."""
     separator, cut, most = options.separator.encode(), options.cut, 4 * options.cut
     text, line_start = bytearray(), True
@@ -95,51 +95,38 @@ def text_documents(file, path, options):
             n = len(text) if len(text) >= 3 * cut and line.endswith(b"\n") else 0
             n = cut_point(text[: most + 2], most) if len(text) > most + 2 else n
         if text[:n].strip():
-            yield text[:n].decode().removesuffix("\n").removesuffix("\r")
+            yield path, text[:n].decode().removesuffix("\n").removesuffix("\r")
         del text[:n]
         line_start = line.endswith(b"\n")
         line = file.readline(min(PIECE, cut))
 
 
 def json_documents(file, path, options):
-    """Yield the texts of a file with one JSON object per line."""
+    """Yield (path:line, text) of a file with one JSON object per line."""
     for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
         line, where = line.removeprefix(MARK), f"{path}:{number}"
         if len(line) > LONGEST:
-            raise UserError(f"{where} is longer than {LONGEST / 1e6:.0f} MB: split that document")
+            raise UserError(f"{where} {TOO_LONG}")
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as e:  # not UTF-8, too, or nested too deeply
             raise UserError(f"{where} is not valid JSON: {e}") from None
-        if not (isinstance(row, dict) and isinstance(row.get(options.field, 0), str | None)):
-            raise UserError(f"{where} has no text in field '{options.field}' (see --field)")
-        yield row[options.field] or ""
+        yield where, row.get(options.field, 0) if isinstance(row, dict) else 0
 
 
 def parquet_documents(file, path, options):
-    """Yield the texts of a column, row group by row group."""
+    """Yield (path, text) of a column, row group by row group."""
     arrow, parquet = needs("pyarrow", path), needs("pyarrow.parquet", path)
     field = options.field
     try:
         table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
         if field not in table.schema_arrow.names:
             raise UserError(f"{path} has no column '{field}' (see --field)")
-        groups = list(range(table.num_row_groups))
-        if options.seed is not None:
-            groups = np.random.default_rng(options.seed).permutation(groups).tolist()
         # few rows at a time, since a small file can hold the same long text many times
-        for batch in table.iter_batches(16, groups, [field], use_threads=False):
-            for row in batch.column(field):
-                text = row.as_py()
-                if not isinstance(text, str | None):
-                    raise UserError(f"{path} has no text in column '{field}' (see --field)")
-                if text and len(text) > LONGEST:
-                    raise UserError(
-                        f"{path} has a row of over {LONGEST / 1e6:.0f} MB: split that document"
-                    )
-                yield text or ""
+        for batch in table.iter_batches(16, columns=[field], use_threads=False):
+            yield from ((path, row.as_py()) for row in batch.column(field))
     except arrow.ArrowException as e:
         raise OSError(e) from None
 

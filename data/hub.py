@@ -9,7 +9,7 @@ import os
 
 from data.documents import Options, needs
 from data.pipeline import prepare, token_count
-from data.writer import FETCHED, PROGRESS, Writer, prepared, read_json
+from data.writer import PROGRESS, Writer, prepared, read_json
 from nanotst import UserError
 from nanotst.corpus import differing
 from nanotst.tokenizer import get_tokenizer
@@ -19,41 +19,37 @@ def prepare_from_hub(repo, suffix, config):
     """The corpus of a repository on the hub. `config` is the Config of its prepare script."""
     if config.seed < 0:
         raise UserError("--seed must be at least 0")
-    keys = ("tokens", "val_tokens", "shard_tokens")
-    n_tokens, n_val, n_shard = (token_count(getattr(config, key), key) for key in keys)
-    tokenizer = get_tokenizer(config.encoding)
-    knobs = dict(repo=repo, folder=config.folder, revision=config.revision, seed=config.seed)
-    knobs |= dict(tokens=n_tokens, val_tokens=n_val, shard_tokens=n_shard, encoding=config.encoding)
+    knobs = {key: getattr(config, key) for key in ("folder", "revision", "seed", "encoding")}
+    for key in ("tokens", "val_tokens", "shard_tokens"):
+        knobs[key] = token_count(getattr(config, key), key)
+    knobs["repo"], tokenizer = repo, get_tokenizer(config.encoding)
     if prepared(config.out_dir, knobs, config.overwrite):
         return
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # two bars at once are unreadable
     needs("pyarrow", repo)  # before anything is fetched
-    begun = (read_json(os.path.join(config.out_dir, PROGRESS)) or {}).get("knobs", {})
+    hub = needs("huggingface_hub", repo)
+    begun = read_json(os.path.join(config.out_dir, PROGRESS)).get("knobs", {})
     revision = config.revision if differing(knobs, begun, knobs) else begun["commit"]
-    files, knobs["commit"] = list_files(repo, suffix, config, revision)
+    files, knobs["commit"] = list_files(hub, repo, suffix, config, revision)
     size = sum(f.size for f in files) / 1e9
     print(f"{repo}/{config.folder} at {knobs['commit']}: {len(files):,} files, {size:,.1f} GB")
-    if not config.keep:
-        print("each file is removed when its tokens are written (see --keep)")
-    folder = None if config.keep else os.path.join(config.out_dir, FETCHED)
+    out = Writer(config.out_dir, tokenizer, knobs, knobs["shard_tokens"], config.seed)
+    out.source = [f"{repo} at {knobs['commit']}, seed {config.seed}"]
+    where = dict(repo_type="dataset", revision=knobs["commit"])
+    where["local_dir"] = os.path.join(out.folder, "files")
 
     def fetch(name):
         print(f"fetching {name}")
-        where = dict(repo_type="dataset", revision=knobs["commit"], local_dir=folder)
-        download = needs("huggingface_hub", repo).hf_hub_download
-        return ask(f"fetching {name} of {repo}", download, repo, name, **where)
+        return ask(f"fetching {name} of {repo}", hub.hf_hub_download, repo, name, **where)
 
-    out = Writer(config.out_dir, tokenizer, knobs, n_shard, config.seed)
-    out.source = [f"{repo} at {knobs['commit']}, seed {config.seed}"]
     inputs = [("train" if i else "val", [f.path]) for i, f in enumerate(files)]
-    rest = dict(limits=dict(val=n_val, train=n_tokens), workers=config.workers)
-    prepare(inputs, out, Options(seed=config.seed), fetch=fetch, keep=config.keep, **rest)
+    limits = dict(val=knobs["val_tokens"], train=knobs["tokens"])
+    prepare(inputs, out, Options(), fetch=fetch, limits=limits, workers=config.workers)
 
 
-def list_files(repo, suffix, config, revision):
+def list_files(hub, repo, suffix, config, revision):
     """-> (files of a folder, commit). The order depends on the seed: the first files are a sample of all."""
-    hub, doing = needs("huggingface_hub", repo), f"listing {repo}/{config.folder}"
-    needs("huggingface_hub.utils", repo).disable_progress_bars()  # two bars at once are unreadable
-    api = hub.HfApi()
+    api, doing = hub.HfApi(), f"listing {repo}/{config.folder}"
     commit = ask(doing, api.dataset_info, repo, revision=revision or None).sha
     where = dict(recursive=True, revision=commit, repo_type="dataset")
     tree = ask(doing, lambda: list(api.list_repo_tree(repo, config.folder or None, **where)))

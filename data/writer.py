@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,39 +28,31 @@ from nanotst.formats import sha256_of
 
 SPLITS = ("train", "val")
 UNFINISHED, PROGRESS = "unfinished.tmp", "unfinished.tmp/progress.json"
-FETCHED = "unfinished.tmp/files"  # fetched input that is still needed
 OURS = re.compile(r"(train|val)(_\d{5,})?\.bin|tokenizer\.model|meta\.json")
 
 
 def prepared(out_dir, knobs, overwrite=False):
     """Whether out_dir holds the finished corpus of these knobs. UserError if it holds another one."""
-    others = []
-    for name in (PROGRESS, "meta.json"):
-        saved = read_json(os.path.join(out_dir, name))
-        if saved is None:
-            continue
-        if different := differing(knobs, saved.get("knobs") or {}, knobs):
-            others.append(different)
-        else:
-            finished = name == "meta.json" and not overwrite
-            if finished:
-                print(f"{out_dir} is prepared already; --overwrite prepares it again")
-            return finished
-    if not others and os.path.isdir(out_dir):
-        others = [name for name in os.listdir(out_dir) if name.endswith(".bin")]
-    if others and not overwrite:
+    if overwrite:
+        return False
+    meta, begun = (read_json(os.path.join(out_dir, name)) for name in ("meta.json", PROGRESS))
+    if saved := meta or begun:
+        other = differing(knobs, saved.get("knobs") or {}, knobs)
+    else:
+        other = ", ".join(path.name for path in Path(out_dir).glob("*.bin"))
+    if other:
         todo = "choose another folder, or replace it with --overwrite"
-        raise UserError(f"{out_dir} holds another corpus ({others[0]}): {todo}")
-    return False
+        raise UserError(f"{out_dir} holds another corpus ({other}): {todo}")
+    if meta:
+        print(f"{out_dir} is prepared already; --overwrite prepares it again")
+    return bool(meta)
 
 
 def read_json(path):
-    """The object in a file; None if there is no file, {} if it is damaged."""
+    """The object in a file; {} if the file is missing or damaged."""
     try:
         return json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return {}
 
 
@@ -80,24 +71,26 @@ class Writer:
         self.folder = os.path.join(out_dir, UNFINISHED)
         self.dtype = smallest_dtype(tokenizer.vocab_size)
         self.open = {split: [] for split in SPLITS}  # documents that are not yet in a file
+        self.n_open = dict.fromkeys(SPLITS, 0)  # tokens in them
+        self.state = dict(knobs=knobs, shards={})
+        self.state |= {what: dict.fromkeys(SPLITS, 0) for what in ("tokens", "bytes")}
 
     def __enter__(self):
-        os.makedirs(self.folder, exist_ok=True)
-        self.state = dict(knobs=self.knobs, shards={}, tokens={}, bytes={})  # of finished shards
-        self.state |= dict(inputs=0, documents=0, notes={}, held_out={})  # prepare()'s
-        saved = read_json(os.path.join(self.out_dir, PROGRESS)) or self.state
-        # a script without progress of its own, such as python_source's, writes everything again
-        if saved.get("knobs") == self.knobs and (saved["inputs"] or saved["documents"]):
-            self.state = saved
-        self.n_tokens, self.n_bytes = Counter(self.state["tokens"]), Counter(self.state["bytes"])
         return self
+
+    def resume(self, **state):
+        """Keep the finished shards of a preparation that was stopped. -> where it was, or else `state`."""
+        saved = read_json(os.path.join(self.out_dir, PROGRESS))
+        self.state = saved if saved.get("knobs") == self.knobs else self.state | state
+        return self.state
 
     def add(self, split, ids, n_bytes):
         """ids: (T,), a document with its separator; n_bytes: of its text, one for the separator."""
         self.open[split].append(ids.astype(self.dtype, copy=False))
-        self.n_tokens[split] += len(ids)
-        self.n_bytes[split] += n_bytes
-        if self.n_tokens[split] - self.state["tokens"].get(split, 0) >= self.shard_tokens:
+        self.n_open[split] += len(ids)
+        self.state["tokens"][split] += len(ids)
+        self.state["bytes"][split] += n_bytes
+        if self.n_open[split] >= self.shard_tokens:
             self.close_shards()
 
     def close_shards(self):
@@ -113,8 +106,7 @@ class Writer:
                 path = os.path.join(self.folder, name)
                 write_safely(path, lambda path, tokens=tokens: Path(path).write_bytes(tokens))
                 self.state["shards"][name] = hashlib.sha256(tokens).hexdigest()
-            self.open[split] = []
-        self.state.update(tokens=dict(self.n_tokens), bytes=dict(self.n_bytes))
+            self.open[split], self.n_open[split] = [], 0
         write_json(os.path.join(self.out_dir, PROGRESS), self.state)
 
     def __exit__(self, error, *_):
@@ -123,27 +115,25 @@ class Writer:
         elif self.state["shards"]:
             n = len(self.state["shards"])
             print(f"{n} finished shards are kept: the same command resumes", file=sys.stderr)
-        elif not os.path.isdir(os.path.join(self.out_dir, FETCHED)):
-            shutil.rmtree(self.folder)
 
     def publish(self):
         """Move the files into place. After a kill in here the same command does the rest."""
-        self.close_shards()
-        n_train, n_val = (self.n_tokens[split] for split in SPLITS)
+        n_train, n_val = self.state["tokens"].values()
         if not (n_train and n_val):
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
             raise UserError(
                 f"{n_train:,} tokens to train on and {n_val:,} held out for validation: give --val=FILE, "
                 "another --val_fraction, or a --separator that splits the text"
             )
+        self.close_shards()
         tokenizer, shards = self.tokenizer, self.state["shards"]
-        n_shards = Counter(name.split("_")[0] for name in shards)
+        many = [split for split in SPLITS if f"{split}_00001.bin" in shards]
         # a single shard needs no number
-        names = {s: s if n_shards[s.split("_")[0]] > 1 else s.replace("_00000", "") for s in shards}
+        names = {s: s if s.startswith(tuple(many)) else s.replace("_00000", "") for s in shards}
         meta = dict(vocab_size=tokenizer.vocab_size, dtype=self.dtype.name, encoding=tokenizer.name)
         meta |= dict(separator=tokenizer.separator, train_tokens=n_train, val_tokens=n_val)
-        meta |= {f"{split}_bytes": self.n_bytes[split] or None for split in SPLITS}
-        meta |= dict(bytes_per_token=self.n_bytes["val"] / n_val or None, source=self.source)
+        meta |= {f"{split}_bytes": n or None for split, n in self.state["bytes"].items()}
+        meta |= dict(bytes_per_token=(meta["val_bytes"] or 0) / n_val or None, source=self.source)
         meta |= dict(knobs=self.knobs, sha256={names[s]: digest for s, digest in shards.items()})
         if tokenizer.rank_file:
             copy = os.path.join(self.folder, "tokenizer.model")

@@ -1,8 +1,4 @@
-"""A small corpus cut out of a large one, to see what repeated text does: blocks from all over its training
-split, and the same validation split.
-
-    python -m examples.small_corpus python_source out/small --tokens=1000000
-"""
+"""A small corpus cut out of a large one, to see what repeated text does. See Config."""
 
 import os
 from dataclasses import dataclass
@@ -18,7 +14,8 @@ BLOCKS = 64  # contiguous pieces of text
 
 @dataclass
 class Config:
-    """Usage: python -m examples.small_corpus CORPUS FOLDER --tokens=N"""
+    """python -m examples.small_corpus CORPUS FOLDER --tokens=N: blocks from all over the training split, and
+    the whole validation split."""
 
     corpus: str  # prepared corpus, in data/ or elsewhere
     folder: str  # folder to write to
@@ -34,9 +31,9 @@ def main(config):
         raise UserError(f"--tokens must lie in {BLOCKS}..{apart * BLOCKS}, got {n}")
     if prepared(config.folder, knobs, config.overwrite):
         return
-    name, ranks = meta["encoding"], os.path.join(corpus.folder, meta["encoding"] or "")
-    ranks = ranks if os.path.isfile(ranks) else ""
-    tokenizer = Tokenizer(name, meta["vocab_size"], meta["separator"], None, None, ranks)
+    ranks = os.path.join(corpus.folder, "tokenizer.model")
+    known = meta["encoding"], meta["vocab_size"], meta["separator"], None, None
+    tokenizer = Tokenizer(*known, ranks if os.path.isfile(ranks) else "")
     with Writer(config.folder, tokenizer, knobs) as out:
         for i in range(BLOCKS):
             out.add("train", corpus.train[i * apart : i * apart + size], 0)

@@ -1,11 +1,13 @@
 """Shared by the tests of data/: text to prepare, and a plain reader of the corpora."""
 
 import hashlib
+import io
 import json
 import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 
 SEPARATOR = "\n<|endoftext|>\n"
 WORDS = ["the", "then", "in", "other", "winter", "été", "中文", "x=1;", "12345", "don't"]
@@ -22,6 +24,12 @@ def make_documents(n=300, seed=0):
 
 def json_lines(documents):
     return "".join(json.dumps({"text": d}) + "\n" for d in documents)
+
+
+def parquet(table):
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(table), sink, row_group_size=7)
+    return sink.getvalue()
 
 
 def dataset(folder):

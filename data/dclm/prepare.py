@@ -17,19 +17,17 @@ class Config:
         pip install huggingface_hub pyarrow
         python data/dclm/prepare.py --tokens=10B [--encoding=path/to/llama-3/tokenizer.model]
 
-    The seed gives the order of the files and, within a shard, of the documents. The first file is for
-    validation. The same command resumes a preparation that was stopped.
+    Files are removed when their tokens are written. The same command resumes a preparation.
     """
 
     tokens: str = "10B"  # tokens to train on; 0 for all there are
-    val_tokens: str = "10M"  # tokens to validate on
+    val_tokens: str = "10M"  # tokens to validate on, from the first file
     encoding: str = "gpt2"  # bytes, a name that tiktoken knows, or the path of a rank file
     folder: str = ""  # folder of the repository; all of it if empty
     revision: str = ""  # commit, branch or tag of the repository; the newest if empty
     seed: int = 0  # seed of the order of files and documents
     shard_tokens: str = "100M"  # tokens in a file of the corpus
     workers: int = 0  # tokenising threads; 0 for one per core
-    keep: bool = False  # whether fetched files stay in the hub's cache
     overwrite: bool = False  # whether another corpus in out_dir may be replaced
     out_dir: str = str(HERE)  # folder to write to
 

@@ -1,6 +1,5 @@
 """The default corpus: 200 MB of Python source as bytes, the same on every machine. See Config."""
 
-import functools
 import hashlib
 import os
 import re
@@ -36,6 +35,7 @@ GENERATED = re.compile(
 HEAD = 1000  # bytes of a file in which it would say that a program wrote it
 WORDS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_# \t\r\n"
 MAX_TABLE = 0.45  # share of other bytes: above, a file is mostly numbers
+MAX_BYTES = 200_000_000  # of the corpus
 VAL_FRACTION = 0.015  # share of the files that are held out
 LONG_LINE = 30  # bytes: shorter lines ("else:", "import os") repeat everywhere
 MAX_SEEN = {"train": 0.5, "val": 0.2}  # share of a file's long lines that earlier files may hold
@@ -55,13 +55,12 @@ class Config:
     """
 
     source: Literal["wheels", "installed"] = "wheels"  # pinned wheels, or packages installed here
-    max_mb: float = 200.0  # largest size of the corpus in MB
     overwrite: bool = False  # whether another corpus in out_dir may be replaced
     out_dir: str = str(HERE)  # folder to write to
 
 
 def fetch_wheels(folder):
-    """Have pip fetch the wheels, whose hashes it checks. -> "", or why there is no network."""
+    """Have pip fetch the wheels, whose hashes it checks. -> whether there is a network."""
     # with the version, since pip refuses wheels that this Python is too old for
     options = "download --quiet --no-deps --only-binary :all: --platform any --implementation py --abi none"
     options += " --python-version 3.12 --retries 1 --require-hashes --requirement"
@@ -69,12 +68,9 @@ def fetch_wheels(folder):
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     said = result.stderr
     if result.returncode == 0:
-        return ""
-    if not re.search(r"\(from versions: (?!none\))", said):  # or else an index answered
-        if re.search("connection broken|Max retries exceeded", said):
-            return "the package index cannot be reached"
-        if "No matching distribution" in said and os.environ.get("PIP_NO_INDEX"):
-            return "pip may ask no package index (PIP_NO_INDEX)"
+        return True
+    if os.environ.get("PIP_NO_INDEX") or re.search("connection broken|Max retries exceeded", said):
+        return False
     reason = [*re.findall("ERROR: (.*)", said), *said.strip().splitlines()[-1:], "no output"][0]
     raise UserError(
         f"pip cannot fetch the files that {WHEELS.name} pins: {reason[:200]}; look at pip (python -m "
@@ -83,18 +79,10 @@ def fetch_wheels(folder):
 
 
 def wheel_files(folder):
-    """Yield a function that returns the content, for each .py file in the wheels (zip files)."""
+    """Yield the content of each .py file in the wheels (zip files)."""
     for path in Path(folder).glob("*.whl"):
-        archive = zipfile.ZipFile(path)  # stays open
-        for name in archive.namelist():
-            if name.endswith(".py"):
-                yield functools.partial(archive.read, name)
-
-
-def installed_files(roots):
-    """Yield the same for each .py file below the roots."""
-    for root in roots:
-        yield from (path.read_bytes for path in Path(root).rglob("*.py") if path.is_file())
+        with zipfile.ZipFile(path) as archive:
+            yield from (archive.read(name) for name in archive.namelist() if name.endswith(".py"))
 
 
 def usable(data):
@@ -108,18 +96,16 @@ def usable(data):
     )
 
 
-def choose(files, max_bytes):
-    """Yield (split, data) in the order of the corpus, training files first.
+def choose(files):
+    """files: the content of each. -> {"train": documents, "val": documents} in the order of the corpus
 
     Packages hold files that differ in a few lines only (copied models, generated siblings, pip's _vendor
     folder), which no hash of the content catches. A training file that mostly repeats earlier ones is left
     out. A held-out file would measure memory: it is compared with all training files and earlier held-out
     ones.
     """
-    found, seen, held_out, total = {}, set(), [], 0
-    for read in files:
-        if usable(data := read()):
-            found[hashlib.sha256(data).digest()] = read  # not the data, to save memory
+    by_hash = {hashlib.sha256(data).digest(): data for data in files if usable(data)}
+    chosen, seen, total = {"train": [], "val": []}, set(), 0
 
     def repeats(data, split):
         lines = [line for line in data.split(b"\n") if len(line) >= LONG_LINE]
@@ -128,60 +114,46 @@ def choose(files, max_bytes):
         seen.update(lines)
         return False
 
-    for key in sorted(found):
-        data = found[key]()
+    for key, data in sorted(by_hash.items()):
         # by the end of the hash, since its beginning gives the order
         split = "val" if int.from_bytes(key[-8:], "big") < VAL_FRACTION * 2**64 else "train"
         if split == "train" and repeats(data, split):
             continue
         total += len(data) + 1
-        if total > max_bytes:
+        if total > MAX_BYTES:
             break
-        if split == "train":
-            yield split, data
-        else:
-            held_out.append(data)
-    yield from (("val", data) for data in held_out if not repeats(data, "val"))
+        chosen[split].append(data)
+    chosen["val"] = [data for data in chosen["val"] if not repeats(data, "val")]
+    return chosen
 
 
-def main(config, roots=None):
-    knobs = dict(source=config.source, max_mb=config.max_mb, wheels=sha256_of(WHEELS)[:16])
+def main(config):
+    knobs = dict(source=config.source, wheels=sha256_of(WHEELS)[:16])
     if prepared(config.out_dir, knobs, config.overwrite):
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         files, made_of = wheel_files(folder), f"the wheels in {WHEELS.name}"
-        if config.source == "wheels" and (problem := fetch_wheels(folder)):
-            print(
-                f"warning: {problem}. Taking the packages of this machine instead: LOSSES WILL DIFFER"
-            )
+        if config.source == "wheels" and not fetch_wheels(folder):
+            instead = "the packages of this machine are taken instead: LOSSES WILL DIFFER"
+            print(f"warning: pip reaches no package index; {instead}")
             knobs["source"] = "installed"
         if knobs["source"] == "installed":
-            roots = roots or set(map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
-            files, made_of = installed_files(roots), OTHER + ", ".join(sorted(roots))
-        write(config, knobs, files, made_of)
-
-
-def write(config, knobs, files, made_of):
-    """Write the corpus to out_dir. UserError if the pinned wheels do not give the known one."""
-    digests, n = {name: hashlib.sha256() for name in SHA256}, 0
-    with Writer(config.out_dir, get_tokenizer("bytes"), knobs) as out:
-        for split, data in choose(files, config.max_mb * 1e6):
-            document = np.frombuffer(data + b"\0", np.uint8)
-            out.add(split, document, len(document))
-            digests[f"{split}.bin"].update(document)
-            n += 1
-        sha256 = {name: digest.hexdigest() for name, digest in digests.items()}
-        if knobs["source"] == "wheels" and config.max_mb == Config.max_mb and sha256 != SHA256:
-            raise UserError(
-                f"the wheels are the pinned ones, but the corpus has sha256 {sha256} and not {SHA256}. If "
-                f"{WHEELS.name} or a rule was changed on purpose, put these into {__file__}"
-            )
-        out.source = [made_of, f"{n:,} Python files"]
-    print(*out.source, *(f"sha256 of {name}: {value}" for name, value in sha256.items()), sep="\n")
-    if out.n_tokens.total() < 5e6:
-        print(
-            "warning: a model soon learns 5 MB by heart. Use data/text/prepare.py with text of your own"
+            roots = sorted(set(map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))))
+            paths = (path for root in roots for path in Path(root).rglob("*.py") if path.is_file())
+            files, made_of = (path.read_bytes() for path in paths), OTHER + ", ".join(roots)
+        chosen = choose(files)
+    tokens = {split: b"\0".join([*documents, b""]) for split, documents in chosen.items()}
+    sha256 = {f"{split}.bin": hashlib.sha256(data).hexdigest() for split, data in tokens.items()}
+    if knobs["source"] == "wheels" and sha256 != SHA256:
+        raise UserError(
+            f"the wheels are the pinned ones, but the corpus has sha256 {sha256} and not {SHA256}. If "
+            f"{WHEELS.name} or a rule was changed on purpose, put these into {__file__}"
         )
+    with Writer(config.out_dir, get_tokenizer("bytes"), knobs) as out:
+        for split, data in tokens.items():
+            out.add(split, np.frombuffer(data, np.uint8), len(data))
+        out.source = [made_of, f"{sum(map(len, chosen.values())):,} Python files"]
+    print(*out.source, *(f"sha256 of {name}: {value}" for name, value in sha256.items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -29,11 +30,10 @@ class Config:
 
     Files are .txt, .md and .py (a line that holds only the separator ends a document), .jsonl, .ndjson and
     .json (an object with a text field per line), each also as .gz, .xz or .zst, and .parquet (a column of
-    text). Folders are searched for these names, except for plain .json; hidden files are left out. The line
-    end before a separator or the end of a file is not part of the document. A text without separators, such
-    as a book, is cut at empty lines. At most one shard is held in memory. A document of JSON or parquet may
-    have 100 MB. The same command resumes a preparation that was stopped. Documents keep their order, so
-    shuffle them beforehand if it means something (all of one author, then all of the next).
+    text). Folders are searched for these names, except for plain .json; hidden files are left out. A text
+    without separators, such as a book, is cut at empty lines. Documents of JSON or parquet may have 100 MB.
+    Documents keep their order, so shuffle them beforehand if it means something (all of one author, then all
+    of the next). The same command resumes a preparation that was stopped.
     """
 
     inputs: list[str]  # files and folders
@@ -49,7 +49,7 @@ class Config:
 
 
 def find_files(arguments):
-    """-> (paths in a fixed order, each file once; paths left out)"""
+    """-> ({real path: path} in a fixed order, paths left out)"""
     found, left_out = [], []
     for argument in arguments:
         if not os.path.exists(argument):
@@ -59,64 +59,51 @@ def find_files(arguments):
             continue
         for path in sorted(Path(argument).rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(argument).parts)
-            if hidden or not is_text(path) or not path.is_file() or path.samefile(__file__):
-                left_out += [str(path)] * (path.is_symlink() or not path.is_dir())
-            else:
+            text = path.name.lower().endswith(SUFFIXES) and path.is_file()
+            if text and not hidden and not path.samefile(__file__):
                 found.append(str(path))
-    paths = list({os.path.realpath(path): os.path.abspath(path) for path in found}.values())
-    if arguments and not paths:
+            elif path.is_symlink() or not path.is_dir():
+                left_out.append(str(path))
+    if arguments and not found:
         raise UserError(f"no text files in {' '.join(arguments)} (looked for {' '.join(SUFFIXES)})")
-    return paths, left_out
-
-
-def is_text(path):
-    return str(path).lower().endswith(tuple(SUFFIXES))
+    return {os.path.realpath(path): os.path.abspath(path) for path in found}, left_out
 
 
 def settle_documents(paths, options, val_fraction):
-    """Set options.cut if the text has hardly any separators. -> the share of documents to hold out."""
-    keys, size = look_at(paths, options)
-    plain = len(paths) < FEW_DOCUMENTS and all(kind(path) == "text" for path in paths)
-    if plain and len(keys) < FEW_DOCUMENTS and size >= 2 * CUT[0]:
+    """Set options.cut if the text has hardly any separators. -> the share of documents to hold out"""
+    size = sum(map(os.path.getsize, paths))
+    plain = size >= 2 * CUT[0] and all(kind(path) == "text" for path in paths)
+    if plain and (n := len(first_hashes(paths, options, FEW_DOCUMENTS))) < FEW_DOCUMENTS:
         options.cut = min(max(size // 1000, CUT[0]), CUT[1])
         print(
-            f"{len(keys)} documents are too few to hold some out: the text is cut into documents of "
-            f"{options.cut / 1000:.0f} kB or more, at empty lines if there are any. Give --val=FILE or a "
-            "--separator to avoid it"
+            f"too few documents ({n}): the text is cut after {options.cut:,} bytes, at empty lines"
         )
-        keys, _ = look_at(paths, options)
-    if 0 < len(keys) < MANY_DOCUMENTS:
-        if val_fraction == Config.val_fraction:
-            val_fraction = min(0.1, FEW_DOCUMENTS / len(keys))
-            print(
-                f"{len(keys):,} documents are few: {val_fraction:.1%} are held out (see --val_fraction)"
-            )
-        val_fraction = max(val_fraction, math.nextafter(min(keys) / 2**64, 1))  # one at least
-    return val_fraction
+    hashes = first_hashes(paths, options, MANY_DOCUMENTS)
+    if not 0 < (n := len(hashes)) < MANY_DOCUMENTS:
+        return val_fraction
+    if val_fraction == Config.val_fraction:
+        val_fraction = min(0.1, FEW_DOCUMENTS / n)
+        print(f"{n:,} documents are few: {val_fraction:.1%} are held out (see --val_fraction)")
+    return max(val_fraction, math.nextafter(min(hashes) / 2**64, 1))  # one at least
 
 
-def look_at(paths, options):
-    """Look at the beginning of the files. -> hashes of up to MANY_DOCUMENTS documents, characters"""
-    keys, size = [], 0
-    for place, key, text, _ in choose(paths, "train", options):
-        keys += [int(key, 16)] * (place == "train")
-        size += len(text)
-        if len(keys) >= MANY_DOCUMENTS or len(keys) < FEW_DOCUMENTS and size >= 1000 * CUT[1]:
-            break
-    return keys, size
+def first_hashes(paths, options, n):
+    """-> the hashes of the first n documents"""
+    chosen = choose(paths, "train", options)
+    return list(islice((int(key, 16) for place, key, *_ in chosen if place == "train"), n))
 
 
 def main(config):
     if not 0 < config.val_fraction < 1 or config.workers < 0:
         raise UserError("--val_fraction must lie between 0 and 1, --workers must be at least 0")
-    val_paths, val_left_out = find_files([v for v in config.val.split(",") if v])
+    held_out, val_left_out = find_files([v for v in config.val.split(",") if v])
     found, left_out = find_files(config.inputs)
-    held_out = set(map(os.path.realpath, val_paths))
-    paths = [path for path in found if os.path.realpath(path) not in held_out]
+    val_paths, paths = [*held_out.values()], [found[real] for real in found if real not in held_out]
     if not paths:
         raise UserError("all inputs are files to validate on, and nothing is left to train on")
     said = {"left out, hidden or of another kind": left_out + val_left_out, "reading": paths}
-    said["read as plain text"] = [path for path in paths + val_paths if not is_text(path)]
+    plain = [path for path in paths + val_paths if kind(path) == "text"]
+    said["read as plain text"] = [path for path in plain if not path.lower().endswith(SUFFIXES)]
     for what, names in (said | {"held out": val_paths}).items():
         if names:
             print(f"{what}: {len(names):,}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
@@ -131,8 +118,9 @@ def main(config):
     if prepared(config.out_dir, knobs, config.overwrite):
         return
     options, val_fraction = Options(config.separator, config.field), config.val_fraction
-    inputs = [("val", val_paths), ("train", paths)] if val_paths else [("", paths)]
+    inputs = [("val", val_paths), ("train", paths)]
     if not val_paths:
+        inputs = [("", paths)]
         val_fraction = settle_documents(paths, options, val_fraction)
     out = Writer(config.out_dir, tokenizer, knobs, n_shard)
     prepare(inputs, out, options, val_fraction=val_fraction, workers=config.workers)
