@@ -34,31 +34,26 @@ def renamed(values):
 def load_metrics(folder):
     """Rows (dicts, ascending step) of a run folder.
 
-    Where a resumed run repeats steps, the later rows count; rows of one step are merged. A torn last line (of
-    a killed process) is skipped with a note. UserError: no such run, or a bad line, as file:line.
+    Where a resumed run repeats steps, the later rows count. A torn last line (of a killed process) is skipped
+    with a note. UserError: no such run, or a bad line, as file:line.
     """
-    path = Path(folder) / "metrics.jsonl"
+    path, rows = Path(folder) / "metrics.jsonl", []
     if not path.exists():
         raise UserError(f"{folder}: no metrics.jsonl there, so it is not the folder of a run")
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
-    rows = []
     for n, line in enumerate(lines, 1):
         try:
             row = {k: v for k, v in renamed(json.loads(line)).items() if v is not None}
-            if type(row["step"]) is not int:
-                raise TypeError
+            step = row["step"]
+            while rows and rows[-1]["step"] >= step:
+                rows.pop()
             if not all(type(row.get(key, 0)) in (int, float) for key in NUMBERS):
                 raise TypeError
+            rows.append(row)
         except (ValueError, KeyError, TypeError, AttributeError):
             if n < len(lines) or line.endswith("}"):
                 raise UserError(f"{path}:{n}: not a row of train.py: {line[:40]!r}") from None
             print(f"note: {path}:{n}: torn last line skipped", file=sys.stderr)
-            break
-        if rows and row["step"] < rows[-1]["step"]:
-            rows = [old for old in rows if old["step"] < row["step"]]
-        if rows and row["step"] == rows[-1]["step"]:
-            row = rows.pop() | row
-        rows.append(row)
     return rows
 
 
@@ -77,40 +72,30 @@ def describe(folder):
 
 def read_table(path):
     """The rows of runs.csv or curves.csv as dicts of text, without empty cells."""
-    try:
-        with open(path, newline="", encoding="utf-8") as f:
-            lines = list(csv.DictReader(f))
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path} is not a table of tools.keep: {e}") from None
-    for n, line in enumerate(lines, 2):
-        if None in line or None in line.values() or not line.get("run"):
-            raise UserError(f"{path}: row {n} does not have the columns of the first line")
-    return [renamed({key: value for key, value in line.items() if value}) for line in lines]
+    with open(path, newline="", encoding="utf-8") as f:
+        return [renamed({k: v for k, v in line.items() if v}) for line in csv.DictReader(f)]
 
 
-def numbers(path, line, keys):
+def numbers(line, keys):
     """Those `keys` of a row of text that it has, as numbers."""
-    try:
-        known = {key: line[key] for key in keys if key in line}
-        return {key: int(v) if v.isdigit() else float(v) for key, v in known.items()}
-    except ValueError as e:
-        raise UserError(f"{path}: a row of {line['run']} does not hold numbers: {e}") from None
+    known = {key: line[key] for key in keys if key in line}
+    return {key: int(v) if v.isdigit() else float(v) for key, v in known.items()}
 
 
 def read_kept(folder, wanted="*"):
     """Runs that tools/keep.py kept in `folder` and whose name or label matches the pattern `wanted`. The rows
     of a run without a curve are its last one alone."""
-    table, curves = read_table(folder / "runs.csv"), {}
+    rows = {}  # by run
     for line in read_table(folder / "curves.csv") if (folder / "curves.csv").exists() else ():
-        row = numbers(folder / "curves.csv", line, [key for key in line if key != "run"])
-        curves.setdefault(line["run"], []).append(row)
-    for line in table:
-        if any(fnmatch(line.get(key, ""), wanted) for key in ("run", "label")):
-            if not {"steps", "max_steps", "bag_size"} <= line.keys():
-                raise UserError(f"{folder / 'runs.csv'} was not written by tools.keep")
-            end = numbers(folder / "runs.csv", line, ("steps", "max_steps", *ENDS))
-            rows = curves.get(line["run"]) or [{"step": end["steps"]} | end]
-            yield dict(name=line["run"], label=line.get("label"), rows=rows, facts=line)
+        rows.setdefault(line.pop("run"), []).append(numbers(line, line))
+    for line in read_table(folder / "runs.csv"):
+        if not {"label", "steps", "max_steps", "bag_size"} <= line.keys():
+            todo = "name the folders of its runs"
+            raise UserError(f"{folder / 'runs.csv'} was not written by tools.keep; {todo}")
+        name, label = line["run"], line["label"]
+        if fnmatch(name, wanted) or fnmatch(label, wanted):
+            last = {"step": int(line["steps"])} | numbers(line, ENDS)
+            yield dict(name=name, label=label, rows=rows.get(name, [last]), facts=line)
 
 
 def read_runs(paths):
