@@ -1,4 +1,4 @@
-"""The paper's 270M model, shape inferred. Paper (DCLM): baseline 3.212, TST 3.142; in 100k steps 3.092, 3.048.
+"""The paper's 270M model, shape inferred. Paper (DCLM): baseline 3.212, TST 3.142; 100k steps 3.092, 3.048.
 Data: python data/dclm/prepare.py --tokens=105B --encoding=path/to/llama-3/tokenizer.model"""
 
 dataset = "dclm"

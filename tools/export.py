@@ -14,9 +14,13 @@ of experts), and the padding of the vocabulary is left out.
 
 import json
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/export.py
 
 import torch
 
