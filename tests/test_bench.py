@@ -55,8 +55,8 @@ def test_variants_take_turns_after_an_unmeasured_call_and_the_median_counts(cloc
 
 
 def test_a_step_has_the_ratios_of_its_table(figures, clock, monkeypatch):
-    """A micro-step of s 1 takes 1.5 seconds, of s 3 2.5, the update half a second; the machine could do the
-    FLOPs of ten steps in two seconds. The config has 64 micro-steps."""
+    """A step of s 1 takes 2 seconds, of s 3 3 seconds, the update in it half a second; the machine could do
+    the FLOPs of ten steps in two seconds. The config has 64 micro-steps."""
     made = []
 
     class Slow(bench.Step):
@@ -64,8 +64,8 @@ def test_a_step_has_the_ratios_of_its_table(figures, clock, monkeypatch):
             super().__init__(*args)
             made.append(self.positions * self.model.flops_per_position())
 
-        def micro(self, s):
-            clock.now += {1: 1.5, 3: 2.5}[s]
+        def __call__(self, s):
+            clock.now += {1: 2.0, 3: 3.0}[s]
 
         def update(self):
             clock.now += 0.5
@@ -87,8 +87,7 @@ def test_a_step_has_the_ratios_of_its_table(figures, clock, monkeypatch):
 def test_a_real_step_trains_with_twins_or_without(plain):
     step = bench.Step(bench.Bench(bench.Config(**ON_CPU, rows=2, plain=plain)), "curves")
     before = [p.detach().clone() for p in step.model.parameters()]
-    step.micro(3)
-    step.update()
+    step(3)
     assert all((p != old).any() for p, old in zip(step.model.parameters(), before))
     assert (type(step.model.head) is Head) == plain
 

@@ -183,8 +183,8 @@ def read_shape(b, name, **changes):
 
 
 class Step:
-    """A training step: micro(s), forward and backward on bags of s tokens, for each micro-batch, then
-    update(). b, name, changes: see read_shape."""
+    """A training step: forward and backward on a micro-batch of bags of s tokens, then update(), a fixed
+    part. b, name, changes: see read_shape."""
 
     def __init__(self, b, name, **changes):
         self.b, (shape, self.rows, knobs) = b, read_shape(b, name, **changes)
@@ -199,7 +199,7 @@ class Step:
         self.positions = self.rows * shape.block_size
         self.n_micro = max(1, knobs.total_batch // self.positions)  # on one device
 
-    def micro(self, s):
+    def __call__(self, s):
         self.optimizer.zero_grad()
         shape = self.model.config
         size = self.rows, (shape.block_size + 1) * s
@@ -207,6 +207,7 @@ class Step:
         with self.b.machine.autocast():
             loss, routing = self.net(*bags_and_labels(tokens, s, s))
         (loss + 0.001 * routing["balance_loss"].mean() if routing else loss).backward()
+        self.update()
 
     def update(self):
         clip_gradients(self.model, 1.0)
@@ -222,11 +223,11 @@ def busy_seconds(events):
 def time_steps(b, title, variants):
     """Table of {name: (Step, s)}. MFU is that of one micro-step, then of as many as the config takes on one
     device; `busy` is the time of the GPU's kernels over the time of a step."""
-    micro = {name: partial(step.micro, s) for name, (step, s) in variants.items()}
-    t = b.seconds(micro | {step: step.update for step, _ in variants.values()})
+    runs = {name: partial(step, s) for name, (step, s) in variants.items()}
+    t = b.seconds(runs | {step: step.update for step, _ in variants.values()})
     peak, table = b.machine.peak_flops, []
     for name, (step, _) in variants.items():
-        seconds, flops = t[name] + t[step], step.positions * step.model.flops_per_position()
+        seconds, flops = t[name], step.positions * step.model.flops_per_position()
         row = {"": name, "active parameters": step.model.n_params(active=True)}
         row |= {"ms": seconds * 1e3, "ms of update": t[step] * 1e3}
         row["time / first"] = row["ms"] / table[0]["ms"] if table else 1.0
@@ -234,11 +235,10 @@ def time_steps(b, title, variants):
         if peak:
             n = step.n_micro
             row["MFU"] = flops / seconds / peak
-            row[f"at {n} micro-steps"] = n * flops / (n * t[name] + t[step]) / peak
+            row[f"at {n} micro-steps"] = n * flops / (n * seconds - (n - 1) * t[step]) / peak
         if b.cuda:
             with torch.profiler.profile() as profiler:
-                micro[name]()
-                step.update()
+                runs[name]()
                 b.wait()
             row["busy"] = busy_seconds(profiler.events()) / seconds
         table.append(row)
