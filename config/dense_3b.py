@@ -1,6 +1,5 @@
-"""The paper's 3B model: 3,337,766,912 parameters (SmolLM3-3B); block_size is inferred. Use --parallel=fsdp if
-53 GB of states do not fit on a GPU. Paper, DCLM, Llama-3 tokens, 20k steps: baseline 2.808, TST 2.676, which
-the baseline reaches after 36k steps. At equal data TST loses: 2.676 against 2.640."""
+"""The paper's 3B model; --parallel=fsdp if 53 GB of states do not fit on a GPU. Data as for dense_270m.py.
+Paper (DCLM): baseline 2.808, TST 2.676, which the baseline reaches after 36k steps."""
 
 dataset = "dclm"
 n_layer = 36

@@ -1,5 +1,5 @@
 """nanoGPT's default, GPT-2 (124M), with the blocks of this repository: 162,220,800 parameters, 123,587,328
-without the input embedding, which is not tied to the head. tools/bench.py measures speed with it."""
+without the input embedding, which is not tied to the head."""
 
 dataset = "openwebtext"  # nanoGPT's train.bin and val.bin, copied to data/openwebtext/
 n_layer = 12

@@ -1,5 +1,5 @@
 """The scale of results/paper: config/curves.py with half the rows and two thirds of the steps, for hundreds
-of runs on two CPU cores. 140 thousand parameters, 58 bytes of text for each."""
+of runs on two CPU cores. 58 bytes of text for each parameter."""
 
 dataset = "python_source"
 n_layer = 2

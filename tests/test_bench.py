@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 import train
-from model import GPT
+from model import Head
 from nanotst import UserError
 from nanotst.configurator import parse
 from nanotst.machine import Machine
@@ -21,15 +21,12 @@ from tools.runner import places
 ON_CPU = dict(device="cpu", dtype="float32", compile="off", repeats=1)
 
 
-class Clock:
-    """A clock that runs only when told to."""
-
-    def __init__(self, monkeypatch):
-        self.now = 100.0
-        monkeypatch.setattr(bench.time, "perf_counter", lambda: self.now)
-
-    def takes(self, seconds):
-        self.now += seconds
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that runs only when told to: clock.now += seconds."""
+    made = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: made.now)
+    return made
 
 
 @pytest.fixture
@@ -45,68 +42,62 @@ def figures(tmp_path):
     return of
 
 
-def test_variants_take_turns_after_an_unmeasured_call_and_the_median_counts(monkeypatch):
-    clock, order = Clock(monkeypatch), []
-    b = bench.Bench(bench.Config(**ON_CPU | {"repeats": 3}))
+def test_variants_take_turns_after_an_unmeasured_call_and_the_median_counts(clock):
+    b, order = bench.Bench(bench.Config(**ON_CPU | {"repeats": 3})), []
     left = {"a": [50, 1, 9, 2], "b": [50, 4, 5, 60]}
 
     def variant(name):
         order.append(name)
-        clock.takes(left[name].pop(0))
+        clock.now += left[name].pop(0)
 
     assert b.seconds({"a": lambda: variant("a"), "b": lambda: variant("b")}) == {"a": 2, "b": 5}
     assert order == ["a", "b"] * 4
 
 
-def test_a_step_has_the_ratios_of_its_table(figures, monkeypatch):
-    """A micro-step of s 1 takes 1.5 seconds, of s 3 2.5, the update half a second; the machine could do the
-    FLOPs of ten steps in two seconds. The config has 64 micro-steps."""
-    clock, made = Clock(monkeypatch), []
+def test_a_step_has_the_ratios_of_its_table(figures, clock, monkeypatch):
+    """A step of s 1 takes 2 seconds, of s 3 3 seconds, the update in it half a second; the machine could do
+    the FLOPs of ten steps in two seconds. The config has 64 micro-steps."""
+    made = []
 
     class Slow(bench.Step):
-        def __init__(self, *args, **changes):
-            super().__init__(*args, **changes)
+        def __init__(self, *args):
+            super().__init__(*args)
             made.append(self.positions * self.model.flops_per_position())
 
-        def micro(self, s):
-            clock.takes({1: 1.5, 3: 2.5}[s])
+        def __call__(self, s):
+            clock.now += {1: 2.0, 3: 3.0}[s]
 
         def update(self):
-            clock.takes(0.5)
+            clock.now += 0.5
 
     monkeypatch.setattr(bench, "Step", Slow)
     monkeypatch.setattr(Machine, "peak_flops", property(lambda self: 5 * made[0]))
-    ((title, (one, three)),) = figures(
-        parts="step", shape="curves", rows=2, bag_sizes="1,3"
-    ).items()
+    found = figures(parts="step", shape="curves", rows=2, bag_sizes="1,3")
+    ((title, (one, three)),) = found.items()
     assert title == "training step, curves, 2 rows of 128"
     assert (one[""], one["ms"], one["ms of update"], one["time / first"]) == ("s 1", 2000, 500, 1)
     assert (three["ms"], three["time / first"]) == (3000, 1.5)
     assert (one["positions/s"], three["positions/s"]) == (128, 85)
-    assert (one["data tokens/s"], three["data tokens/s"]) == (128, 256)
     assert one["MFU"] == pytest.approx(0.1)
     assert one["at 64 micro-steps"] == pytest.approx(64 / 5 / (64 * 1.5 + 0.5))
     assert one["TFLOP/s"] == pytest.approx(made[0] / 2e12)
 
 
-def test_a_real_step_trains():
-    step = bench.Step(bench.Bench(bench.Config(**ON_CPU | {"rows": 2})), "curves")
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_real_step_trains_with_twins_or_without(plain):
+    step = bench.Step(bench.Bench(bench.Config(**ON_CPU, rows=2, plain=plain)), "curves")
     before = [p.detach().clone() for p in step.model.parameters()]
     step(3)
     assert all((p != old).any() for p, old in zip(step.model.parameters(), before))
+    assert (type(step.model.head) is Head) == plain
 
 
-@pytest.mark.parametrize(
-    "name, parameters, rows", [("gpu", 3_344_640, 64), ("gpt2_124m", 162_220_800, 64)]
-)
-def test_shapes_are_those_of_the_configs_and_shorter_on_a_cpu(name, parameters, rows):
+def test_long_contexts_are_cut_on_a_cpu():
     b = bench.Bench(bench.Config(**ON_CPU))
-    shape, rows_on_cpu, _ = bench.read_shape(b, name)
-    assert (shape.block_size, rows_on_cpu) == (256, 1)
-    b.cuda = True
-    shape, rows_on_cuda, _ = bench.read_shape(b, name)
-    with torch.device("meta"):
-        assert GPT(shape).n_params() == parameters and rows_on_cuda == rows
+    for cuda, sizes in ((False, (256, 1)), (True, (512, 64))):
+        b.cuda = cuda
+        shape, rows, _ = bench.read_shape(b, "gpu")
+        assert (shape.block_size, rows) == sizes
 
 
 def test_busy_seconds_are_those_of_kernels():
@@ -117,31 +108,31 @@ def test_busy_seconds_are_those_of_kernels():
         return SimpleNamespace(device_type=device, time_range=span, is_user_annotation=annotation)
 
     events = [event(kind.CUDA, 30.0), event(kind.CUDA, 12.0), event(kind.CPU, 500.0)]
-    assert bench.busy_seconds([*events, event(kind.CUDA, 60.0, annotation=True)]) == pytest.approx(
-        42e-6
-    )
+    events.append(event(kind.CUDA, 60.0, annotation=True))
+    assert bench.busy_seconds(events) == pytest.approx(42e-6)
 
 
 @pytest.fixture
 def called_once(monkeypatch):
     """Variants are called once and take 1, 2, 3 ... seconds, and as many MB."""
-    numbers = itertools.count(1)
-    seconds = lambda b, variants: {
-        k: (v(), float(i))[1] for i, (k, v) in enumerate(variants.items(), 1)
-    }
+
+    def seconds(b, variants):
+        for variant in variants.values():
+            variant()
+        return dict(zip(variants, itertools.count(1)))
+
+    megabytes = map((1e6).__mul__, itertools.count(1))
     monkeypatch.setattr(bench.Bench, "seconds", seconds)
-    monkeypatch.setattr(bench.Bench, "extra_memory", lambda b, variant: next(numbers) * 1e6)
+    monkeypatch.setattr(bench.Bench, "extra_memory", lambda b, variant: next(megabytes))
 
 
 def test_losses_are_timed_against_cross_entropy_of_one_label(figures, called_once):
     ((title, rows),) = figures(parts="loss", positions=32).items()
     assert title == "loss alone, N 32, V 50304, C 256"
-    names = [name for name in ("paper's loop", "plain MCE", "fused MCE") for _ in range(3)]
-    assert [row["loss"] for row in rows] == ["cross-entropy", *names]
-    assert [row["s"] for row in rows] == [1, *[1, 8, 16] * 3]
+    kinds = "cross-entropies", "plain MCE", "fused MCE"
+    assert [(row["loss"], row["s"]) for row in rows] == [(k, s) for k in kinds for s in (1, 8, 16)]
     for i, row in enumerate(rows, 1):
-        assert (row["ms"], row["time / first"]) == (1e3 * i, i)
-        assert (row["extra MB"], row["memory / first"]) == (i, i)
+        assert (row["ms"], row["time / first"], row["MB"], row["MB / first"]) == (1e3 * i, i, i, i)
 
 
 def test_loader_counts_the_tokens_of_bags(figures, called_once):
@@ -172,29 +163,26 @@ for i in range(41):
 def test_trainers_are_compared_by_their_later_steps_in_the_users_environment(
     figures, monkeypatch, tmp_path
 ):
-    folders = {name: tmp_path / name for name in ("theirs", "ours")}
-    for folder in folders.values():
+    folders = [tmp_path / "theirs", tmp_path / "ours"]
+    for folder in folders:
         folder.mkdir()
         (folder / "train.py").write_text(TRAINER)
-    (folders["ours"] / "config").symlink_to(bench.ROOT / "config")
-    monkeypatch.setattr(bench, "ROOT", folders["ours"])
+    (tmp_path / "ours" / "config").symlink_to(ROOT / "config")
+    monkeypatch.setattr(bench, "ROOT", tmp_path / "ours")
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # as nanotst may set it in its own process
     monkeypatch.delitem(bench.USERS_ENVIRONMENT, "GOMP_SPINCOUNT", raising=False)
-    found = figures(parts="nanogpt", rows=2, repeats=3, nanogpt=str(folders["theirs"]))
+    found = figures(parts="nanogpt", rows=2, repeats=3, nanogpt=str(tmp_path / "theirs"))
     ((title, (theirs, ours)),) = found.items()
     assert title == "against nanoGPT's train.py, curves, 2 rows of 128"
     assert (theirs["trainer"], theirs["ms"], theirs["tokens/s"]) == ("nanoGPT", 4, 2 * 128 * 250)
     assert (ours["trainer"], ours["ms"], ours["tokens/s"]) == ("nanoTST", 2, 2 * 128 * 500)
     assert (theirs["tokens/s / nanoGPT"], ours["tokens/s / nanoGPT"]) == (1, 2)
-    calls = [
-        [json.loads(line) for line in (folder / "arguments.txt").read_text().splitlines()]
-        for folder in folders.values()
-    ]
-    assert [len(each) for each in calls] == [3, 3] and all(
-        call[-1] is None for each in calls for call in each
-    )
-    assert {"--batch_size=2", "--n_layer=2", "--n_embd=64"} <= set(calls[0][0])
-    c = parse(train.Config, [str(ROOT / calls[1][0][0]), *calls[1][0][1:-1]])
+    logs = [(folder / "arguments.txt").read_text().splitlines() for folder in folders]
+    theirs, ours = ([json.loads(line) for line in log] for log in logs)
+    assert len(theirs) == len(ours) == 3
+    assert {call.pop() for call in theirs + ours} == {bench.USERS_ENVIRONMENT.get("GOMP_SPINCOUNT")}
+    assert {"--batch_size=2", "--n_layer=2", "--n_embd=64"} <= set(theirs[0])
+    c = parse(train.Config, [str(ROOT / ours[0][0]), *ours[0][1:]])
     assert (c.total_batch, c.max_steps, c.bag_size, c.dtype) == (256, 40, 1, "float32")
     train.check(c, 1)
 
@@ -219,29 +207,31 @@ def test_what_it_does_not_know_is_one_line(wrong, words):
         bench.main(bench.Config(**{**ON_CPU, **wrong}))
 
 
+# Writes down what it is asked for, and the figures that bench would
+PYTHON = """#!/bin/sh
+for word; do
+    echo "$word" >> "$OUT/log"
+    case $word in --json=*) echo {} > "${word#--json=}" ;; esac
+done
+echo >> "$OUT/log"
+"""
+
+
 def test_every_part_of_gpu_sh_is_command_lines_that_work(tmp_path):
-    """With a Python that only writes down what it is asked for, and the figures that bench would."""
     python, log = tmp_path / "python", tmp_path / "log"
-    python.write_text(
-        f'#!/bin/sh\nfor word; do printf "%s\\n" "$word" >> {log}; case $word in --json=*) echo {{}} > '
-        f'"${{word#--json=}}" ;; esac; done\necho "" >> {log}\n'
-    )
+    python.write_text(PYTHON)
     python.chmod(0o755)
-    env = {
-        "PATH": os.environ["PATH"],
-        "PYTHON": str(python),
-        "OUT": str(tmp_path),
-        "NANOGPT": "clone",
-    }
+    env = dict(PATH=os.environ["PATH"], PYTHON=str(python), OUT=str(tmp_path), NANOGPT="clone")
+    how = dict(cwd=ROOT, env=env, capture_output=True, text=True)
     script = ["bash", str(ROOT / "examples" / "gpu.sh")]
-    for again, dry in enumerate(([], ["--dry-run"])):
+    for dry in ([], ["--dry-run"]):
         log.write_text("")
-        done = subprocess.run([*script, *dry], cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run([*script, *dry], **how)
         assert done.returncode == 0 and not done.stderr
         calls = [call.split("\n")[1:] for call in log.read_text().strip().split("\n\n")]
         assert calls[0] == ["pytest", "-q", "tests/cuda"]
         tools = [name for name, *_ in calls[1:]]
-        assert tools == ["tools.bench"] * 3 * (not again) + ["tools.sweep"] * 6  # kept figures stay
+        assert tools == ["tools.bench"] * 3 * (not dry) + ["tools.sweep"] * 6  # kept figures stay
         steps = set()
         for name, *arguments in calls[1:]:
             if name == "tools.bench":
@@ -249,13 +239,10 @@ def test_every_part_of_gpu_sh_is_command_lines_that_work(tmp_path):
                 assert set(c.parts.split(",")) <= set(bench.PARTS)
                 continue
             c = parse(sweep.Config, places(arguments, sweep.Config))
-            members, _ = sweep.plan(c.arguments, tmp_path / c.out_dir)
-            for member in members:
+            for member in sweep.plan(c.arguments, tmp_path / c.out_dir)[0]:
                 run = parse(train.Config, member.arguments)
                 train.check(run, 1)
                 steps.add(run.max_steps)
         assert steps == ({10} if dry else {1500, 2000, 3000, 4200, 6000})
-    unknown = subprocess.run(
-        [*script, "nothing"], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    unknown = subprocess.run([*script, "nothing"], **how)
     assert unknown.returncode == 1 and "no part nothing; there are checks" in unknown.stderr

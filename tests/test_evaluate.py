@@ -62,6 +62,11 @@ def cells(text, start):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def number(cell):
+    """The number in a cell, without its error."""
+    return float(cell.split(" ±")[0])
+
+
 @pytest.mark.parametrize("own", [{}, dict(n_expert=4, top_k=2, attention_window=5)])
 def test_losses_are_those_of_a_plain_loop(own, monkeypatch):
     """Each row and position by itself, whatever the number of rows computed at once."""
@@ -117,10 +122,9 @@ def test_the_loss_is_the_one_that_training_logs(runs, said):
     means = {"plain": sum(losses[:2]) / 2, "TST": sum(losses[2:]) / 2}
     for label, mean in means.items():
         _, seeds, _, nats, bits, difference = cells(text, label)
-        assert seeds == "2" and float(nats.split(" ± ")[0]) == pytest.approx(mean, abs=1e-4)
-        assert float(bits) == pytest.approx(mean / math.log(2) / 2, abs=1e-4)
-    found = float(difference.split(" ± ")[0])
-    assert found == pytest.approx(means["TST"] - means["plain"], abs=2e-4)
+        assert seeds == "2" and number(nats) == pytest.approx(mean, abs=1e-4)
+        assert number(bits) == pytest.approx(mean / math.log(2) / 2, abs=1e-4)
+    assert number(difference) == pytest.approx(means["TST"] - means["plain"], abs=2e-4)
 
 
 def test_text_of_another_kind(runs, said, tmp_path):
@@ -128,7 +132,7 @@ def test_text_of_another_kind(runs, said, tmp_path):
     _, paths, _ = runs
     other = write_bytes(tmp_path / "other", 7, bytes_per_token=4.0)
     text = said(paths[0], paths[2], f"--dataset={other}")
-    nats, bits = (float(cell.split(" ±")[0]) for cell in cells(text, "s3_1")[3:5])
+    nats, bits = map(number, cells(text, "s3_1")[3:5])
     assert bits == pytest.approx(nats / math.log(2) / 4, abs=1e-3)
     assert f"Trained on another corpus than {other}: s1_1, s3_1." in text
     foreign = write_corpus(tmp_path / "foreign", range(90), range(90), 100)
@@ -136,14 +140,18 @@ def test_text_of_another_kind(runs, said, tmp_path):
         said(paths[0], f"--dataset={foreign}")
 
 
-def test_a_mixture_is_evaluated_by_its_parts(runs, run, said, tmp_path):
+def test_a_mixture_is_evaluated_by_its_parts_and_what_differs_in_training_is_said(
+    runs, run, said, tmp_path
+):
     other = write_bytes(tmp_path / "other", 7)
     mixture = dict(dataset=f"{runs[0]}:0.5,{other}:0.5", out_dir=str(tmp_path / "mixed"))
-    row = run(**mixture, eval_positions=480)[-1]
-    text = said(str(tmp_path / "mixed" / "last.pt"), "--eval_positions=480")
+    row = run(**mixture, eval_positions=480, learning_rate=0.02)[-1]
+    mixed = str(tmp_path / "mixed" / "last.pt")
+    text = said(mixed, runs[1][2], "--eval_positions=480")
+    assert "learning_rate 0.02 (mixed), 0.01 (s3_1)" in text
     for name in ("text", "other"):
         part = text[text.index(f"{name}: 30 rows") :]
-        loss = float(cells(part, "mixed")[3].split(" ±")[0])
+        loss = number(cells(part, "mixed")[3])
         assert loss == pytest.approx(row[f"val_loss_{name}"], abs=1e-4)
 
 
@@ -156,8 +164,7 @@ def test_longer_rows_continue_where_the_trained_ones_end(runs, said):
     long = evaluate.losses_of(paths[0], checkpoint, rows, buckets, device)
     assert long[:, :-1] == pytest.approx(usual[:, :-1], abs=1e-6)
     text = said(paths[0], "--block_size=40", "--eval_positions=400", "--by_position")
-    assert "longer than in training, 16" in text
-    assert float(cells(text, "1")[1].split(" ±")[0]) == pytest.approx(long[:, 0].mean(), abs=1e-4)
+    assert number(cells(text, "1")[1]) == pytest.approx(long[:, 0].mean(), abs=1e-4)
     assert cells(text, "33-40")
 
 
@@ -170,33 +177,20 @@ def test_the_picture_shows_the_table(runs, said, tmp_path, monkeypatch):
     assert picture.read_bytes().startswith(b"\x89PNG")
     left, right = drawn[0].axes
     for i, context in enumerate(("1", "2", "3-4", "5-8", "9-16")):
-        shown = [float(cell.split(" ±")[0]) for cell in cells(text, context)[1:]]
-        ys = [
-            left.lines[0].get_ydata()[i],
-            left.lines[1].get_ydata()[i],
-            right.lines[1].get_ydata()[i],
-        ]
-        assert shown == pytest.approx(ys, abs=1e-4)
-
-
-def test_what_differs_in_training_is_said(run, said, tmp_path):
-    for name, rate in (("a", 0.01), ("b", 0.02)):
-        run(out_dir=str(tmp_path / name), learning_rate=rate)
-    text = said(*(str(tmp_path / name / "best.pt") for name in "ab"))
-    assert "learning_rate 0.01 (a), 0.02 (b)" in text
+        ys = [line.get_ydata()[i] for line in (*left.lines, right.lines[1])]
+        assert [number(cell) for cell in cells(text, context)[1:]] == pytest.approx(ys, abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "argument, words",
     [
-        (["--labels=a"], "--labels has 1 labels for 2 checkpoints"),
-        (["--baseline=x"], "--baseline=x is none of s1_1, s3_1"),
-        (["--block_size=5000"], "block_size 5000 is longer than the 500 validation tokens"),
-        (["--block_size=-1"], "block_size must not be negative"),
-        (["--eval_positions=0"], "eval_positions at least 1"),
-        (["missing.pt"], "there is no checkpoint missing.pt"),
+        ("--labels=a", "--labels has 1 labels for 2 checkpoints"),
+        ("--block_size=5000", "block_size 5000 is longer than the 500 validation tokens"),
+        ("--block_size=-1", "block_size must not be negative"),
+        ("--eval_positions=0", "eval_positions at least 1"),
+        ("missing.pt", "there is no checkpoint missing.pt"),
     ],
 )
-def test_what_cannot_work_is_one_line(argv, words, runs, said):
+def test_what_cannot_work_is_one_line(argument, words, runs, said):
     with pytest.raises(UserError, match=words):
-        said(runs[1][0], runs[1][2], *argv)
+        said(runs[1][0], runs[1][2], argument)

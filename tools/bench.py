@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """How fast training is, as ratios measured in one run.
 
     python -m tools.bench                              sizes that suit the GPU, or the CPU if there is none
@@ -8,12 +7,6 @@
 The variants of a part take turns, so a machine whose speed drifts slows all of them alike; medians are shown.
 Memory is the peak above what was held before the call: of the allocator on CUDA, of the process on Linux.
 """
-
-import os
-
-from nanotst import USERS_ENVIRONMENT, UserError  # before torch: it sets how torch's threads wait
-
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as in train.py
 
 import contextlib
 import ctypes
@@ -27,17 +20,21 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/bench.py
+
+import train  # before torch: it sets how threads wait and how memory grows on CUDA
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import train
 from model import GPT
+from nanotst import USERS_ENVIRONMENT, UserError
 from nanotst.checkpoint import model_config
 from nanotst.configurator import entry_point, parse
 from nanotst.kernels import linear_multi_hot_cross_entropy, use_twins
@@ -48,7 +45,7 @@ from nanotst.stream import TokenStream
 from tools.runs import markdown_table
 from tst import bags_and_labels, multi_hot_cross_entropy, phase_list
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(train.__file__).parent
 
 
 @dataclass
@@ -59,8 +56,9 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # dtype of matrix products
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto is on for cuda
+    plain: bool = False  # only the plain code of model.py and tst.py, without faster twins
     shape: str = ""  # step, nanogpt: a file of config/; empty: gpt2_124m, for nanogpt curves
-    rows: int = 0  # step, nanogpt: rows of a micro-batch; 0: the config's
+    rows: int = 0  # step, moe, nanogpt: rows of a micro-batch; 0: the config's
     bag_sizes: str = "1,2,4,8,16"  # step: bag sizes
     positions: int = 0  # loss: positions; 0: 8192 on cuda, else 4096
     repeats: int = 7  # repetitions of each variant; for nanogpt runs of each trainer, at most 3
@@ -122,7 +120,7 @@ class Bench:
     def table(self, title, rows):
         """Print rows, dicts of column to number or text, under a title, and keep them as figures."""
         self.figures[title] = rows
-        text = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
+        text = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
         cells = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
         print(f"\n{title}\n\n{markdown_table(cells)}")
 
@@ -133,8 +131,8 @@ def roofline(b):
     x, y = (torch.randn(n, n, device=b.device, dtype=b.dtype) for _ in range(2))
     big = torch.randn(2**30 if b.cuda else 2**26, device=b.device)
     t = b.seconds({"product": lambda: x @ y, "copy": lambda: big.clone()})
-    rates = 2 * n**3 / t["product"] / 1e12, 2 * big.nbytes / t["copy"] / 1e9
-    b.table("roofline", [dict(zip((f"TFLOP/s of {n} x {n}", "copy GB/s"), rates))])
+    rates = {f"TFLOP/s of {n} x {n}": 2 * n**3 / t["product"] / 1e12}
+    b.table("roofline", [rates | {"copy GB/s": 2 * big.nbytes / t["copy"] / 1e9}])
 
 
 def loss(b):
@@ -144,35 +142,33 @@ def loss(b):
     weight = (torch.randn(V, C, device=b.device) * 0.02).requires_grad_()  # (V, C)
     logits = lambda: (hidden @ weight.to(b.dtype).T).float()  # (N, V)
 
-    def paper(y):  # a cross-entropy for each label of the bag
+    def cross_entropies(labels):  # the paper's loop; with one label, ordinary cross-entropy
         z = logits()
-        return sum(F.cross_entropy(z, y[:, i]) for i in range(y.size(1))) / y.size(1)
+        return sum(F.cross_entropy(z, y) for y in labels.T) / labels.size(1)
 
-    def once(f, y):
+    def once(f, labels):
         hidden.grad = weight.grad = None
-        f(y).backward()
+        f(labels).backward()
 
     kinds = {
-        "cross-entropy": lambda y: F.cross_entropy(logits(), y[:, 0]),
-        "paper's loop": paper,
-        "plain MCE": lambda y: multi_hot_cross_entropy(logits(), y),
-        "fused MCE": lambda y: linear_multi_hot_cross_entropy(hidden, weight, y),
+        "cross-entropies": cross_entropies,
+        "plain MCE": lambda labels: multi_hot_cross_entropy(logits(), labels),
+        "fused MCE": lambda labels: linear_multi_hot_cross_entropy(hidden, weight, labels),
     }
     variants = {}
-    for name, f in kinds.items():
-        f = torch.compile(f, dynamic=False) if b.compiled else f
-        for s in (1,) if name == "cross-entropy" else (1, 8, 16):
-            labels = torch.randint(0, V, (N, s), device=b.device)  # (N, s)
-            # the paper's loop keeps a softmax for each label
-            if name != "paper's loop" or (s + 10) * 4 * N * V < 0.8 * b.machine.memory:
-                variants[name, s] = partial(once, f, labels)
+    for (name, f), s in itertools.product(kinds.items(), (1, 8, 16)):
+        # the paper's loop keeps a softmax for each label
+        if f != cross_entropies or s == 1 or (s + 10) * 4 * N * V < 0.8 * b.machine.memory:
+            f = torch.compile(f, dynamic=False) if b.compiled else f
+            variants[name, s] = partial(once, f, torch.randint(V, (N, s), device=b.device))
     t, rows = b.seconds(variants), []
     for (name, s), variant in variants.items():
         hidden.grad = weight.grad = None  # or the gradients before would be freed in this call
-        ms, megabytes = t[name, s] * 1e3, b.extra_memory(variant) / 1e6
-        rows.append({"loss": name, "s": s, "ms": ms, "extra MB": megabytes})
-        rows[-1]["time / first"] = ms / rows[0]["ms"]
-        rows[-1]["memory / first"] = megabytes / (rows[0]["extra MB"] or 1)
+        row = {"loss": name, "s": s, "ms": t[name, s] * 1e3, "MB": b.extra_memory(variant) / 1e6}
+        first = rows[0] if rows else row
+        row["time / first"] = row["ms"] / first["ms"]
+        row["MB / first"] = row["MB"] / (first["MB"] or 1)
+        rows.append(row)
     b.table(f"loss alone, N {N}, V {V}, C {C}", rows)
 
 
@@ -187,22 +183,23 @@ def read_shape(b, name, **changes):
 
 
 class Step:
-    """A training step: micro(s), forward and backward on bags of s tokens, for each micro-batch, and a fixed
-    part, update(). b, name, changes: see read_shape."""
+    """A training step: forward and backward on a micro-batch of bags of s tokens, then update(), a fixed
+    part. b, name, changes: see read_shape."""
 
     def __init__(self, b, name, **changes):
         self.b, (shape, self.rows, knobs) = b, read_shape(b, name, **changes)
         torch.manual_seed(0)
         with torch.device(b.device):
             self.model = self.net = GPT(shape)
-        use_twins(self.model, b.machine, [(s, s) for s in map(int, b.c.bag_sizes.split(","))])
+        if not b.c.plain:
+            use_twins(self.model, b.machine, [(s, s) for s in map(int, b.c.bag_sizes.split(","))])
         if b.compiled and not (shape.n_expert and b.dtype == torch.float32):  # as in train.py
             self.net = torch.compile(self.model, dynamic=False, fullgraph=True)
         self.optimizer = make_optimizer(self.model, knobs, b.machine.device_type)
         self.positions = self.rows * shape.block_size
         self.n_micro = max(1, knobs.total_batch // self.positions)  # on one device
 
-    def micro(self, s):
+    def __call__(self, s):
         self.optimizer.zero_grad()
         shape = self.model.config
         size = self.rows, (shape.block_size + 1) * s
@@ -210,14 +207,11 @@ class Step:
         with self.b.machine.autocast():
             loss, routing = self.net(*bags_and_labels(tokens, s, s))
         (loss + 0.001 * routing["balance_loss"].mean() if routing else loss).backward()
+        self.update()
 
     def update(self):
         clip_gradients(self.model, 1.0)
         self.optimizer.step()
-
-    def __call__(self, s):
-        self.micro(s)
-        self.update()
 
 
 def busy_seconds(events):
@@ -229,20 +223,19 @@ def busy_seconds(events):
 def time_steps(b, title, variants):
     """Table of {name: (Step, s)}. MFU is that of one micro-step, then of as many as the config takes on one
     device; `busy` is the time of the GPU's kernels over the time of a step."""
-    runs, table = {name: partial(step, s) for name, (step, s) in variants.items()}, []
+    runs = {name: partial(step, s) for name, (step, s) in variants.items()}
     t = b.seconds(runs | {step: step.update for step, _ in variants.values()})
-    base, peak = t[next(iter(runs))], b.machine.peak_flops
-    for name, (step, s) in variants.items():
-        seconds, update, n = t[name], t[step], step.n_micro
+    peak, table = b.machine.peak_flops, []
+    for name, (step, _) in variants.items():
+        seconds, flops = t[name], step.positions * step.model.flops_per_position()
         row = {"": name, "active parameters": step.model.n_params(active=True)}
-        row |= {"ms": seconds * 1e3, "ms of update": update * 1e3, "time / first": seconds / base}
-        row |= {"positions/s": round(step.positions / seconds)}
-        row |= {"data tokens/s": round(s * step.positions / seconds)}
-        flops = step.positions * step.model.flops_per_position()
-        row["TFLOP/s"] = flops / seconds / 1e12
+        row |= {"ms": seconds * 1e3, "ms of update": t[step] * 1e3}
+        row["time / first"] = row["ms"] / table[0]["ms"] if table else 1.0
+        row |= {"positions/s": round(step.positions / seconds), "TFLOP/s": flops / seconds / 1e12}
         if peak:
+            n = step.n_micro
             row["MFU"] = flops / seconds / peak
-            row[f"at {n} micro-steps"] = n * flops / (n * seconds - (n - 1) * update) / peak
+            row[f"at {n} micro-steps"] = n * flops / (n * seconds - (n - 1) * t[step]) / peak
         if b.cuda:
             with torch.profiler.profile() as profiler:
                 runs[name]()
@@ -274,22 +267,21 @@ def moe(b):
 
 
 def loader(b):
-    """Tokens that the stream delivers, against what part `step` would consume (tokens at s = 16)."""
+    """Tokens that the stream reads."""
     rows, L, reads = 64, 1024, {}
     tokens = np.resize(np.arange(50257, dtype=np.uint16), 100_000_000)  # any text will do
     for s in (1, 4, 16):
-        phases, steps = phase_list(10**6, [s], 1.0), itertools.count()
-        stream = TokenStream([(tokens, Fraction(1))], L, phases, rows, range(rows), device=b.device)
-        reads[s] = lambda stream=stream, steps=steps: stream.read(next(steps)).to(b.device)
-    t = b.seconds(reads)
-    table = [{"s": s, "million tokens/s": rows * L * s / t[s] / 1e6} for s in t]
+        stream = TokenStream([(tokens, 1)], L, phase_list(10**6, [s], 1.0), rows, range(rows))
+        reads[s] = map(stream.read, range(10**6)).__next__
+    rates = {s: rows * L * s / t / 1e6 for s, t in b.seconds(reads).items()}
+    table = [{"s": s, "million tokens/s": rate} for s, rate in rates.items()]
     b.table(f"loader, {rows} rows of {L}, uint16", table)
 
 
 def time_trainer(folder, arguments):
     """Median ms of the steps of a train.py, nanoGPT's or ours, from the ninth on."""
-    command = [sys.executable, "train.py", *arguments.split()]
-    out = subprocess.run(command, cwd=folder, env=USERS_ENVIRONMENT, capture_output=True, text=True)
+    how = dict(cwd=folder, env=USERS_ENVIRONMENT, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "train.py", *arguments.split()], **how)
     steps = re.findall(r"^(?:iter|step) +(\d+)[:/].* ([\d.]+) ?ms\b", out.stdout, re.M)
     found = [float(ms) for step, ms in steps if int(step) > 8]
     if not found or out.returncode:
@@ -307,8 +299,8 @@ def nanogpt(b):
     shape, rows, _ = read_shape(b, name)
     L, V, times = shape.block_size, shape.vocab_size, {"nanoGPT": [], "nanoTST": []}
     with tempfile.TemporaryDirectory() as folder:
-        for split, n in (("train", 4_000_000), ("val", 100_000)):
-            words = V ** np.random.default_rng(0).random(n) - 1
+        for split in ("train", "val"):
+            words = V ** np.random.default_rng(0).random(4_000_000) - 1
             words.astype(np.uint16).tofile(f"{folder}/{split}.bin")
         Path(folder, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": V}))
         common = f"--dataset={folder} --block_size={L} --device={b.machine.device_type}"
@@ -318,28 +310,28 @@ def nanogpt(b):
         theirs += f" --max_iters=40 --eval_iters=1 --compile={b.cuda and b.compiled}"
         ours = f"config/{name}.py {common} --overwrite --bag_size=1 --total_batch={rows * L}"
         ours += " --batch_size=0 --max_steps=40 --eval_positions=1 --save_interval=0"
-        ours += f" --dtype={b.c.dtype} --compile={b.c.compile}"
+        ours += f" --dtype={b.c.dtype} --compile={b.c.compile} --plain={b.c.plain}"
         for _ in range(min(3, b.c.repeats)):
             times["nanoGPT"].append(time_trainer(b.c.nanogpt, theirs))
             times["nanoTST"].append(time_trainer(ROOT, ours))
-    table = []
-    for trainer, ts in times.items():
-        ms, base = statistics.median(ts), statistics.median(times["nanoGPT"])
+    medians, table = {trainer: statistics.median(ts) for trainer, ts in times.items()}, []
+    for trainer, ms in medians.items():
         row = {"trainer": trainer, "ms": ms, "tokens/s": round(rows * L / ms * 1e3)}
-        table.append(row | {"tokens/s / nanoGPT": base / ms, "ms of each run": str(ts)})
+        row |= {"tokens/s / nanoGPT": medians["nanoGPT"] / ms, "runs": str(times[trainer])}
+        table.append(row)
     b.table(f"against nanoGPT's train.py, {name}, {rows} rows of {L}", table)
 
 
-PARTS = dict(roofline=roofline, loss=loss, step=step, moe=moe, loader=loader, nanogpt=nanogpt)
+PARTS = {part.__name__: part for part in (roofline, loss, step, moe, loader, nanogpt)}
 
 
-def main(config):
-    parts = config.parts.split(",")
+def main(c):
+    parts = c.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         raise UserError(f"parts are {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    if config.repeats < 1 or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){,7}", config.bag_sizes):
+    if c.repeats < 1 or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){,7}", c.bag_sizes):
         raise UserError("repeats must be at least 1, and bag_sizes up to 8 numbers such as 1,8,16")
-    b = Bench(config)
+    b = Bench(c)
     for part in parts:
         torch.compiler.reset()  # its limit of 8 graphs counts all models together
         try:
@@ -348,8 +340,8 @@ def main(config):
             if not re.search("MemoryError|allocate memory", f"{type(e).__name__} {e}"):
                 raise
             raise UserError(f"{part}: out of memory; give fewer --rows or --positions") from None
-        if config.json:  # after each part, for a run that is cut short
-            Path(config.json).write_text(json.dumps(b.figures, indent=1))
+        if c.json:  # after each part, for a run that is cut short
+            Path(c.json).write_text(json.dumps(b.figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Validation loss of trained models by position in the context, and on text that they were not trained on.
 
 A model trained on bags has seen fewer steps of ordinary text. Does it still use what is far back? This is the
-loss for each amount of context, side by side on the same rows of text. Rows are cut out of the validation
-split wherever they fall, as in training; the token at position p (from 0) predicts the next one from p + 1
-tokens of context.
+loss for each amount of context, on the same rows of the validation split for all models. The token at
+position p (from 0) predicts the next one from p + 1 tokens of context.
 """
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/evaluate.py
 
 import numpy as np
 import torch
@@ -41,12 +43,12 @@ class Config:
     python -m tools.evaluate b1/best.pt b2/best.pt t1/best.pt t2/best.pt --labels=baseline,baseline,TST,TST
     python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --dataset=english
 
-    Checkpoints with the same label are seeds of one side, whose losses are averaged.
+    Checkpoints with the same label are seeds of one side, whose losses are averaged. The first side is the
+    one that the others are compared with.
     """
 
     checkpoints: list[str]  # best.pt or last.pt, as train.py writes them
     labels: str = ""  # a label for each checkpoint, comma-separated; empty: their folders
-    baseline: str = ""  # label of the side to compare with; empty: the first with bag size 1
     dataset: str = ""  # a corpus with the same vocabulary; empty: the first checkpoint's
     by_position: bool = False  # show the loss by tokens of context, too
     block_size: int = 0  # positions of a row; 0: as in training
@@ -65,7 +67,7 @@ def buckets_of(block_size):
 
 @torch.no_grad()
 def position_losses(model, rows, device):
-    """Next-token loss of the rows (n, L+1) at each position: (n, L) float32, nats. In float32."""
+    """Next-token loss of rows (n, L+1) at each position, in float32: (n, L), nats."""
     out, length = [], rows.size(1) - 1
     for part in rows.split(max(1, LOGITS // (length * model.config.vocab_size))):
         tokens = part.to(device).long()  # (B, L+1)
@@ -96,7 +98,7 @@ def mean_and_error(side, base=None):
 
 
 def read_sides(c):
-    """{label: [(path, checkpoint), ...]}, in the order given, and the baseline's label."""
+    """{label: [(path, checkpoint), ...]}, in the order given."""
     folders = [Path(path).resolve().parent.name for path in c.checkpoints]
     labels = folders if len(set(folders)) == len(folders) else c.checkpoints
     labels = c.labels.split(",") if c.labels else labels
@@ -105,10 +107,7 @@ def read_sides(c):
     sides = {}
     for label, path in zip(labels, c.checkpoints):
         sides.setdefault(label, []).append((path, load_checkpoint(path)))
-    if c.baseline and c.baseline not in sides:
-        raise UserError(f"--baseline={c.baseline} is none of {', '.join(sides)}")
-    ordinary = [label for label, side in sides.items() if side[0][1]["config"]["bag_size"] == 1]
-    return sides, c.baseline or [*ordinary, *sides][0]
+    return sides
 
 
 def losses_of(path, checkpoint, rows, buckets, device):
@@ -120,14 +119,14 @@ def losses_of(path, checkpoint, rows, buckets, device):
     return bucket_losses(position_losses(model.to(device).eval(), rows, device), buckets)
 
 
-def tables(losses, sides, baseline, buckets, bytes_per_token):
+def tables(losses, sides, buckets, bytes_per_token):
     """Markdown: the loss over all positions, and by tokens of context."""
 
     def cell(label, i, base=None):
         loss, error = (x[i] for x in mean_and_error(losses[label], base))
         return f"{loss:{'' if base is None else '+'}.4f}" + f" ± {error:.4f}" * bool(error)
 
-    others = [label for label in sides if label != baseline]
+    baseline, *others = sides
     whole = [["", "seeds", "bag size", "nats per token", "bits per byte", f"minus {baseline}"]]
     for label, side in sides.items():
         bits = losses[label][..., -1].mean() / math.log(2) / (bytes_per_token or math.nan)
@@ -142,22 +141,18 @@ def tables(losses, sides, baseline, buckets, bytes_per_token):
     return markdown_table(whole), markdown_table(parts)
 
 
-def draw(losses, baseline, buckets, title):
-    """A figure: loss by context, its difference to the baseline, and two standard errors."""
+def draw(losses, buckets, title):
+    """A figure: loss by context, its difference to the first side, and two standard errors."""
     fig, axes = new_figure((11, 4.6), 1, 2, "leave --out away without it")
-    x, ends = [math.sqrt(a * b) for a, b in buckets], [last for _, last in buckets]
-    for i, (label, side) in enumerate(losses.items()):
-        color = COLORS[i % len(COLORS)]
-        for ax, base in zip(axes, (None, losses[baseline])):
+    baseline, x = next(iter(losses)), [math.sqrt(first * last) for first, last in buckets]
+    whats = "validation loss", f"difference to {baseline}"
+    for ax, what, base in zip(axes, whats, (None, losses[baseline])):
+        for i, (label, side) in enumerate(losses.items()):
             y, error = (values[:-1] for values in mean_and_error(side, base))
-            ax.plot(x, y, color=color, marker=MARKERS[i % len(MARKERS)], label=label)
-            ax.fill_between(x, y - 2 * error, y + 2 * error, color=color, alpha=0.15, lw=0)
-    axes[0].set(title="Loss by context", ylabel="validation loss (nats per token)")
-    axes[1].set(title=f"Difference to {baseline}", ylabel="nats per token (below 0: better)")
-    for ax in axes:
-        ax.set(xscale="log", xlabel="tokens of context")
-        ax.set_xticks(ends, map(str, ends), fontsize=8)
-        ax.minorticks_off()
+            look = dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)])
+            ax.errorbar(x, y, 2 * error, label=label, **look)
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel="tokens of context", ylabel=f"{what} (nats per token)")
         tidy(ax)
         ax.legend(frameon=False)
     fig.suptitle(title, fontsize=11)
@@ -167,33 +162,28 @@ def draw(losses, baseline, buckets, title):
 def main(c):
     if c.block_size < 0 or c.eval_positions < 1:
         raise UserError("block_size must not be negative, and eval_positions at least 1")
-    device, (sides, baseline) = pick_device(c.device), read_sides(c)
+    device, sides = pick_device(c.device), read_sides(c)
     saved = [(label, path, one) for label, side in sides.items() for path, one in side]
-    trained = min(model_config(one["config"], one["meta"]).block_size for *_, one in saved)
-    block_size = c.block_size or trained
-    spec = c.dataset or saved[0][2]["config"].get("dataset", "")
+    block_size = c.block_size or min(one["config"]["block_size"] for *_, one in saved)
+    spec, buckets = c.dataset or saved[0][2]["config"]["dataset"], buckets_of(block_size)
     text = open_mixture(spec)
     for _, path, one in saved:
         check_vocabulary(text, one["meta"], path)
-    buckets = buckets_of(block_size)
-    for i, (name, corpus, _) in enumerate(text.parts):  # several if the checkpoints read a mixture
-        rows, losses = validation_rows(corpus.val, c.eval_positions, block_size), {}  # (n, L+1)
-        for label, side in sides.items():
-            losses[label] = np.stack([losses_of(*one, rows, buckets, device) for one in side])
-        title = (
-            f"{name or spec}: {len(rows):,} rows of {block_size:,} tokens of its validation split"
-        )
-        whole, parts = tables(losses, sides, baseline, buckets, corpus.bytes_per_token)
+    for name, corpus, _ in text.parts:  # several if the checkpoints read a mixture
+        rows = validation_rows(corpus.val, c.eval_positions, block_size)  # (n, L+1)
+        of_side = lambda side, rows=rows: [losses_of(*one, rows, buckets, device) for one in side]
+        losses = {label: np.stack(of_side(side)) for label, side in sides.items()}
+        what = f"{name or spec}: {len(rows):,} rows of {block_size:,} tokens"
+        title = f"{what} of its validation split"
+        whole, parts = tables(losses, sides, buckets, corpus.bytes_per_token)
         print(f"{title}\n\n{whole}\n" + f"\n{parts}\n" * c.by_position)
-        if c.out and i == 0:
-            save_picture(draw(losses, baseline, buckets, title), c.out)
+        if c.out and corpus is text.parts[0][1]:
+            save_picture(draw(losses, buckets, title), c.out)
             print(f"wrote {c.out}")
     print(ABOUT_ERRORS)
     other = {label for label, _, one in saved if one["meta"].get("fingerprint") != text.fingerprint}
     if other:
         print(f"Trained on another corpus than {spec}: {', '.join(sorted(other))}.")
-    if block_size > trained:
-        print(f"Rows of {block_size:,} tokens are longer than in training, {trained:,}.")
     facts = lambda one: {key: str(value) for key, value in one["config"].items() if value != ""}
     named = [dict(name=label, label=label, facts=facts(one)) for label, _, one in saved]
     print(*notes_on_differences(named), sep="\n")

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/export.py
+
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/export.py

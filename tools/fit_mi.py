@@ -6,8 +6,8 @@
 How much does a token tell about the one d places later? I(d) = H(x_t) + H(x_t+d) - H(x_t, x_t+d), in nats.
 The curve c0 + a d^k is fitted to it and weights the i-th token of a bag by c0 + a i^k.
 
-Counting is biased: most of the V^2 pairs are seen once or never, and that looks like information. Ten million
-GPT-2 tokens seem to share 1 nat with another document's, and all of it would go into c0. Two corrections:
+Counting is biased: most of the V^2 pairs are seen once or never, and that looks like information, 1 nat for
+ten million GPT-2 tokens, all of which would go into c0. Two corrections:
 
 1. Grassberger's entropy (arXiv physics/0307138), which suffices while most pairs are seen several times.
 2. Its error is measured on pairs that share nothing, the text and its segments in random order. There the
@@ -22,6 +22,8 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/fit_mi.py
 
 import numpy as np
 import torch
@@ -43,22 +45,19 @@ class Config:
     max_distance: int = 32  # largest distance d
 
 
-def entropies(keys, size):
-    """Nats of the distribution of keys below size, by Grassberger's estimate and the plain one: (2,)."""
-    dense = size <= 2**22  # a table of counts, or sorting
-    counts = np.bincount(keys) if dense else np.unique(keys, return_counts=True)[1]
-    times = np.bincount(counts)  # outcomes seen n times, for each n
-    n = np.flatnonzero(times[1:]) + 1
+def entropies(keys):
+    """Nats of the distribution of keys, by Grassberger's estimate and the plain one: (2,)."""
+    few = keys.max() < 2**22  # a table of counts is faster than sorting
+    counts = np.bincount(keys) if few else np.unique(keys, return_counts=True)[1]
+    n = counts[counts > 0]
     # G(2m) = G(2m+1) = digamma(m + 1/2) + log 2
     g = torch.digamma(torch.from_numpy(n // 2 + 0.5)).numpy() + math.log(2)
-    mean_log = [(times[n] * n * log).sum() / len(keys) for log in (g, np.log(n))]
-    return math.log(len(keys)) - np.array(mean_log)
+    return math.log(len(keys)) - np.array([n @ g, n @ np.log(n)]) / len(keys)
 
 
 def information(x, y, vocab_size):
     """Mutual information of pairs of tokens (N,), (N,), by both estimates: (2,) nats."""
-    joint = entropies(x * vocab_size + y, vocab_size**2)
-    return entropies(x, vocab_size) + entropies(y, vocab_size) - joint
+    return entropies(x) + entropies(y) - entropies(x * vocab_size + y)
 
 
 def mutual_information(blocks, vocab_size, distances):
@@ -87,10 +86,10 @@ def fit(distances, values):
         return ((c0 + a * power - y) ** 2).sum(), c0, a, k
 
     ks = np.linspace(-6, -0.02, 300)
-    while ks[-1] - ks[0] > 1e-9:
-        i = min(range(len(ks)), key=lambda i: solve(ks[i])[0])
-        ks = np.linspace(ks[max(i - 1, 0)], ks[min(i + 1, len(ks) - 1)], 21)
-    return solve(ks.mean())[1:]
+    while (step := ks[1] - ks[0]) > 1e-10:
+        best = min(ks, key=solve)
+        ks = np.linspace(max(best - step, -6), min(best + step, -0.02), 21)
+    return solve(best)[1:]
 
 
 def main(c):
@@ -105,16 +104,14 @@ def main(c):
     c0, a, k = map(float, fit(distances, corrected))
     result = {"c0": c0, "a": a, "k": k, "unit": "nats", "distances": distances}
     result |= {"information": corrected.tolist(), "plain": plain.tolist(), "tokens": blocks.size}
-    result |= {key: corpus.meta[key] for key in ("fingerprint", "vocab_size")}
-    result |= {"dataset": corpus.folder, "command": sys.argv}
+    result |= {"dataset": corpus.folder, "fingerprint": corpus.fingerprint, "command": sys.argv}
     print("   d  information  as counted")
     for d in (d for d in distances if d & (d - 1) == 0):  # powers of two; the file has all
         print(f"{d:4}  {corrected[d - 1]:11.4f}  {plain[d - 1]:10.4f}")
     print(f"fit: {c0:.4f} + {a:.4f} d^{k:.4f}")
-    out = Path(c.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {out}; train with --bag_weights=fitted --fitted={out}")
+    Path(c.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(c.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {c.out}; train with --bag_weights=fitted --fitted={c.out}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ NCCL and fragmentation are a guess, --reserve. MFU counts the model's own FLOPs.
 
 import sys
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/plan.py
 
 import torch
 
@@ -78,11 +81,11 @@ def memory(c, gpt, rows, way, micro_steps):
     the first block, its end, or the optimizer. rows: of a micro-batch; micro_steps: of a GPU."""
     m, e, n = gpt.config, 4 if c.dtype == "float32" else 2, rows * gpt.config.block_size
     eager, cpu, fsdp = c.compile == "off", c.device == "cpu", way.parallel == "FSDP"
-    sizes = [p.numel() for p in gpt.blocks[0].parameters()]
-    block, table, C = sum(sizes), gpt.embed.weight.numel(), m.n_embd
-    params = sum(p.numel() for p in gpt.parameters())
+    block = sum(p.numel() for p in gpt.blocks[0].parameters())
+    params, table, C = sum(p.numel() for p in gpt.parameters()), gpt.embed.weight.numel(), m.n_embd
+    matrices = [p.numel() for _, p, init in gpt.inits() if init.kind == "matrix"]
     muon = c.optimizer == "muon"  # one moment for matrices, and copies of the one it works on
-    moments = 8 * params - 4 * m.n_layer * block * muon
+    moments = 8 * params - 4 * sum(matrices) * muon
     gathered = (4 * e + 4) * max(block, table) * fsdp  # two units, and gradients to be summed
 
     inputs, cast = e * n * C, e == 2 and not fsdp  # cast: autocast copies the weights
@@ -107,15 +110,15 @@ def memory(c, gpt, rows, way, micro_steps):
         (held, m.n_layer * each + 3 * inputs, loss),
         (early, (m.n_layer - 1) * each + inside, 0),
         (late, inside, 0),
-        (at_end, inputs + 12 * max(sizes) * muon, 0),
+        (at_end, inputs + 12 * max(matrices) * muon, 0),
     ]
     states = 4 * params / way.shards, moments / way.shards, gathered
     return dict(zip(PARTS, (*states, *max(moments_of_step, key=sum))))
 
 
-def largest(c, gpt, way):
+def largest(c, gpt, way, rank_rows):
     """The largest micro-batch that fits, or one row: (rows, {part: bytes}, whether it fits)."""
-    found, rank_rows = None, c.total_batch // c.block_size // c.gpus
+    found = None
     for rows in (n for n in range(1, rank_rows + 1) if rank_rows % n == 0):
         parts = memory(c, gpt, rows, way, rank_rows // rows)
         fits = MARGIN * sum(parts.values()) <= (c.gpu_memory - c.reserve) * 1e9
@@ -125,27 +128,22 @@ def largest(c, gpt, way):
 
 def plan(c, argv):
     """The plan as text. c: the knobs in argv. Raises UserError where train.py would."""
-    if c.gpus < 1 or c.gpus > 8 and c.gpus % 8 or not 0 < c.mfu <= 1:
-        raise UserError("gpus must be 1 to 8 or a multiple of 8, mfu above 0 and at most 1")
-    if c.shard_size and c.gpus % c.shard_size:
-        raise UserError(f"shard_size must divide the {c.gpus} GPUs, got {c.shard_size}")
+    if c.gpus < 1 or c.gpus > 8 and c.gpus % 8 or c.gpus % (c.shard_size or 1):
+        raise UserError("gpus must be 1 to 8 or a multiple of 8, and shard_size must divide it")
+    if not 0 < c.mfu <= 1:
+        raise UserError(f"mfu must be above 0 and at most 1, got {c.mfu:g}")
     phases = train.check(replace(c, batch_size=0), c.gpus)  # batch_size is chosen below
     try:
         vocab_size = c.vocab_size or open_mixture(c.dataset).meta["vocab_size"]
     except UserError as e:
-        vocab_size = VOCAB_SIZES.get(c.dataset)
-        if not vocab_size:
+        if c.dataset not in VOCAB_SIZES:
             raise UserError(f"{e}; or give --vocab_size=") from None
+        vocab_size = VOCAB_SIZES[c.dataset]
     with torch.device("meta"):
         gpt = GPT(model_config(vars(c), {"vocab_size": vocab_size}))
     ways = [Way("DDP"), Way("FSDP", c.shard_size or c.gpus)] if c.gpus > 1 else [Way("one GPU")]
     no = "FSDP" if c.optimizer == "muon" else {"ddp": "FSDP", "fsdp": "DDP"}.get(c.parallel)
     ways = [way._replace(recompute=r) for r in (False, True) for way in ways if way.parallel != no]
-    found = {way: largest(c, gpt, way) for way in ways}
-    rank_rows = c.total_batch // c.block_size // c.gpus
-    fitting = {way: rows for way, (rows, _, fits) in found.items() if fits}
-    full = [way for way in fitting if fitting[way] >= min(rank_rows, ENOUGH / c.block_size)]
-    best = full[0] if full else max(fitting, key=fitting.get, default=None)
 
     positions = c.total_batch * c.max_steps
     tokens = sum((p.stop - p.start) * p.n_in for p in phases) * c.total_batch
@@ -157,12 +155,17 @@ def plan(c, argv):
         f"{tokens / 1e9:.4g} billion tokens, {tokens / positions:.2f} x the baseline's\n",
         " " * 20 + f"rows {' '.join(PARTS)} total, GB of a GPU",
     ]
-    for way, (rows, parts, fits) in found.items():
+    fitting, rank_rows = {}, c.total_batch // c.block_size // c.gpus
+    for way in ways:
+        rows, parts, fits = largest(c, gpt, way, rank_rows)
+        fitting |= {way: rows} if fits else {}
         cells = " ".join(f"{size / 1e9:{len(part)}.1f}" for part, size in parts.items())
         total = f"{sum(parts.values()) / 1e9 + c.reserve:5.1f}" + " too much" * (not fits)
         lines.append(f"{way!s:20}{rows:4} {cells} {total}")
-    if best is None:
+    if not fitting:
         return "\n".join([*lines, "\nnothing fits; take more GPUs, or a shorter block_size"])
+    full = [way for way in fitting if fitting[way] >= min(rank_rows, ENOUGH / c.block_size)]
+    best = full[0] if full else max(fitting, key=fitting.get)
     rows = fitting[best]
     lines.append(f"\nrecommended: {best}, {rank_rows // rows} micro-steps of {rows} rows")
     return "\n".join([*lines, command(c, argv, best, rows)])

@@ -33,21 +33,17 @@ CLOSING = """["'”’)\\]]*"""  # what may follow a full stop
 LAST_WORD = re.compile(rf"(?<=\S )[^\W\d]\w{{3,}}(?=[.!?]{CLOSING}\s|[^\w\n]*\n)")
 END = re.compile(rf"(?:(?<=[.!?])|(?<=[.!?]{CLOSING[:-1]}))\s+|\n")  # end of a sentence or a line
 PAIR = re.compile(r"(?<=\s)([^\W\d_]+) (?=([^\W\d_]+)(?!\S))")  # two words with a space between
-FEWEST_WORDS = 5  # in a sentence
+SEED = 1337
 
 
 @dataclass
 class Config:
-    """Usage: python -m examples.lm_eval_local.make_tasks --dataset=NAME --out_dir=FOLDER [--key=value ...]
-
-    Writes the lm-eval tasks last_word and swapped_words, made from the validation split of a corpus.
-    """
+    """Usage: python -m examples.lm_eval_local.make_tasks --dataset=NAME --out_dir=FOLDER [--key=value ...]"""
 
     dataset: str = "python_source"  # prepared corpus, a folder in data/ or its path
     out_dir: str = "out/tasks"  # folder for the task files and their data
     n_items: int = 1000  # most items per task, chosen from the whole text
     max_bytes: int = 128  # length of a passage or sentence; a byte model sees block_size of them
-    seed: int = 1337  # seed of the choice of items and of the swapped words
 
 
 def last_words(text, max_bytes):
@@ -70,15 +66,14 @@ def swapped_words(text, max_bytes, rng):
     its capital letter would give the swap away."""
     for sentence in map(str.strip, END.split(text)):
         pairs = [match for match in PAIR.finditer(sentence) if match[1].lower() != match[2].lower()]
-        if pairs and len(sentence.split()) >= FEWEST_WORDS and len(sentence.encode()) <= max_bytes:
+        if pairs and len(sentence.split()) >= 5 and len(sentence.encode()) <= max_bytes:
             match = rng.choice(pairs)
             before, after = sentence[: match.start()], sentence[match.end(2) :]
             yield {"choices": [sentence, f"{before}{match[2]} {match[1]}{after}"]}
 
 
-def main(config):
-    c = config
-    corpus, rng = open_corpus(c.dataset), random.Random(c.seed)
+def main(c):
+    corpus, rng = open_corpus(c.dataset), random.Random(SEED)
     tokenizer = tokenizer_of(corpus.folder, {"meta": corpus.meta, "data": corpus.folder})
     tokens, separator = corpus.val[:], corpus.meta["separator"]
     passages, sentences = {}, {}  # by their text, so that none occurs twice
@@ -86,24 +81,18 @@ def main(config):
         text = tokenizer.decode(part[part != separator])
         passages |= {item["context"]: item for item in last_words(text, c.max_bytes)}
         sentences |= {item["choices"][0]: item for item in swapped_words(text, c.max_bytes, rng)}
-    found = {"last_word": list(passages.values()), "swapped_words": list(sentences.values())}
+    if not passages or not sentences:
+        raise UserError("the validation split has nothing for one of the tasks; raise --max_bytes")
     folder = Path(c.out_dir).resolve()
-    for name, items in found.items():
-        if not items:
-            raise UserError(
-                f"{name}: the validation split has nothing for it, increase --max_bytes"
-            )
     folder.mkdir(parents=True, exist_ok=True)
-    for name, items in found.items():
-        chosen = random.Random(c.seed).sample(items, min(c.n_items, len(items)))
-        lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in chosen)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+    place = json.dumps(folder.as_posix(), ensure_ascii=False)[1:-1]  # the same quotes in YAML
+    for name, items in (("last_word", passages), ("swapped_words", sentences)):
+        chosen = random.Random(SEED).sample(list(items.values()), min(c.n_items, len(items)))
+        lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in chosen)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
         task = (Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")
-        place = json.dumps(folder.as_posix(), ensure_ascii=False)[1:-1]  # the same quotes in YAML
         (folder / f"{name}.yaml").write_text(task.replace("$folder", place), encoding="utf-8")
-        print(f"{name}: {len(chosen):,} of {len(items):,} items")
-    tasks = f"--include_path {c.out_dir} --tasks {','.join(found)}"
-    print(f"HF_HUB_OFFLINE=1 lm_eval --model hf --model_args pretrained=EXPORTED_FOLDER {tasks}")
+        print(f"{name}: {len(chosen):,} of {len(items):,} items in {folder}")
 
 
 if __name__ == "__main__":

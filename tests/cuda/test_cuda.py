@@ -19,9 +19,8 @@ from nanotst import kernels
 from nanotst.machine import Machine
 from tst import LOSSES, bags_and_labels, embed_bags, multi_hot_cross_entropy
 
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # before CUDA starts, for --deterministic
+# before CUDA starts, for --deterministic
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 DEVICE = "cpu" if os.environ.get("NANOTST_CUDA_DRY_RUN") else "cuda"
 HEAD = {"float32": 3e-3, "bfloat16": 2e-2}  # bounds of the losses' gradients
 WHOLE = {"float32": 3e-2, "bfloat16": 5e-2}  # of a whole model's
@@ -173,8 +172,7 @@ def test_whole_model(name, dtype):
     own = own | dict(top_k=8 if low else 2) if name == "mixture" else own
     plain = GPT(GPTConfig(500, 128, 2, 4, 64, **own))
     model = copy.deepcopy(plain).to(DEVICE)
-    if hasattr(kernels, "use_twins"):
-        kernels.use_twins(model, Machine(DEVICE, dtype), [(4, 4)])
+    kernels.use_twins(model, Machine(DEVICE, dtype), [(4, 4)])
     tokens = torch.randint(500, (4, 129 * 4))  # (B, L*s + s)
     loss, _ = plain(*bags_and_labels(tokens, 4, 4))
     loss.backward()
