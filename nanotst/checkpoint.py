@@ -63,7 +63,7 @@ class Saver:
 
 
 def remove(path):
-    """Remove a checkpoint, if there is one."""
+    """Remove a checkpoint if there is one."""
     with contextlib.suppress(FileNotFoundError):
         os.remove(path)
     sharded.remove_parts(path)
@@ -81,8 +81,7 @@ def find_checkpoint(path):
             if not dist.is_initialized() or dist.get_rank() == 0:
                 print(f"using {found}", file=sys.stderr)
             return found
-    old = "; it is from an older version, e9f8ad9" if ".dcp" in path else ""
-    raise UserError(f"{path} holds neither best.pt nor last.pt{old}")
+    raise UserError(f"{path} holds neither best.pt nor last.pt")
 
 
 def load_checkpoint(path):
@@ -117,8 +116,8 @@ def load_weights(model, state, path):
     for name in sorted(own.keys() | state.keys(), key=str):
         theirs, ours = (describe_tensor(x.get(name)) for x in (state, own))
         if theirs != ours:
-            what = f"{name!s:.60} is {theirs}, the model's {ours}"
-            raise UserError(f"{path} does not fit this model: its {what}")
+            what = f"its {name!s:.60} is {theirs}, the model's {ours}"
+            raise UserError(f"{path} does not fit this model: {what}")
         copy(own[name], state[name])
     if not all(of_all_ranks(all_finite(own.values()))):
         raise UserError(f"the weights in {path} are not finite; use another checkpoint")
@@ -137,8 +136,7 @@ def copy(mine, saved):
 
 
 def all_finite(tensors):
-    """Whether no number in the tensors, or its square, is NaN or infinite; of sharded tensors, in this rank's
-    part."""
+    """Whether no number in the tensors, or its square, is NaN or infinite; looks at this rank's parts."""
     parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     parts = [t for t in parts if t.is_floating_point() and t.numel()]
     norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in parts]
@@ -195,14 +193,11 @@ def resume(path, model, optimizer, c, corpus, free):
     try:
         load_moments(optimizer, saved.pop("optimizer"))
         torch.set_rng_state(saved["rng"])
-        clock = (
-            0 < saved["step"] <= saved["config"]["max_steps"] and 0 <= saved["seconds"] < math.inf
-        )
-        if not clock or math.isnan(saved["best_val"]) or not is_state(saved["stream"]):
-            raise ValueError("its step, seconds, best_val or stream is out of range")
         shares = saved["shares"] if c.n_expert else torch.empty(c.n_layer, 0)
-        if shares.shape != (c.n_layer, c.n_expert) or not all_finite([shares]):
-            raise ValueError("its shares of experts are not finite or have another shape")
+        fits = 0 < saved["step"] <= saved["config"]["max_steps"] and is_state(saved["stream"])
+        fits &= 0 <= saved["seconds"] < math.inf and not math.isnan(saved["best_val"])
+        if not fits or shares.shape != (c.n_layer, c.n_expert) or not all_finite([shares]):
+            raise ValueError("its step, seconds, best_val, stream or shares are out of range")
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UserError(f"{path} cannot be resumed ({reason}); use another checkpoint") from None
@@ -213,21 +208,18 @@ def resume(path, model, optimizer, c, corpus, free):
 def load_moments(optimizer, states):
     """Load what optimizer.state_dict() gave, its tensors whole or Parts, into an optimizer whose parameters
     may be sharded. Raises ValueError and others for the state of another one."""
+    kept = []
     for ours, theirs in zip(optimizer, states):
-        parameters = [p.detach() for group in ours.param_groups for p in group["params"]]
-        numbers = [n for group in theirs["param_groups"] for n in group["params"]]
-        for n, p in zip(numbers, parameters):
+        parameters = [p for group in ours.param_groups for p in group["params"]]
+        for n, p in enumerate(parameters):  # as state_dict() numbers them
             moments = theirs["state"].get(n, {})
             for key, saved in moments.items():
-                if not len(saved.shape):  # AdamW's number of steps
-                    moments[key] = saved.clone()
-                    continue
-                if saved.shape != p.shape:
+                # AdamW's number of steps is a scalar
+                moments[key] = torch.zeros_like(p if saved.shape else saved)
+                if saved.shape != moments[key].shape:
                     raise ValueError("a moment has another shape than its parameter")
-                moments[key] = torch.zeros_like(p)
                 copy(moments[key], saved)
+                kept += [moments[key]] * bool(saved.shape)
     optimizer.load_state_dict(states)
-    kept = [t for one in optimizer for state in one.state.values() for t in state.values()]
-    kept = [t.to_local() if isinstance(t, DTensor) else t for t in kept]
-    if not all(of_all_ranks(all(bool(t.isfinite().all()) for t in kept))):
+    if not all(of_all_ranks(all_finite(kept))):
         raise ValueError("a moment is not finite")

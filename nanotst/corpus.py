@@ -5,8 +5,7 @@
     corpus.meta                            # what a checkpoint keeps of it, with its fingerprint
 
 Opening a corpus checks the sizes of its files, their headers, and, up to 1 GB of tokens, every id and the
-sha256 in meta.json. Ids of a larger corpus are checked when they are read. The fingerprint, which a resumed
-run compares, covers all tokens; of a larger corpus, 1024 blocks of 4096."""
+sha256 in meta.json. The fingerprint, which a resumed run compares, covers 1024 blocks of a larger corpus."""
 
 import bisect
 import functools
@@ -33,32 +32,22 @@ class Corpus:
     val: "Tokens"
     note: str = ""  # a line for people about what was guessed
 
-    @property
-    def vocab_size(self):
-        return self.meta["vocab_size"]
-
-    @property
-    def bytes_per_token(self):
-        """Of the validation text; None if unknown."""
-        return self.meta["bytes_per_token"]
-
-    @property
-    def fingerprint(self):
-        """Equal for equal tokens, wherever they lie and in however many files."""
-        return self.meta["fingerprint"]
+    vocab_size = property(lambda self: self.meta["vocab_size"])
+    bytes_per_token = property(lambda self: self.meta["bytes_per_token"])  # of val; None if unknown
+    fingerprint = property(lambda self: self.meta["fingerprint"])  # equal for equal tokens
 
 
 def open_corpus(name):
     """The corpus in the folder `name`, or else in data/`name`. UserError if it is missing or damaged."""
     found = find(name)
     meta, splits = found.meta, []
-    for split in ("train", "val"):
-        paths = [os.path.join(found.folder, name) for name in found.files[split]]
-        tokens = Tokens(paths, found.dtype, found.header, meta["vocab_size"])
-        if len(tokens) != meta.setdefault(f"{split}_tokens", len(tokens)):
-            held, said = f"{len(tokens):,} tokens", meta[f"{split}_tokens"]
-            raise UserError(f"{found.folder}: {split} has {held}, meta.json says {said:,}; {AGAIN}")
-        splits.append(tokens)
+    for split, names in found.files.items():
+        paths = [os.path.join(found.folder, name) for name in names]
+        splits.append(Tokens(paths, found.dtype, found.header, meta["vocab_size"]))
+        n = len(splits[-1])
+        if n != (said := meta.setdefault(f"{split}_tokens", n)):
+            what = f"{split} has {n:,} tokens, meta.json says {said:,}"
+            raise UserError(f"{found.folder}: {what}; {AGAIN}")
     large = sum(map(len, splits)) * smallest_dtype(meta["vocab_size"]).itemsize > LARGE
     for name, sha256 in () if large else found.sha256.items():
         if sha256_of(path := os.path.join(found.folder, name)) != sha256:
@@ -68,7 +57,7 @@ def open_corpus(name):
 
 
 def check_same(corpus, saved, where):
-    """UserError unless `saved`, the meta in the checkpoint `where`, describes the same tokens."""
+    """UserError unless `saved`, the meta of the checkpoint `where`, describes the same tokens."""
     if corpus.fingerprint != saved.get("fingerprint"):
         keys = ("vocabulary", "vocab_size", "train_tokens", "val_tokens", "separator")
         what = differing(corpus.meta, saved, keys) or "as many tokens, but others"
@@ -82,8 +71,7 @@ def check_vocabulary(corpus, saved, where):
     if what := differing(corpus.meta, saved, ("vocabulary", "vocab_size")):
         raise UserError(f"{corpus.folder} has another vocabulary than {where}: {what}")
     if corpus.meta["vocabulary"] is None:
-        both = f"{corpus.folder} and {where}"
-        raise UserError(f"{both} name no encoding to compare; name it in both meta.json")
+        raise UserError(f"{corpus.folder} and {where} name no encoding to compare; name it in both")
 
 
 def differing(meta, saved, keys):
@@ -93,7 +81,7 @@ def differing(meta, saved, keys):
 
 
 def fingerprint(train, val, vocab_size, large):
-    """A hash of the tokens, which does not depend on the files."""
+    """A hash of the tokens, whatever files they are in."""
     dtype, parts = smallest_dtype(vocab_size), [vocab_size, len(train), len(val)]
     for tokens in (train, val):
         digest, length, starts = hashlib.sha256(), 2**20, range(0, len(tokens), 2**20)
@@ -112,10 +100,11 @@ def smallest_dtype(vocab_size):
 
 
 class Tokens:
-    """The ids of a split, over all its files: len() and [a:b] -> (b-a,), read-only. Threads may share it."""
+    """The ids of a split, over all its files: len() and [a:b] -> (b-a,), read-only. Threads may share it.
+
+    header: the magic and version at the start of each file, or ()."""
 
     def __init__(self, paths, dtype, header, vocab_size):
-        """header: the magic and version at the start of each file, or ()."""
         self.paths, self.dtype, self.vocab_size = paths, dtype, vocab_size
         self.offset, self.stops = HEADER if header else 0, [0]
         self.states = [size_and_time(path) for path in paths]
@@ -123,10 +112,10 @@ class Tokens:
             n, rest = divmod(size - self.offset, dtype.itemsize)
             if rest or n <= 0:
                 raise UserError(f"{path} is cut short: {size:,} bytes of {dtype.name}; {AGAIN}")
-            says = tuple(np.fromfile(path, "<i4", 3).tolist())
-            if header and says != (*header, n):
-                what = f"its header (magic, version, tokens) is {says}, by its size it should be"
-                raise UserError(f"{path}: {what} {(*header, n)}; fetch it again")
+            says = np.fromfile(path, "<i4", 3).tolist()
+            if header and says != [*header, n]:
+                what = f"its header (magic, version, tokens) is {says}, not {[*header, n]}"
+                raise UserError(f"{path}: {what}; fetch it again")
             self.stops.append(self.stops[-1] + n)
         self.map = functools.lru_cache(OPEN_FILES)(self._map)
 
@@ -139,8 +128,7 @@ class Tokens:
 
     def __getitem__(self, span):
         start, stop, step = span.indices(len(self))
-        if step != 1:
-            raise ValueError("tokens are read without steps")
+        assert step == 1, "tokens are read without steps"
         parts = []
         while start < stop:
             i = bisect.bisect_right(self.stops, start) - 1
@@ -150,13 +138,12 @@ class Tokens:
 
     def _read(self, i, start, stop):
         """[start:stop] of the split, which lies in file i."""
-        path, first = self.paths[i], self.stops[i]
+        path, start, stop = self.paths[i], start - self.stops[i], stop - self.stops[i]
         if size_and_time(path) != self.states[i]:  # reading beyond its end would kill the process
             raise UserError(f"{path} has changed while it was in use; start again")
-        ids = self.map(i)[start - first : stop - first]
+        ids = self.map(i)[start:stop]
         if ids.max() >= self.vocab_size:
-            at = int(np.argmax(ids >= self.vocab_size))
-            what = f"id {ids[at]} of token {start - first + at:,}"
+            what = f"id {ids.max()} among tokens {start:,} to {stop:,}"
             raise UserError(f"{path}: {what} is beyond the {self.vocab_size:,} ids; {AGAIN}")
         return ids
 

@@ -6,33 +6,29 @@ import os
 
 from nanotst import UserError
 
-FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
-
-def write_safely(path, write, kept=""):
+def write_safely(path, write):
     """Make the folder, call write(temporary path), sync the file, rename it to `path`. Raises UserError, and
-    leaves the old file, if that fails. kept: the file that the message calls untouched, if not `path`."""
-    temporary, kept = f"{path}.tmp", os.path.exists(kept or path)
+    leaves the old file, if that fails."""
+    temporary, folder = f"{path}.tmp", os.path.dirname(path) or "."
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)  # left by a killed process
-        open(temporary, "xb").close()  # does not follow a link that someone planted
+            os.remove(temporary)  # left by a killed process, or a link that someone planted
         write(temporary)
         with open(temporary, "r+b") as f:  # Windows syncs only files that are open for writing
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        sync_folder(os.path.dirname(path) or ".")
+        sync_folder(folder)
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         cause = e.__context__ or e  # torch.save wraps an OSError in a RuntimeError
-        full = getattr(cause, "errno", None) in FULL
+        full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = getattr(cause, "strerror", None) or f"{type(e).__name__} {e}"
-        reason = f"the disk is full ({reason})" if full else " ".join(reason.split())[:200]
-        old = "; the old one is untouched" * kept
-        todo = ": make room" * full + " and use --resume" * (full and kept)
-        raise UserError(f"cannot write {path}: {reason}{old}{todo}") from None
+        reason = "the disk is full; make room" if full else " ".join(reason.split())[:200]
+        old = "; the old one is untouched" * os.path.exists(path)
+        raise UserError(f"cannot write {path}: {reason}{old}") from None
 
 
 def sync_folder(folder):

@@ -14,7 +14,7 @@ import json
 import os
 import pickle
 import re
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,15 +23,14 @@ from nanotst import UserError
 DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data")
 # whose, split, number of the shard
 TOKEN_FILE = re.compile(r"(.+_)?(train|val)(?:_(\d{1,9}))?\.bin")
-LLM_C = {  # magic: version, dtype, and what is in it. The separator is in front of each document
-    20240520: (1, "<u2", dict(vocab_size=50257, encoding="gpt2", separator=50256)),
-    20240801: (7, "<u4", dict(vocab_size=128256, encoding=None, separator=128000)),
-}
+GPT2 = dict(vocab_size=50257, encoding="gpt2", separator=50256, vocabulary="gpt2")
+LLAMA3 = dict(vocab_size=128256, separator=128000, vocabulary="Llama 3")
+# magic: version, dtype, and what is in it. The separator is in front of each document
+LLM_C = {20240520: (1, "<u2", GPT2), 20240801: (7, "<u4", LLAMA3)}
 AGAIN = "prepare the corpus again"
 
 
-@dataclass
-class Found:
+class Found(NamedTuple):
     """A corpus as its folder describes it, before the token files are opened."""
 
     folder: str  # absolute
@@ -39,7 +38,7 @@ class Found:
     meta: dict
     dtype: np.dtype
     header: tuple = ()  # magic and version that each file begins with
-    sha256: dict = field(default_factory=dict)  # name of a token file: its hash
+    sha256: dict = {}  # name of a token file: its hash
     note: str = ""  # what was guessed, or is wrong with it
 
 
@@ -47,13 +46,12 @@ def find(name):
     """The corpus in the folder `name`, or else in data/`name` -> Found. UserError if there is none."""
     places = [name, os.path.join(DATA, name)]
     for folder in places:  # raw text in the working directory doesn't hide data/NAME
-        with contextlib.suppress(OSError, ValueError):  # ValueError: a zero byte in the name
-            names = os.listdir(folder)
-            if "meta.json" in names:
-                return read_ours(os.path.abspath(folder), names)
-            # without unfinished.tmp, which a preparation leaves if it is killed at its end
-            if any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names:
-                return read_foreign(os.path.abspath(folder), names)
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        if "meta.json" in names:
+            return read_ours(os.path.abspath(folder), names)
+        # without unfinished.tmp, which a preparation leaves if it is killed at its end
+        if any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names:
+            return read_foreign(os.path.abspath(folder), names)
     scripts = [os.path.join(folder, "prepare.py") for folder in (*places, f"{DATA}/text")]
     script = next(filter(os.path.isfile, scripts), scripts[-1]).removeprefix(os.getcwd() + os.sep)
     raise UserError(f"no prepared corpus in {name!r} or in data/; run python {script} first")
@@ -84,13 +82,12 @@ def read_ours(folder, names):
         counts = ("vocab_size", "train_tokens", "val_tokens")
         if not all(type(read[key]) is int and read[key] > 0 for key in counts):
             raise ValueError(f"{', '.join(counts)} must be whole numbers above 0")
-        if read["dtype"] not in ("uint8", "uint16", "uint32"):
-            raise ValueError("dtype must be uint8, uint16 or uint32")
         if not 0 <= (read.get("separator") or 0) < read["vocab_size"]:
             raise ValueError("separator is beyond the vocabulary")
+        dtype = np.dtype({"uint8": "u1", "uint16": "<u2", "uint32": "<u4"}[read["dtype"]])
         keys = ("encoding", "separator", "bytes_per_token", "train_bytes", "val_bytes", "source")
         meta = {key: read[key] for key in counts} | {key: read.get(key) for key in keys}
-        hashes, dtype = read.get("sha256") or {}, np.dtype(read["dtype"]).newbyteorder("<")
+        hashes = read.get("sha256") or {}
         sha256 = {name: hashes[name] for name in hashes if TOKEN_FILE.fullmatch(name)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} describes no corpus ({type(e).__name__}: {e}); {AGAIN}") from None
@@ -99,8 +96,8 @@ def read_ours(folder, names):
     meta["vocabulary"] = vocabulary = meta["encoding"]
     if vocabulary in names or vocabulary in hashes:  # rank files may share a name
         meta["vocabulary"] = f"rank file {sha256_of(os.path.join(folder, vocabulary))[:16]}"
-    note = (meta["source"] or [""])[0]
-    note = f"{folder}: {note}" if note.startswith("NOT THE PINNED CORPUS") else ""
+    source = (meta["source"] or [""])[0]
+    note = f"{folder}: {source}" * source.startswith("NOT THE PINNED CORPUS")
     return Found(folder, files, meta, dtype, sha256=sha256, note=note)
 
 
@@ -113,17 +110,13 @@ def read_foreign(folder, names):
     meta = dict.fromkeys(("bytes_per_token", "encoding", "separator", "vocabulary"))
     if magic in LLM_C:
         version, dtype, known = LLM_C[magic]
-        meta |= known | {"vocabulary": known["encoding"] or "Llama 3"}
-        return Found(folder, files, meta, np.dtype(dtype), (magic, version))
+        return Found(folder, files, meta | known, np.dtype(dtype), (magic, version))
     if files["train"] != ["train.bin"]:
         raise UserError(f"{path} has no header of llm.c (magic {magic}), and no meta.json")
+    known, note = GPT2, f"{folder} has no meta.json or meta.pkl: its tokens are taken for GPT-2's"
     if "meta.pkl" in names:
-        meta |= read_pickle(os.path.join(folder, "meta.pkl"))
-        note = ""
-    else:
-        meta |= LLM_C[20240520][2] | {"vocabulary": "gpt2"}
-        note = f"{folder} has neither meta.json nor meta.pkl: its tokens are taken for GPT-2's"
-    return Found(folder, files, meta, np.dtype("<u2"), note=note)
+        known, note = read_pickle(os.path.join(folder, "meta.pkl")), ""
+    return Found(folder, files, meta | known, np.dtype("<u2"), note=note)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -138,18 +131,18 @@ def read_pickle(path):
     try:
         with open(path, "rb") as f:
             read = PlainUnpickler(f).load()
-        n, itos = read["vocab_size"], read.get("itos")
+        n = read["vocab_size"]
         if type(n) is not int or not 0 < n <= 2**16:
             raise ValueError(f"vocab_size {n!r:.60} is not a whole number from 1 to 65,536")
-        if itos is None:
+        if read.get("itos") is None:
             return dict(vocab_size=n)
-        characters = [itos[i] for i in range(n)]
+        characters = [read["itos"][i] for i in range(n)]
         one_byte = all(c.isascii() and len(c) == 1 for c in characters)
     except Exception as e:  # a damaged pickle can raise anything
         raise UserError(f"{path} is not nanoGPT's meta.pkl ({type(e).__name__}: {e})") from None
-    digest = hashlib.sha256(json.dumps(characters).encode()).hexdigest()
-    known = dict(vocab_size=n, characters=characters, vocabulary=f"characters {digest[:16]}")
-    return known | {"bytes_per_token": 1.0 if one_byte else None}
+    name = f"characters {hashlib.sha256(json.dumps(characters).encode()).hexdigest()[:16]}"
+    rate = 1.0 if one_byte else None
+    return dict(vocab_size=n, characters=characters, vocabulary=name, bytes_per_token=rate)
 
 
 @contextlib.contextmanager
@@ -164,6 +157,6 @@ def readable(path):
 def sha256_of(path):
     digest = hashlib.sha256()
     with readable(path), open(path, "rb") as f:
-        for block in iter(lambda: f.read(2**20), b""):
+        while block := f.read(2**20):
             digest.update(block)
     return digest.hexdigest()

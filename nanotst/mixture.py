@@ -1,8 +1,7 @@
 """What a run reads: one corpus, or a mixture of several, such as dclm:0.5,fineweb_edu:0.5.
 
 Each row of a batch comes from one corpus. A fixed pattern decides which, so that the shares hold at any time
-to within one row. Each corpus has its own order and is read without replacement. All of this is a function of
-the row's number, as in stream.py."""
+to within one row. All of this is a function of the row's number, as in stream.py."""
 
 import hashlib
 import itertools
@@ -15,8 +14,7 @@ from fractions import Fraction
 import numpy as np
 
 from nanotst import UserError
-from nanotst.corpus import differing, open_corpus
-from nanotst.formats import DATA
+from nanotst.corpus import Corpus, differing, open_corpus
 
 LONGEST_PATTERN = 10_000  # rows
 SHARE = re.compile(r"\d*\.?\d+|\d+/[1-9]\d*")  # 0.5 or 1/2
@@ -32,26 +30,18 @@ class Mixture:
         """The folder that holds the vocabulary."""
         return self.parts[0][1].folder
 
-    @property
-    def fingerprint(self):
-        return self.meta["fingerprint"]
-
-    @property
-    def bytes_per_token(self):
-        return self.meta["bytes_per_token"]
+    fingerprint, bytes_per_token = Corpus.fingerprint, Corpus.bytes_per_token
 
 
 def open_mixture(spec, say=print):
     """Open the corpora of the knob `dataset`: NAME, or NAME:SHARE,NAME:SHARE ... with shares that sum to 1.
     Raises UserError for other shares, or corpora of different vocabularies. say: prints what was guessed."""
     named = [part.strip().rpartition(":") for part in spec.split(",")]
-    alone = any(os.path.isdir(os.path.join(folder, spec)) for folder in (".", DATA))
-    if alone or len(named) == 1 and not SHARE.fullmatch(named[0][2]):
-        paths, shares = [spec], [Fraction(1)]
-    elif all(name and SHARE.fullmatch(share) for name, _, share in named):
-        paths, shares = [name for name, _, _ in named], [Fraction(share) for *_, share in named]
-    else:
+    if len(named) == 1 and not SHARE.fullmatch(named[0][2]):
+        named = [(spec, ":", "1")]
+    if not all(name and SHARE.fullmatch(share) for name, _, share in named):
         raise UserError(f"dataset={spec}: write NAME:SHARE,NAME:SHARE")
+    paths, shares = [name for name, *_ in named], [Fraction(share) for *_, share in named]
     if min(shares) <= 0 or sum(shares) != 1:
         said = " + ".join(map(str, shares)) + f" = {sum(shares)}"
         raise UserError(f"dataset={spec}: shares must be positive and sum to 1, not {said}")
@@ -62,19 +52,18 @@ def open_mixture(spec, say=print):
         say(note)
     if len(corpora) == 1:
         return Mixture([("", corpora[0], Fraction(1))], corpora[0].meta)
-    check_alike(spec, paths, corpora)
+    check_alike(spec, corpora)
     names = [os.path.basename(os.path.normpath(path)) for path in paths]
-    names = names if len(set(names)) == len(names) else [f"{i}" for i in range(len(names))]
+    names = names if len(set(names)) == len(names) else map(str, range(len(names)))
     parts = list(zip(names, corpora, shares))
     return Mixture(parts, meta_of(parts))
 
 
-def check_alike(spec, paths, corpora):
+def check_alike(spec, corpora):
     """UserError unless ids mean the same in all of them, and no two are the same text."""
-    keys = ("vocabulary", "vocab_size", "separator")
-    for (i, a), (j, b) in itertools.combinations(enumerate(corpora), 2):
-        both = f"dataset={spec}: {paths[j]} and {paths[i]}"
-        if what := differing(a.meta, b.meta, keys):
+    for a, b in itertools.combinations(corpora, 2):
+        both = f"dataset={spec}: {b.folder} and {a.folder}"
+        if what := differing(a.meta, b.meta, ("vocabulary", "vocab_size", "separator")):
             raise UserError(f"{both} differ, {what}; prepare both with the same --encoding")
         if a.meta["vocabulary"] is None:
             raise UserError(f"{both} name no encoding to compare; name it in their meta.json")
@@ -89,10 +78,10 @@ def meta_of(parts):
     meta = metas[0] | {"fingerprint": hashlib.sha256(whole.encode()).hexdigest()[:32]}
     for key in ("train_tokens", "val_tokens", "train_bytes", "val_bytes"):
         meta[key] = sum(m[key] for m in metas) if all(m.get(key) for m in metas) else None
-    rates = [(float(share), corpus.bytes_per_token) for _, corpus, share in parts]
-    known = all(rate for _, rate in rates)
+    known = all(m["bytes_per_token"] for m in metas)
+    rate = sum(float(share) * c.bytes_per_token for _, c, share in parts) if known else None
     return meta | {
-        "bytes_per_token": sum(share * rate for share, rate in rates) if known else None,
+        "bytes_per_token": rate,
         "source": [line for m in metas for line in m.get("source") or ()],
         "mixture": [{"name": n, "share": str(share), "meta": c.meta} for n, c, share in parts],
     }
@@ -107,18 +96,14 @@ class Pattern:
 
     def __init__(self, shares):
         self.n = math.lcm(*(share.denominator for share in shares))
-        corpus, before = np.empty(self.n, np.int64), np.zeros((len(shares), self.n + 1), np.int64)
+        read, order = [0] * len(shares), []
         for row in range(self.n):
-            read = before[:, row].tolist()
-            due = [
-                (n + 1) / share if share * (row + 1) > n else math.inf
-                for n, share in zip(read, shares)
-            ]
-            corpus[row] = due.index(min(due))
-            before[:, row + 1] = before[:, row]
-            before[corpus[row], row + 1] += 1
-        self.corpus = corpus  # (n,) of each row
-        self.before = before  # (corpora, n + 1) rows of each corpus before it
+            behind = [i for i, share in enumerate(shares) if share * (row + 1) > read[i]]
+            order.append(min(behind, key=lambda i: (read[i] + 1) / shares[i]))
+            read[order[-1]] += 1
+        self.corpus = np.array(order)  # (n,) of each row
+        counts = np.cumsum(self.corpus == np.arange(len(shares))[:, None], axis=1)
+        self.before = np.pad(counts, ((0, 0), (1, 0)))  # (corpora, n + 1) rows of each before it
 
     def corpus_of(self, row):
         """The corpus, by number, of each row: (m,) -> (m,)."""

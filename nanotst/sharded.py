@@ -5,9 +5,8 @@
 
 FSDP2 cuts tensors along their first dimension, so a part is tensor[start : start + len(part)].
 
-last.pt is replaced last and atomically, and names the folder of the parts. Until then the checkpoint before
-it counts; folders left by a killed run don't. torch.load reads all files with weights_only, so none can run
-code. Any number of ranks, or a process without ranks, can read them. All ranks must see one file system."""
+last.pt is replaced last and names the folder of the parts, so folders left by a killed run don't count. Files
+are loaded with weights_only, so none can run code. All ranks must see one file system."""
 
 import glob
 import os
@@ -31,7 +30,7 @@ class Parts:
         self.shape = torch.Size([sum(len(t) for _, t in parts), *parts[0][1].shape[1:]])
 
     def __getitem__(self, index):
-        """The tensor; index: ..., or slices of which only the first may leave something out."""
+        """The tensor, or the part of it that slices cut along the first dimension; index: ... or slices."""
         a, b = (0, self.shape[0]) if index is ... else (index[0].start, index[0].stop)
         return torch.cat([t[max(0, a - start) : max(0, b - start)] for start, t in self.parts])
 
@@ -48,7 +47,7 @@ def map_tensors(f, x, name=""):
 
 
 def of_all_ranks(value, group=None):
-    """The plain values that the ranks pass, a list by rank."""
+    """[value of rank 0, of rank 1 ...]; plain values."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -58,23 +57,23 @@ def of_all_ranks(value, group=None):
 
 def together(work, group=None):
     """work() on every rank. A UserError of one is raised on all."""
-    error = None
+    error = ""
     try:
         work()
     except UserError as e:
         error = str(e)
-    if error := next(filter(None, of_all_ranks(error, group)), None):
-        raise UserError(error)
+    if errors := list(filter(None, of_all_ranks(error, group))):
+        raise UserError(errors[0])
 
 
-def save_file(path, state, kept=""):
+def save_file(path, state):
     """torch.save, atomically."""
 
     def write(temporary):
         with open(temporary, "wb") as f:  # given a path, torch.save hides the cause of an error
             torch.save(state, f)
 
-    write_safely(path, write, kept)
+    write_safely(path, write)
 
 
 def load_file(path, verify=True):
@@ -84,29 +83,27 @@ def load_file(path, verify=True):
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():
                     raise ValueError(f"the checksum of {damaged} is wrong")
-        mmap = path.isprintable()  # torch cannot map a file whose name is not UTF-8
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        # mapped, so that what no one uses is not read; torch cannot map a name that is not UTF-8
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=path.isprintable())
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as e:  # a damaged file can make zipfile, pickle and torch raise anything
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
-        what = f"{path} is not a checkpoint, or is damaged"
-        raise UserError(f"{what} ({reason}); use another") from None
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}; use another"
+        raise UserError(f"{path} is not a checkpoint, or is damaged: {reason}") from None
 
 
 def copy_to_host(state):
-    """Copy nested dicts and lists of tensors to host memory -> (the copy, in which sharded tensors are on the
-    meta device, without data; {name: (start, part)} of what this rank holds of them)."""
+    """Nested dicts and lists of tensors -> (a copy in host memory, in which sharded tensors are on the meta
+    device, without data; {name: (start, part)} of what this rank holds of them)."""
     parts = {}
 
     def copy(name, t):
         t = t.detach()
         if not isinstance(t, DTensor):
             return t.to("cpu", copy=True)
-        mesh, placements = t.device_mesh, t.placements
-        _, offset = compute_local_shape_and_global_offset(t.shape, mesh, placements)
-        groups = [i for i, p in zip(mesh.get_coordinate(), placements) if p.is_replicate()]
-        if not any(groups):  # of the groups of hybrid sharding, the first writes
+        _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+        places = zip(t.device_mesh.get_coordinate(), t.placements)
+        if not any(i for i, p in places if p.is_replicate()):  # hybrid sharding: the first group
             parts[name] = offset[0], t.to_local().to("cpu", copy=True)
         return torch.empty(t.shape, dtype=t.dtype, device="meta")
 
@@ -116,34 +113,30 @@ def copy_to_host(state):
 def write_parts(path, state, parts, group):
     """Write what copy_to_host gave, on all ranks together. Raises UserError on all of them if one cannot
     write, and leaves the checkpoint before it."""
-    rank, ranks, stem = dist.get_rank(group), dist.get_world_size(group), os.path.splitext(path)[0]
+    rank, stem = dist.get_rank(group), os.path.splitext(path)[0]
     # random, since a resumed run may save a step again
     folder = of_all_ranks(f"{stem}.step_{state['step']}.{os.urandom(4).hex()}", group)[0]
-    state = state | {"folder": os.path.basename(folder), "ranks": ranks}
-    together(lambda: save_file(f"{folder}/rank_{rank}.pt", parts, path), group)
+    state |= {"folder": os.path.basename(folder), "ranks": dist.get_world_size(group)}
+    together(lambda: save_file(f"{folder}/rank_{rank}.pt", parts), group)
     together(lambda: save_file(path, state) if rank == 0 else None, group)
     if rank == 0:
         remove_parts(path, folder)
 
 
 def remove_parts(path, but=""):
-    """Remove the folders of parts of a checkpoint, except for one."""
+    """Remove the folders of a checkpoint's parts, except for one."""
     for folder in glob.glob(f"{glob.escape(os.path.splitext(path)[0])}.step_*"):
         if folder != but:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_parts(path, state):
-    """state, which a checkpoint's file holds, with Parts in place of sharded tensors. The ranks share the
-    verification of checksums. Raises UserError, on all ranks, if a part is damaged or missing."""
+    """state, which a checkpoint's file holds, with Parts in place of sharded tensors. Each rank verifies some
+    of the files. Raises UserError, on all ranks, if a part is damaged or missing."""
     folder = os.path.join(os.path.dirname(path), os.path.basename(state["folder"]))
-    (rank, ranks), files = (0, 1), []
-    if dist.is_initialized():
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-
-    def load():
-        for i in range(state["ranks"]):
-            files.append(load_file(f"{folder}/rank_{i}.pt", verify=i % ranks == rank))
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    files, load = [], lambda i: load_file(f"{folder}/rank_{i}.pt", verify=i % ranks == rank)
+    together(lambda: files.extend(map(load, range(state["ranks"]))))
 
     def find(name, t):
         if not t.is_meta:
@@ -153,5 +146,4 @@ def open_parts(path, state):
             raise UserError(f"{path} is damaged: a part of {name[1:]} is missing; use another")
         return Parts(parts)
 
-    together(load)
     return map_tensors(find, state)

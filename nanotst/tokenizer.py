@@ -3,9 +3,8 @@
 get_tokenizer(name) takes
   "bytes"                   the 256 byte values; needs no vocabulary file and no package
   "gpt2", "cl100k_base" ..  an encoding of tiktoken, which downloads its vocabulary once
-  a path                    a local tiktoken rank file, such as Llama 3's tokenizer.model. It holds neither a
-                            split pattern nor special tokens: 128,000 ranks get Llama 3's; any other number
-                            gets Llama 3's pattern and a single <|endoftext|>, which `note` says
+  a path                    a local tiktoken rank file, such as Llama 3's tokenizer.model. It names no special
+                            tokens: 128,000 ranks get Llama 3's, any other number a single <|endoftext|>
 
 The name is "encoding" in a corpus's meta.json. A corpus made with a rank file keeps a copy of it, so
 get_tokenizer(meta["encoding"], folder=CORPUS_FOLDER) opens the right one."""
@@ -13,7 +12,7 @@ get_tokenizer(meta["encoding"], folder=CORPUS_FOLDER) opens the right one."""
 import base64
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,26 +45,23 @@ def get_tokenizer(name: str, folder: str = "") -> Tokenizer:
     Raises UserError if there is no such vocabulary."""
     if name == "bytes":
         return _byte_tokenizer()
+    todo = "or prepare the corpus with --encoding=bytes"
+    try:
+        import tiktoken  # only here: bytes must work without it
+    except ImportError:
+        raise UserError(f"'{name}' needs: pip install tiktoken ({todo})") from None
     for path in (os.path.join(folder, name), name):
         if os.path.isfile(path):
             return _rank_file_tokenizer(path)
-    if name.endswith((".model", ".tiktoken")) or os.path.dirname(name):
-        raise UserError(f"no such rank file: {os.path.join(folder, name)}")
-    tiktoken = _import_tiktoken(name)
-    known = ["bytes", "a path of a rank file", *tiktoken.list_encoding_names()]
+    known = tiktoken.list_encoding_names()
     if name not in known:
-        raise UserError(f"unknown encoding '{name}'; known: {', '.join(known)}")
+        raise UserError(f"no encoding or rank file {name!r}; known: bytes, {', '.join(known)}")
     try:
         return _bpe_tokenizer(name, tiktoken.get_encoding(name))
     except Exception as e:  # requests, urllib3, hash and file errors have one remedy
-        raise UserError(
-            f"the vocabulary of '{name}' could not be fetched ({type(e).__name__}); set "
-            "TIKTOKEN_CACHE_DIR to a folder that has it, or prepare the corpus with --encoding=bytes"
-        ) from None
-
-
-def _ids(ids) -> list[int]:
-    return np.asarray(ids, dtype=np.int64).reshape(-1).tolist()
+        todo = f"set TIKTOKEN_CACHE_DIR to a folder that has it, {todo}"
+        what = f"the vocabulary of '{name}' could not be fetched ({type(e).__name__})"
+        raise UserError(f"{what}; {todo}") from None
 
 
 def _byte_tokenizer() -> Tokenizer:
@@ -74,10 +70,10 @@ def _byte_tokenizer() -> Tokenizer:
         data = text.encode("utf-8", errors="replace").replace(b"\0", b"")
         return np.frombuffer(data, dtype=np.uint8).astype(np.int64)
 
-    return Tokenizer("bytes", 256, 0, encode, lambda ids: bytes(_ids(ids)))
+    return Tokenizer("bytes", 256, 0, encode, lambda ids: bytes(np.ravel(ids).tolist()))
 
 
-def _bpe_tokenizer(name: str, bpe, separator: int | None = None, rank_file: str = "") -> Tokenizer:
+def _bpe_tokenizer(name: str, bpe, separator: int | None = None, **more) -> Tokenizer:
     """bpe: a tiktoken.Encoding."""
 
     def encode(text: str) -> np.ndarray:
@@ -91,14 +87,15 @@ def _bpe_tokenizer(name: str, bpe, separator: int | None = None, rank_file: str 
             return "\ufffd".encode()
 
     separator = bpe.eot_token if separator is None else separator
-    decode_bytes = lambda ids: b"".join(map(one, _ids(ids)))
-    return Tokenizer(name, bpe.n_vocab, separator, encode, decode_bytes, rank_file)
+    decode_bytes = lambda ids: b"".join(map(one, np.ravel(ids).tolist()))
+    return Tokenizer(name, bpe.n_vocab, separator, encode, decode_bytes, **more)
 
 
 def _rank_file_tokenizer(path: str) -> Tokenizer:
     """A rank file has a line "base64-of-the-token rank" for each token."""
-    # not by tiktoken.load, which keeps a copy by path and reads that when the file has changed
-    try:
+    import tiktoken
+
+    try:  # not by tiktoken.load, which keeps a copy by path and reads that when the file has changed
         with open(path, "rb") as f:
             pairs = [line.split() for line in f.read().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
@@ -108,31 +105,14 @@ def _rank_file_tokenizer(path: str) -> Tokenizer:
             raise ValueError("needs ranks 0..N-1 and all 256 bytes")
     except (OSError, ValueError) as e:
         raise UserError(f"{path} is not a tiktoken rank file ({e})") from None
-    names, separator, note = ["<|endoftext|>"], n, ""
+    names, separator = ["<|endoftext|>"], n
+    note = f"{path} has {n:,} ranks, not Llama 3's {LLAMA3_RANKS:,}: Llama 3's pattern splits its text, too"
     if n == LLAMA3_RANKS:  # ids 128000 to 128255, in the order of the Llama 3 release
         reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
         names = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>"]
         names += ["<|end_header_id|>", reserved[4], "<|eot_id|>", *reserved[5:]]
-        separator = n + 1
-    else:
-        note = (
-            f"{path} has {n:,} ranks, not Llama 3's {LLAMA3_RANKS:,}: text is split by Llama 3's pattern all "
-            "the same, which may not be its model's, and the one special token is <|endoftext|>"
-        )
-    bpe = _import_tiktoken(path).Encoding(
-        os.path.basename(path),
-        pat_str=LLAMA3_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={token: n + i for i, token in enumerate(names)},
-    )
-    return replace(_bpe_tokenizer(path, bpe, separator, path), note=note)
-
-
-def _import_tiktoken(name: str):
-    try:
-        import tiktoken  # only here: bytes must work without it
-    except ImportError:
-        raise UserError(
-            f"'{name}' needs: pip install tiktoken (or prepare the corpus with --encoding=bytes)"
-        ) from None
-    return tiktoken
+        separator, note = n + 1, ""
+    special = {token: n + i for i, token in enumerate(names)}
+    how = dict(pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    bpe = tiktoken.Encoding(path, **how)
+    return _bpe_tokenizer(path, bpe, separator, rank_file=path, note=note)

@@ -2,20 +2,20 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import resource
 import shutil
 import socket
-import subprocess
-import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY, read_rows, write_corpus
+from conftest import TINY, read_rows, write_corpus
 
 import sample
 import train
@@ -29,67 +29,56 @@ from tools import evaluate, export
 MOE = dict(n_embd=24, ff_dim=40, n_expert=5, top_k=2, balance_bias=True)
 SHORT = dict(MOE, max_steps=12, total_batch=192, batch_size=0, eval_interval=6, eval_positions=176)
 STOP = 7  # two steps after the switch
-RUNS = {  # name: how it is resumed, and from what
-    "fsdp 2": "before",
-    "fsdp 4": "before",
-    "auto 1": "before",
-    "fsdp 2 again": "auto 1",  # which was stopped two steps later
+RUNS = {  # resumed: from what
+    "fsdp 4": "fsdp 3",
+    "auto 1": "fsdp 3",  # which is stopped two steps later
+    "fsdp 2": "auto 1",
 }
 
-A_PROCESS = """
-import json, os, shutil, sys, train
-from nanotst.machine import StopSignals
-me = int(sys.argv[1])
-for job in json.load(sys.stdin):
-    if me < job["ranks"]:
-        if me == 0 and job["knobs"]["resume"]:
-            shutil.copytree(job["before"], job["knobs"]["out_dir"])
-        env = dict(RANK=str(me), LOCAL_RANK=str(me), WORLD_SIZE=str(job["ranks"]))
-        os.environ |= env | {"MASTER_PORT": job["port"]}
-        if job["knobs"]["parallel"] == "auto":
-            [os.environ.pop(key) for key in env]
-        StopSignals.stop = lambda self, step: step == job["stop"]
+
+def work(me, folder, corpus, ports):
+    """Train, as one of four ranks, "whole" and "fsdp 3", which stops, and resume as in RUNS."""
+    for (name, port), stop in zip(ports.items(), (None, STOP, None, STOP + 2, None)):
+        parallel, n = name.replace("whole", "auto 1").split()
+        if me >= int(n):
+            continue
+        if me == 0 and name in RUNS:
+            shutil.copytree(f"{folder}/{RUNS[name]}", f"{folder}/{name}")
+        env = dict(RANK=str(me), LOCAL_RANK=str(me), WORLD_SIZE=n, MASTER_ADDR="127.0.0.1")
+        os.environ |= env | {"MASTER_PORT": port}
+        if parallel == "auto":
+            del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        StopSignals.stop = lambda self, step, stop=stop: step == stop
+        knobs = TINY | SHORT | dict(dataset=corpus, out_dir=f"{folder}/{name}", parallel=parallel)
+        groups = dict(shard_size=2) if n == "4" else {}  # two groups, which hold the same
         try:
-            train.main(train.Config(**job["knobs"]))
+            train.main(train.Config(**knobs, **groups, threads=1, resume=name in RUNS))
         except SystemExit:
-            assert job["stop"]
-"""
+            assert stop
+
+
+@pytest.fixture(scope="module")
+def ranks(corpus, tmp_path_factory):
+    """The folder of these runs. The processes are forks of a server that has imported torch."""
+    context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("ranks")
+    context.set_forkserver_preload(["train", "sample", "torch._dynamo"])
+    ports = {name: free_port() for name in ("whole", "fsdp 3", *RUNS)}
+    processes = [context.Process(target=work, args=(i, folder, corpus, ports)) for i in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    ended = [process.exitcode for process in processes]
+    for process in processes:  # one that hangs
+        process.kill()
+    assert ended == [0] * 4
+    return folder
 
 
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return str(s.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def ranks(corpus, tmp_path_factory):
-    """A folder of runs: "whole" on one, "before" on three ranks to step STOP, and resumed as in RUNS."""
-    folder, jobs = tmp_path_factory.mktemp("ranks"), []
-    for name, how in [("whole", "auto 1"), ("before", "fsdp 3"), *((name, name) for name in RUNS)]:
-        parallel, n = how.split()[:2]
-        knobs = {**TINY, **SHORT, "dataset": corpus, "out_dir": f"{folder}/{name}", "threads": 1}
-        knobs |= {"parallel": parallel, "resume": name in RUNS}
-        knobs |= {"shard_size": 2} if n == "4" else {}  # in two groups, which hold the same
-        job = dict(ranks=int(n), port=free_port(), before=f"{folder}/{RUNS.get(name)}", knobs=knobs)
-        jobs.append(job | {"stop": {"before": STOP, "auto 1": STOP + 2}.get(name)})
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    how = dict(cwd=ROOT, env=env, stdin=-1, stdout=-3, stderr=-1, text=True)  # pipe, none, pipe
-    processes = [
-        subprocess.Popen([sys.executable, "-c", A_PROCESS, str(i)], **how) for i in range(4)
-    ]
-    try:
-        for process in processes:
-            process.stdin.write(json.dumps(jobs))
-            process.stdin.close()
-            process.stdin = None
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-    return folder
 
 
 def parts_of(path):
@@ -103,8 +92,8 @@ def test_a_checkpoint_of_three_ranks_resumes_on_any_number(ranks, name):
     for row, other in zip(rows, wanted):
         for key in {"step", "loss", "val_loss", "grad_norm", "max_violation"} & row.keys():
             assert row[key] == pytest.approx(other[key], rel=1e-5), (row["step"], key)
-    # and none of the three that were there
-    assert len(parts_of(ranks / name / "last.pt")) == {"fsdp 4": 4, "auto 1": 0}.get(name, 2)
+    # and none of the parts that were there
+    assert len(parts_of(ranks / name / "last.pt")) == {"fsdp 4": 4, "fsdp 2": 2}.get(name, 0)
 
 
 def test_a_checkpoint_does_not_show_how_many_ranks_saved_it(ranks):
@@ -121,7 +110,7 @@ def test_a_checkpoint_does_not_show_how_many_ranks_saved_it(ranks):
 
 
 def test_a_missing_or_damaged_part_is_refused(ranks, tmp_path):
-    run = shutil.copytree(ranks / "before", tmp_path / "run")
+    run = shutil.copytree(ranks / "fsdp 3", tmp_path / "run")
     assert len(parts_of(run / "last.pt")) == 3
     wanted = load_checkpoint(str(run / "last.pt"))
     for file in parts_of(run / "last.pt"):
@@ -153,7 +142,8 @@ def one_rank(monkeypatch):
     for key, value in (env | {"MASTER_PORT": free_port()}).items():
         monkeypatch.setenv(key, value)
     yield Machine.start(train.Config(**TINY, parallel="fsdp", threads=1))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def state_at(step):
@@ -172,15 +162,13 @@ def value_in(path):
 def test_a_sharded_checkpoint_is_a_copy_of_its_step(one_rank, tmp_path, monkeypatch):
     """A thread writes it while training changes the weights."""
     saver, state, path = checkpoint.Saver(one_rank), state_at(4), str(tmp_path / "last.pt")
-    monkeypatch.setattr(
-        sharded, "copy_to_host", lambda s, f=sharded.copy_to_host: (f(s), spoil(s))[0]
-    )
-
-    def spoil(state):
-        state["model"]["w"].to_local().zero_()
-        state["model"]["b"].zero_()
-
+    trained, write = threading.Event(), sharded.write_parts
+    later = lambda *args: (trained.wait(60), write(*args))
+    monkeypatch.setattr(sharded, "write_parts", later)
     saver.save(path, state)
+    state["model"]["w"].to_local().zero_()
+    state["model"]["b"].zero_()
+    trained.set()
     saver.wait()
     assert value_in(path) == 4 and load_checkpoint(path)["model"]["b"].tolist() == [4.0, 4.0]
 
@@ -202,7 +190,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_complete(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fill)
         saver.save(path, state_at(2))
-        with pytest.raises(UserError, match="disk is full.*old one is untouched.*use --resume"):
+        with pytest.raises(UserError, match="disk is full; make room"):
             saver.wait()
     assert value_in(path) == 1
     spoiled = state_at(3)
@@ -234,14 +222,11 @@ def test_a_sharded_run_resumes_bit_for_bit_and_gives_initial_weights(
     frozen = dict(learning_rate=1e-30, max_steps=2, superposition_ratio=0.5)
     fsdp(init_from=str(tmp_path / "run"), out_dir=str(tmp_path / "b"), **frozen)
     with monkeypatch.context() as patch:
-        patch.delenv("RANK")
+        patch.delenv("RANK"), patch.delenv("WORLD_SIZE")
         run(init_from=f"{tmp_path}/b/last.pt", out_dir=str(tmp_path / "c"), **MOE, **frozen)
     fsdp(init_from=f"{tmp_path}/c/last.pt", out_dir=str(tmp_path / "d"), **frozen)
     models = [load_checkpoint(f"{tmp_path}/{path}")["model"] for path in ("run", "d/last.pt")]
-    assert all(
-        torch.equal(t, models[1][name]) for name, t in models[0].items() if "bias" not in name
-    )
-    one_rank.start(train.Config(**TINY, parallel="fsdp", threads=1))  # for the fixture to end
+    assert all(torch.equal(t, models[1][key]) for key, t in models[0].items() if "bias" not in key)
 
 
 # ------------------------------------------------------------------------------------------ plain checkpoints
@@ -298,23 +283,20 @@ def test_a_checkpoint_that_cannot_be_resumed_is_one_line(run, folder, change_to,
 
 def test_moments_of_another_shape_or_not_finite_are_refused(run, folder):
     states = torch.load(folder / "last.pt", weights_only=True)["optimizer"]
-    states[0]["state"][0]["exp_avg"][0, 0] = float("inf")
-    change(folder, optimizer=states)
-    with pytest.raises(UserError, match="a moment is not finite"):
-        run(resume=True, max_steps=4)
-    states[0]["state"][0]["exp_avg"] = torch.zeros(1)
-    change(folder, optimizer=states)
-    with pytest.raises(UserError, match="a moment has another shape"):
-        run(resume=True, max_steps=4)
+    moments = states[0]["state"][0]
+    bad = torch.full_like(moments["exp_avg"], float("inf"))
+    for moments["exp_avg"], words in ((bad, "is not finite"), (torch.zeros(1), "another shape")):
+        change(folder, optimizer=states)
+        with pytest.raises(UserError, match=f"a moment (has )?{words}"):
+            run(resume=True, max_steps=4)
 
 
-@pytest.mark.parametrize(
-    "shares", [torch.full((1, 5), float("nan")), torch.ones(1, 4), None], ids=str
-)
-def test_shares_of_experts_that_are_not_finite_or_others_are_refused(run, ranks, tmp_path, shares):
-    change(shutil.copytree(ranks / "whole", tmp_path / "run"), shares=shares)
-    with pytest.raises(UserError, match="last.pt cannot be resumed"):
-        run(resume=True, **SHORT)
+def test_shares_of_experts_that_are_not_finite_or_others_are_refused(run, ranks, tmp_path):
+    folder = shutil.copytree(ranks / "whole", tmp_path / "run")
+    for shares in (torch.full((1, 5), float("nan")), torch.ones(1, 4), None):
+        change(folder, shares=shares)
+        with pytest.raises(UserError, match="last.pt cannot be resumed"):
+            run(resume=True, **SHORT)
 
 
 def test_every_flipped_bit_in_a_tensor_is_found(folder):
@@ -325,7 +307,7 @@ def test_every_flipped_bit_in_a_tensor_is_found(folder):
         damaged = bytearray(whole)
         damaged[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="last.pt is .*damaged .*checksum"):
+        with pytest.raises(UserError, match="last.pt is .*damaged: .*checksum"):
             load_checkpoint(str(path))
     for n in (0, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:n])
@@ -346,13 +328,8 @@ def test_a_checkpoint_from_before_november_2026_resumes(run, folder):
 def test_initial_weights_are_only_of_the_same_vocabulary_and_model(run, folder, tmp_path):
     """Vocabularies of one size, too, and settings that no shape shows."""
     first, other = load_checkpoint(str(folder)), str(folder / "last.pt")
-    run(
-        init_from=other,
-        out_dir=str(tmp_path / "b"),
-        learning_rate=1e-30,
-        max_steps=2,
-        superposition_ratio=0.5,
-    )
+    frozen = dict(learning_rate=1e-30, max_steps=2, superposition_ratio=0.5)
+    run(init_from=other, out_dir=str(tmp_path / "b"), **frozen)
     second = load_checkpoint(str(tmp_path / "b"))["model"]
     assert all(torch.equal(t, second[name]) for name, t in first["model"].items())
     for knobs, words in [
@@ -364,26 +341,21 @@ def test_initial_weights_are_only_of_the_same_vocabulary_and_model(run, folder, 
         with pytest.raises(UserError, match=words):
             run(init_from=other, out_dir=str(tmp_path / "c"), **knobs)
     text = write_corpus(tmp_path / "text", np.arange(6000) % 50, range(50), 50)
-    for encoding, words in (
-        ("gpt2", "another vocabulary than .*last.pt"),
-        (None, "name no encoding"),
-    ):
-        meta = json.loads(Path(text, "meta.json").read_text()) | {"encoding": encoding}
-        Path(text, "meta.json").write_text(json.dumps(meta))
-        with pytest.raises(UserError, match=words):
-            run(init_from=other, out_dir=str(tmp_path / "c"), dataset=text)
+    with pytest.raises(UserError, match="name no encoding"):
+        run(init_from=other, out_dir=str(tmp_path / "c"), dataset=text)
+    meta = json.loads(Path(text, "meta.json").read_text()) | {"encoding": "gpt2"}
+    Path(text, "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="another vocabulary than .*last.pt"):
+        run(init_from=other, out_dir=str(tmp_path / "c"), dataset=text)
 
 
-@pytest.mark.parametrize(
-    "use", [dict(resume=True), dict(init_from="last.pt", overwrite=True)], ids=str
-)
-def test_weights_that_are_not_finite_are_not_trained_on(run, folder, use):
+def test_weights_that_are_not_finite_are_not_trained_on(run, folder):
     model = torch.load(folder / "last.pt", weights_only=True)["model"]
     model["norm.weight"][3] = float("nan")
     change(folder, model=model)
-    use = use | {"init_from": str(folder / "last.pt")} if "init_from" in use else use
-    with pytest.raises(UserError, match="last.pt are not finite"):
-        run(max_steps=4, **use)
+    for use in (dict(resume=True), dict(init_from=str(folder / "last.pt"), overwrite=True)):
+        with pytest.raises(UserError, match="last.pt are not finite"):
+            run(max_steps=4, **use)
 
 
 def test_a_folder_whose_name_is_not_utf_8(run, corpus, tmp_path):
@@ -402,32 +374,22 @@ class Code:
         return os.mkdir, ("code was run",)
 
 
-def hostile(kind, run):
-    """Make the folder of a run hostile -> the path to give."""
-    last = run / "last.pt"
-    if kind == "last.pt":
-        torch.save(torch.load(last, weights_only=True) | {"shares": Code()}, last)
-    elif kind == "no zip file":
-        last.write_bytes(pickle.dumps({"model": Code()}))
-    elif kind == "a part":
-        part = next(part for part in parts_of(last) if part.name == "rank_2.pt")
-        torch.save({"model.head.weight": (0, Code())}, part)
-    elif kind == "an older version's folder":
-        shutil.rmtree(last.parent)
-        (run / "last.dcp" / "step_4.0").mkdir(parents=True)
-        (run / "last.dcp" / "manifest.json").write_text(
-            '{"step": 4, "files": {"step_4.0/.metadata": "0"}}'
-        )
-        (run / "last.dcp" / "step_4.0" / ".metadata").write_bytes(pickle.dumps(Code()))
-        return str(run / "last.dcp")
-    return str(last)
-
-
 @pytest.mark.parametrize("kind", ["last.pt", "no zip file", "a part", "an older version's folder"])
 def test_no_checkpoint_can_run_code(run, ranks, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    path = hostile(kind, shutil.copytree(ranks / "before", tmp_path / "run"))
-    words = "damaged|older version"
+    folder = shutil.copytree(ranks / "fsdp 3", tmp_path / "run")
+    path = str(folder / "last.pt")
+    if kind == "last.pt":
+        torch.save(torch.load(path, weights_only=True) | {"shares": Code()}, path)
+    elif kind == "no zip file":
+        Path(path).write_bytes(pickle.dumps({"model": Code()}))
+    elif kind == "a part":
+        torch.save({"model.head.weight": (0, Code())}, parts_of(path)[2])
+    else:
+        shutil.rmtree(folder)
+        path = str(folder / "last.dcp")
+        os.makedirs(path)
+        Path(path, ".metadata").write_bytes(pickle.dumps(Code()))
     for use in (
         lambda: sample.main(sample.Config(checkpoint=path, device="cpu")),
         lambda: export.main(export.Config(path, str(tmp_path / "hf"))),
@@ -435,7 +397,7 @@ def test_no_checkpoint_can_run_code(run, ranks, tmp_path, monkeypatch, kind):
         lambda: run(init_from=path, out_dir=str(tmp_path / "other"), **SHORT),
         lambda: run(resume=True, **SHORT),
     ):
-        with pytest.raises(UserError, match=words) as e:
+        with pytest.raises(UserError, match="damaged|neither|there is no checkpoint") as e:
             use()
         assert "\n" not in str(e.value)
     assert not os.path.exists("code was run")
@@ -445,29 +407,20 @@ def test_no_checkpoint_can_run_code(run, ranks, tmp_path, monkeypatch, kind):
 
 
 def test_a_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
-    done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: done.append(("sync", os.fstat(fd).st_ino)) or fsync(fd)
-    )
-    monkeypatch.setattr(
-        os, "replace", lambda a, b: done.append(("name", os.stat(a).st_ino)) or replace(a, b)
-    )
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(("sync", os.fstat(fd).st_ino)))
+    renamed = lambda a, b: done.append(("name", os.stat(a).st_ino)) or os.rename(a, b)
+    monkeypatch.setattr(os, "replace", renamed)
     files.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("text"))
     inode, folder = os.stat(tmp_path / "x").st_ino, os.stat(tmp_path).st_ino
     assert done == [("sync", inode), ("name", inode), ("sync", folder)]
 
 
-def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
-    def write():
-        (tmp_path / "x.tmp").symlink_to(tmp_path / "precious")
-        files.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("new"))
-
+def test_a_planted_link_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("old")
-    write()
+    (tmp_path / "x.tmp").symlink_to(tmp_path / "precious")
+    files.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("new"))
     assert (tmp_path / "x").read_text() == "new" and not (tmp_path / "x").is_symlink()
-    monkeypatch.setattr(os, "remove", lambda path: None)  # it is there again at once
-    with pytest.raises(UserError, match="cannot write .*x: File exists"):
-        write()
     assert (tmp_path / "precious").read_text() == "old"
 
 
@@ -479,16 +432,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
     path, limit = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     path.write_text("old")
-    full = "cannot write .*last.pt: the disk is full.*; the old one is untouched: make room and use --resume$"
-    with pytest.raises(UserError, match=full) as e:
+    full = "cannot write .*last.pt: the disk is full; make room; the old one is untouched$"
+    with pytest.raises(UserError, match=full):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
         try:
             sharded.save_file(str(path), {"x": torch.zeros(9999)})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert "\n" not in str(e.value)
-    with pytest.raises(
-        UserError, match="RuntimeError connection closed by peer; the old one is untouched$"
-    ):
+    with pytest.raises(UserError, match="RuntimeError connection closed by peer; the old one is"):
         files.write_safely(str(path), fail)
     assert os.listdir(tmp_path) == ["last.pt"] and path.read_text() == "old"

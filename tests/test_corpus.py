@@ -7,7 +7,6 @@ import pickle
 import shutil
 import struct
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,12 +55,6 @@ def llm_c(folder, shards, magic=20240520, version=1, code="H", name="fineweb_{}_
     return str(folder)
 
 
-def flip(path, bit):
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
-
-
 def refused(folder, *says):
     """open_corpus ends in one line that holds all of `says`."""
     with pytest.raises(UserError) as error:
@@ -89,8 +82,6 @@ def test_every_slice_is_one_of_the_concatenated_files(tmp_path, cuts):
         for stop in range(-3, 44):
             assert c.train[start:stop].tolist() == TRAIN[:40][start:stop].tolist()
     with pytest.raises(ValueError):
-        c.train[::2]
-    with pytest.raises(ValueError):
         c.val[:5][0] = 1  # a reader cannot damage the corpus
 
 
@@ -104,12 +95,7 @@ def test_dtypes(tmp_path, bits):
 def test_meta_is_plain_and_four_keys_of_meta_json_are_enough(tmp_path):
     c = open_corpus(ours(tmp_path / "x", unknown_key=[1]))
     assert json.loads(json.dumps(c.meta)) == c.meta
-    assert (c.folder, c.vocab_size, c.bytes_per_token, c.note) == (
-        str(tmp_path / "x"),
-        300,
-        2.5,
-        "",
-    )
+    assert (c.folder, c.vocab_size, c.bytes_per_token) == (str(tmp_path / "x"), 300, 2.5)
     wanted = dict(encoding="gpt2", separator=0, train_tokens=1000, val_tokens=70, vocabulary="gpt2")
     assert wanted.items() <= c.meta.items() and c.meta["fingerprint"] == c.fingerprint
     assert not c.meta.keys() & {"unknown_key", "sha256", "dtype"}
@@ -119,31 +105,20 @@ def test_meta_is_plain_and_four_keys_of_meta_json_are_enough(tmp_path):
     assert c.bytes_per_token is None and c.meta["encoding"] is None and c.meta["separator"] is None
 
 
-def test_corpora_with_the_seal_and_part_sums_of_an_older_version_are_read(tmp_path):
-    path = Path(ours(tmp_path / "x"), "meta.json")
-    meta = json.loads(path.read_text())
-    meta["sha256"]["train.crc"] = "0" * 64
-    path.write_text(json.dumps(meta | {"seal": "0" * 64}))
-    assert open_corpus(str(tmp_path / "x")).train[:].tolist() == TRAIN.tolist()
-
-
 def test_nanogpt_tokens_and_characters(tmp_path):
     c = open_corpus(nanogpt(tmp_path / "x", TRAIN + 49000))
     assert c.train[:].tolist() == (TRAIN + 49000).tolist() and c.val[:].tolist() == VAL.tolist()
     assert dict(encoding="gpt2", bytes_per_token=None, **GPT2).items() <= c.meta.items()
-    assert "neither meta.json nor meta.pkl" in c.note
+    assert "its tokens are taken for GPT-2's" in c.note
     characters = [chr(200 + i) for i in range(300)]
     pickled = {"vocab_size": 300, "itos": dict(enumerate(characters)), "stoi": {}}
     c = open_corpus(nanogpt(tmp_path / "y", pickled=pickled))
     assert c.vocab_size == 300 and c.meta["encoding"] is None and c.bytes_per_token is None
     assert c.meta["characters"] == characters and c.train[:].tolist() == TRAIN.tolist()
-    c = open_corpus(
-        nanogpt(tmp_path / "z", [0, 1], [1], {"vocab_size": 2, "itos": {0: "\n", 1: "a"}})
-    )
-    assert c.bytes_per_token == 1.0
-    assert (
-        "characters" not in open_corpus(nanogpt(tmp_path / "w", pickled={"vocab_size": 400})).meta
-    )
+    pickled = {"vocab_size": 2, "itos": {0: "\n", 1: "a"}}
+    assert open_corpus(nanogpt(tmp_path / "z", [0, 1], [1], pickled)).bytes_per_token == 1.0
+    c = open_corpus(nanogpt(tmp_path / "w", pickled={"vocab_size": 400}))
+    assert "characters" not in c.meta
 
 
 def test_llm_c_shards_are_in_order_of_their_numbers(tmp_path):
@@ -155,14 +130,6 @@ def test_llm_c_shards_are_in_order_of_their_numbers(tmp_path):
     assert c.train[:].tolist() == (TRAIN + 127955).tolist()
     wanted = dict(vocab_size=128256, encoding=None, separator=128000, vocabulary="Llama 3")
     assert wanted.items() <= c.meta.items()
-
-
-def test_shards_with_a_gap_in_their_numbers_are_refused(tmp_path):
-    llm_c(tmp_path / "x", [[1], [2], [3]])
-    (tmp_path / "x" / "fineweb_train_000002.bin").unlink()
-    refused(
-        tmp_path / "x", "lacks shards between fineweb_train_000001.bin and fineweb_train_000003.bin"
-    )
 
 
 def test_threads_share_a_corpus_and_few_files_stay_open(tmp_path, monkeypatch, large):
@@ -177,15 +144,15 @@ def test_threads_share_a_corpus_and_few_files_stay_open(tmp_path, monkeypatch, l
                 wrong.append(start)
 
     threads = [threading.Thread(target=read, args=(i,)) for i in range(3)]
-    [t.start() for t in threads], [t.join() for t in threads]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
     assert not wrong and c.train.map.cache_info().currsize == 3
     assert first.tolist() == TRAIN[20:25].tolist()  # a slice outlives its file
 
 
-@pytest.mark.parametrize("hashed", [True, False])
-def test_a_file_that_changes_while_it_is_in_use_is_one_line(tmp_path, hashed):
+def test_a_file_that_changes_while_it_is_in_use_is_one_line(tmp_path):
     """Reading beyond the new end of a file would end the process by a signal."""
-    c = open_corpus(ours(tmp_path / "x", cuts=[300, 600], hashed=hashed))
+    c = open_corpus(ours(tmp_path / "x", cuts=[300, 600]))
     path = tmp_path / "x" / "train_00001.bin"
     assert c.train[299:301].tolist() == TRAIN[299:301].tolist()
     os.truncate(path, 10)
@@ -239,10 +206,7 @@ def test_the_fingerprint_depends_on_the_tokens_alone(tmp_path):
         nanogpt(tmp_path / "e"),
         llm_c(tmp_path / "f", [TRAIN[:999], TRAIN[999:]]),
     ]
-    changed = TRAIN.copy()
-    changed[500] += 1
     others = [
-        ours(tmp_path / "h", changed, **GPT2),
         ours(tmp_path / "i", TRAIN[::-1], **GPT2),
         ours(tmp_path / "j", val=VAL[::-1], **GPT2),
         ours(tmp_path / "k", TRAIN[:-1], np.append(TRAIN[-1], VAL), **GPT2),  # another cut
@@ -252,7 +216,7 @@ def test_the_fingerprint_depends_on_the_tokens_alone(tmp_path):
     hashes = [hashlib.sha256(struct.pack(f"<{len(x)}H", *x)).hexdigest() for x in (TRAIN, VAL)]
     wanted = hashlib.sha256(repr([50257, 1000, 70, *hashes]).encode()).hexdigest()[:32]
     assert {open_corpus(folder).fingerprint for folder in same} == {wanted}
-    assert len({open_corpus(folder).fingerprint for folder in [same[0], *others]}) == 6
+    assert len({open_corpus(folder).fingerprint for folder in [same[0], *others]}) == 5
 
 
 def test_the_fingerprint_of_a_large_corpus_covers_blocks(tmp_path, large):
@@ -276,8 +240,6 @@ def test_another_corpus_than_the_checkpoints(tmp_path):
         check_same(c, other.meta, "last.pt")
     with pytest.raises(UserError, match="last.pt: vocabulary r50k_base there, gpt2 here"):
         check_vocabulary(c, other.meta, "last.pt")
-    with pytest.raises(UserError):
-        check_same(c, {}, "last.pt")
 
 
 def test_rank_files_of_one_name_are_compared_by_their_contents(tmp_path):
@@ -302,27 +264,22 @@ def test_rank_files_of_one_name_are_compared_by_their_contents(tmp_path):
 def test_every_flipped_bit_is_found(tmp_path, cuts):
     ours(tmp_path / "x", TRAIN[:20], VAL[:5], cuts, vocab_size=2**16)  # so that no id is beyond it
     for path in sorted((tmp_path / "x").glob("*.bin")):
-        for bit in range(8 * path.stat().st_size):
-            flip(path, bit)
+        whole = path.read_bytes()
+        for bit in range(0, 8 * len(whole), 5):
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
             refused(tmp_path / "x", f"{path} is damaged")
-            flip(path, bit)
+        path.write_bytes(whole)
     open_corpus(str(tmp_path / "x"))
 
 
-DAMAGES = [
-    (
-        lambda path: path.write_bytes(path.read_bytes()[:-2]),
-        "train has 999 tokens, meta.json says 1,000",
-    ),
-    (lambda path: path.write_bytes(path.read_bytes() + b"xx"), "train has 1,001 tokens"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "{} is cut short"),
-    (lambda path: path.write_bytes(b""), "{} is cut short"),
-    (lambda path: path.unlink(), "train.bin"),
-    (lambda path: (path.unlink(), path.symlink_to(path)), "cannot read {}"),
-    (
-        lambda path: path.write_bytes(bytes(598) + b"\x2c\1" * 701),
-        "{}: id 300 of token 299 is beyond the",
-    ),
+DAMAGES = [  # the file's bytes become these
+    (lambda data: data[:-2], "train has 999 tokens, meta.json says 1,000"),
+    (lambda data: data + b"xx", "train has 1,001 tokens"),
+    (lambda data: data[:-1], "{} is cut short"),
+    (lambda data: b"", "{} is cut short"),
+    (lambda data: bytes(598) + b"\x2c\1" * 701, "{}: id 300 among tokens 0 to 1,000 is beyond the"),
 ]
 
 
@@ -330,7 +287,7 @@ DAMAGES = [
 def test_damaged_token_files(tmp_path, damage, says):
     path = tmp_path / "x" / "train.bin"
     ours(tmp_path / "x", hashed=False)
-    damage(path)
+    path.write_bytes(damage(path.read_bytes()))
     refused(tmp_path / "x", says.format(path))
 
 
@@ -348,12 +305,15 @@ def test_missing_and_left_over_shards(tmp_path):
     (folder / "train.bin").write_bytes(b"xx")
     refused(folder, "several corpora")
     folder = tmp_path / "z"
-    ours(folder, hashed=False)
-    (folder / "my_train.bin").write_bytes(b"xx")  # not a name of ours
-    assert open_corpus(str(folder)).train[:].tolist() == TRAIN.tolist()
+    llm_c(folder, [[1], [2], [3]])
+    (folder / "fineweb_train_000002.bin").unlink()
+    refused(folder, "lacks shards between fineweb_train_000001.bin and fineweb_train_000003.bin")
+    shutil.rmtree(folder)
+    llm_c(folder, [])
+    refused(folder, "has no train.bin")
 
 
-@pytest.mark.parametrize("at, value", [(0, 20240521), (0, 20240801), (1, 2), (2, 400), (2, -401)])
+@pytest.mark.parametrize("at, value", [(0, 20240801), (1, 2), (2, 400)])
 def test_headers_that_lie(tmp_path, at, value):
     llm_c(tmp_path / "x", [TRAIN[:400], TRAIN[400:801], TRAIN[801:]])
     path = tmp_path / "x" / "fineweb_train_000002.bin"
@@ -363,12 +323,12 @@ def test_headers_that_lie(tmp_path, at, value):
     refused(tmp_path / "x", f"{path}: its header")
 
 
-@pytest.mark.parametrize("n", [0, 3, 12, 1023, 1024, 1025, 1823])
-def test_a_foreign_file_that_is_cut(tmp_path, n):
+def test_a_foreign_file_that_is_cut(tmp_path):
     llm_c(tmp_path / "x", [TRAIN[:400], TRAIN[400:]])
     path = tmp_path / "x" / "fineweb_train_000001.bin"
-    os.truncate(path, n)
-    refused(tmp_path / "x", str(path))
+    for n in (1823, 1025, 1024, 12, 3, 0):
+        os.truncate(path, n)
+        refused(tmp_path / "x", str(path))
 
 
 def test_files_of_no_format(tmp_path):
@@ -376,24 +336,20 @@ def test_files_of_no_format(tmp_path):
     for split in ("train", "val"):
         (tmp_path / "x" / f"a_{split}.bin").write_bytes(bytes(4000))
     refused(tmp_path / "x", "a_train.bin", "magic 0")
-    llm_c(tmp_path / "z", [TRAIN])
-    (tmp_path / "z" / "fineweb_val_000000.bin").unlink()
-    refused(tmp_path / "z", "has no val.bin")
 
 
 def test_ids_of_a_large_corpus_are_checked_when_they_are_read(tmp_path, large):
     c = open_corpus(llm_c(tmp_path / "x", [TRAIN[:400], [50257], TRAIN[400:]]))
     assert c.train[300:400].tolist() == TRAIN[300:400].tolist()
-    with pytest.raises(UserError, match="fineweb_train_000002.bin: id 50257 of token 0"):
+    with pytest.raises(
+        UserError, match="fineweb_train_000002.bin: id 50257 among tokens 0 to 1 is"
+    ):
         c.train[390:410]
 
 
-WRONG = [{"vocab_size": x} for x in (None, 0, 300.0, "300", True)]
-WRONG += [{"dtype": x} for x in (None, "float16", "uint64", ">u2", ["u2"])]
-WRONG += [{"train_tokens": x} for x in (None, 0, "1000")] + [
-    {"separator": x} for x in (-1, 300, "0")
-]
-WRONG += [{"sha256": x} for x in ({"train.bin": "0" * 64}, {"../a_train.bin": "0" * 64})]
+WRONG = [{"vocab_size": x} for x in (None, 0, 300.0, True)]
+WRONG += [{"dtype": x} for x in (None, "float16", ["u2"])] + [{"train_tokens": "1000"}]
+WRONG += [{"separator": x} for x in (-1, 300, "0")] + [{"sha256": {"../a_train.bin": "0" * 64}}]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
@@ -402,13 +358,11 @@ def test_wrong_values_in_meta_json(tmp_path, wrong):
     refused(tmp_path / "x", str(tmp_path / "x"))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "null", "[]", "\x80", "[" * 100_000, "{}", '{"dtype": "uint8"}']
-)
-def test_meta_json_that_is_none(tmp_path, text):
+def test_meta_json_that_is_none(tmp_path):
     ours(tmp_path / "x")
-    (tmp_path / "x" / "meta.json").write_text(text, encoding="latin-1")
-    refused(tmp_path / "x", f"{tmp_path}/x/meta.json describes no corpus")
+    for text in ("", "{", "null", "[]", "\x80", "[" * 100_000, '{"dtype": "uint8"}'):
+        (tmp_path / "x" / "meta.json").write_text(text, encoding="latin-1")
+        refused(tmp_path / "x", f"{tmp_path}/x/meta.json describes no corpus")
 
 
 class Code:
@@ -417,14 +371,16 @@ class Code:
 
 
 PICKLED = [Code(), {"vocab_size": 300, "x": Code()}, {"vocab_size": np.int64(300)}, {}, []]
-PICKLED += [{"vocab_size": n} for n in (None, 0, True, 2**16 + 1, 300.0, "300")]
+PICKLED += [{"vocab_size": n} for n in (None, 0, 2**16 + 1, 300.0)]
 PICKLED += [{"vocab_size": 2, "itos": itos} for itos in ({0: "a"}, {0: "a", 1: 5}, 7)]
 
 
-@pytest.mark.parametrize("pickled", PICKLED, ids=range(len(PICKLED)))
-def test_meta_pkl_is_not_trusted(tmp_path, monkeypatch, pickled):
+def test_meta_pkl_is_not_trusted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(nanogpt(tmp_path / "x", pickled=pickled), f"{tmp_path}/x/meta.pkl is not nanoGPT's")
+    nanogpt(tmp_path / "x")
+    for pickled in PICKLED:
+        (tmp_path / "x" / "meta.pkl").write_bytes(pickle.dumps(pickled))
+        refused("x", f"{tmp_path}/x/meta.pkl is not nanoGPT's")
     assert not os.path.exists("code_was_run")
 
 

@@ -30,21 +30,17 @@ def test_shares_hold_over_any_stretch(shares):
 
 def test_each_row_is_of_one_corpus_and_each_corpus_is_read_once(tmp_path):
     """Three corpora with distinct tokens, through a switch: an epoch of each reads every token once."""
-    sizes = [3000, 1100, 400]
-    sources = [
-        (np.arange(n) + 10_000 * i, share) for i, (n, share) in enumerate(zip(sizes, UNEVEN))
-    ]
+    tokens = np.arange(3000), np.arange(1100) + 10_000, np.arange(400) + 20_000
     phases = [Phase(0, 7, 3, 3), Phase(7, 90, 1, 1)]
-    s = TokenStream(sources, 4, phases, 20, range(20), seed=3)
-    read, step = [[], [], []], 0
-    while step < 60:
+    s = TokenStream(list(zip(tokens, UNEVEN)), 4, phases, 20, range(20), seed=3)
+    read = [[], [], []]
+    for step in range(60):
         n_in = 3 if step < 7 else 1
         rows = s.read(step).numpy()
         assert (rows // 10_000 == rows[:, :1] // 10_000).all()
         assert np.bincount(rows[:, 0] // 10_000).tolist() == [14, 5, 1]  # of 20, in every step
         for row in rows:
             read[row[0] // 10_000] += (row[: 4 * n_in] % 10_000).tolist()
-        step += 1
     for tokens, order in zip(read, s.orders):
         n = min(order.epoch_tokens, len(tokens))
         assert len(set(tokens[:n])) == n  # nothing twice in an epoch
@@ -71,13 +67,8 @@ def test_corpora_of_one_length_have_orders_of_their_own():
 @pytest.fixture
 def corpora(tmp_path):
     rng = np.random.default_rng(0)
-    for name, values in dict(
-        b={},
-        a={"bytes_per_token": 4.0},
-        c={"vocab_size": 60},
-        d={"separator": 3},
-        e={"encoding": None},
-    ).items():
+    changes = dict(a={"bytes_per_token": 4.0}, b={}, c={"vocab_size": 60}, d={"separator": 3})
+    for name, values in (changes | {"e": {"encoding": None}}).items():
         tokens = np.cumsum(rng.choice([1, 7, 20], 4500)) % 50
         write_corpus(tmp_path / name, tokens[:4000], tokens[4000:], 50)
         path = tmp_path / name / "meta.json"
@@ -92,7 +83,7 @@ def corpora(tmp_path):
     [
         ("{a}:0.5,{b}:0.4", "sum to 1, not .* = 9/10"), ("{a}:1.0,{b}:0", "positive"),
         ("{a}:0.5,{b}", "NAME:SHARE"), ("{a},{b}", "NAME:SHARE"), ("{a}:1/2,{b}:1/0", "NAME:SHARE"),
-        ("{a}:1.5,{b}:-0.5", "NAME:SHARE"), ("{a}:nan,{b}:0.5", "NAME:SHARE"),
+        ("{a}:nan,{b}:0.5", "NAME:SHARE"),
         ("{a}:0.00001,{b}:0.99999", "fewer digits"), ("{a}:0.3333,{b}:0.3333", "sum to 1, not 3333/10000"),
         ("{a}:1/2,{same}:1/2", "hold the same text"), ("{a}:0.5,{e}:0.5", "vocabulary None there, toy here"),
         ("{e}:0.5,{e}:0.5", "name no encoding"), ("{a}:0.5,{d}:0.5", "separator 3 there, None here"),
@@ -112,16 +103,15 @@ def test_a_run_on_a_mixture(run, tiny, corpora, tmp_path):
     spec = "{a}:0.25,{b}:0.75".format(**corpora)
     knobs = dict(learning_rate=1e-30, max_steps=4, superposition_ratio=0.5)
     row = run(dataset=spec, **knobs)[-1]
-    alone = [
-        run(dataset=corpora[name], out_dir=str(tmp_path / f"only_{name}"), **knobs)[-1]["val_loss"]
-        for name in "ab"
-    ]
-    assert [row["val_loss_a"], row["val_loss_b"]] == alone
-    assert row["val_loss"] == pytest.approx(0.25 * alone[0] + 0.75 * alone[1])
-    described = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert [part["share"] for part in described["data"]["mixture"]] == ["1/4", "3/4"]
-    assert described["data"]["bytes_per_token"] == 0.25 * 4 + 0.75 * 2
-    assert described["data"]["source"] == ["a", "b"] and described["data"]["train_tokens"] == 8000
+    for name in "ab":
+        alone = run(dataset=corpora[name], out_dir=str(tmp_path / f"only_{name}"), **knobs)
+        assert alone[-1]["val_loss"] == row[f"val_loss_{name}"]
+    mean = 0.25 * row["val_loss_a"] + 0.75 * row["val_loss_b"]
+    assert row["val_loss"] == pytest.approx(mean)
+    data = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+    assert [part["share"] for part in data["mixture"]] == ["1/4", "3/4"]
+    assert data["bytes_per_token"] == 0.25 * 4 + 0.75 * 2
+    assert data["source"] == ["a", "b"] and data["train_tokens"] == 8000
     with pytest.raises(UserError, match="does not hold the corpus"):
         run(dataset="{a}:0.5,{b}:0.5".format(**corpora), resume=True, **knobs)
     assert run(dataset=spec, resume=True, **knobs)[-1] == row
