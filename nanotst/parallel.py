@@ -63,7 +63,7 @@ def build(config, machine, prepare=lambda model: None):
 
 
 def init_weights(model, parts=("",)):
-    """Initialise the parameters whose names start with one of `parts`. If the model is sharded, each rank fills
+    """Initialise the parameters whose names start with one of `parts`. In a sharded model each rank fills
     one whole parameter at a time."""
     for name, p, init in model.inits():
         if name.startswith(tuple(parts)):
