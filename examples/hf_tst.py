@@ -2,10 +2,8 @@
 
     python -m examples.hf_tst --model=FOLDER --text=FILE --bag_size=4 --out=out/hf_tst
 
-The method is tst.py: bags go in as inputs_embeds, and the loss takes the model's logits. From nanotst/ comes
-the order of reading; any reader of L*n_in + n_out tokens per row would do.
-
-Dimensions: B rows (batch_size), L positions (block_size), s bag size, C width, V vocabulary, N tokens.
+Bags go in as inputs_embeds, and the loss takes the model's logits. Any reader of L*n_in + n_out tokens per
+row may replace TokenStream. Dimensions: B rows, L positions, s bag size, C width, V vocabulary, N tokens.
 """
 
 import sys
@@ -56,18 +54,16 @@ def load(c):
     hf = import_transformers()
     try:
         tokenizer = hf.AutoTokenizer.from_pretrained(c.model)
-        if c.from_scratch:
-            shape = hf.AutoConfig.from_pretrained(c.model)
-            model = hf.AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-        else:
-            model = hf.AutoModelForCausalLM.from_pretrained(c.model, dtype=torch.float32)
+        shape, auto = hf.AutoConfig.from_pretrained(c.model), hf.AutoModelForCausalLM
+        make, source = (
+            (auto.from_config, shape) if c.from_scratch else (auto.from_pretrained, c.model)
+        )
+        model = make(source, dtype=torch.float32)
         text = Path(c.text).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"cannot load --model={c.model} and --text={c.text}: {reason}") from None
     tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    if max(tokens, default=0) >= (n := len(model.get_input_embeddings().weight)):
-        raise UserError(f"the tokenizer gives id {max(tokens)}, the model's embedding has {n} rows")
     return model, tokenizer, np.array(tokens, np.int64)
 
 
@@ -78,13 +74,13 @@ def main(config):
     model, tokenizer, tokens = load(c)
     device = pick_device(c.device)
     model.to(device)
-    table, rows = model.get_input_embeddings().weight, range(c.batch_size)  # (V, C)
+    table = model.get_input_embeddings().weight  # (V, C)
     try:
         phases = phase_list(c.max_steps, [c.bag_size], c.superposition_ratio)
     except ValueError as e:
         raise UserError(str(e)) from None
-    source = [(tokens, Fraction(1))]  # one corpus, which gives all of a step's rows
-    stream = TokenStream(source, c.block_size, phases, c.batch_size, rows, c.seed, device)
+    sources, rows = [(tokens, Fraction(1))], range(c.batch_size)  # one corpus gives all rows
+    stream = TokenStream(sources, c.block_size, phases, c.batch_size, rows, c.seed, device)
     first = torch.from_numpy(tokens[None, : c.block_size]).to(device)  # (1, L)
     with torch.no_grad():  # s = 1 must be what the model does by itself
         model.eval()
@@ -94,30 +90,28 @@ def main(config):
         raise UserError(f"{type(model).__name__} changes its embeddings before it uses them")
     model.train()
 
-    vectors = [p for p in model.parameters() if p.dim() < 2]  # norms, without weight decay
     matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]  # norms, without weight decay
     optimizer = torch.optim.AdamW(matrices, c.learning_rate, (0.9, 0.95), weight_decay=0.1)
     optimizer.add_param_group({"params": vectors, "weight_decay": 0.0})
-    balance = getattr(model.config, "router_aux_loss_coef", None)  # of a mixture of experts
-    experts = {} if balance is None else {"output_router_logits": True}
+    decay = max(1, round(0.1 * c.max_steps))  # warmup, constant, linear decay
+    rate = lambda i: min(1, (i + 1) / max(1, c.warmup_steps), (c.max_steps - i) / decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    balance = getattr(model.config, "router_aux_loss_coef", 0)  # of a mixture of experts
+    experts = {"output_router_logits": True} if balance else {}
     losses = []
     for step in range(c.max_steps):
         phase = phase_at(phases, step)
         tokens = stream.batch(step)  # (B, L*s + s)
         bags, labels = bags_and_labels(tokens, phase.n_in, phase.n_out)  # (B, L, s) each
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled="cuda" in device):
-            x = embed_bags(bags, table)  # (B, L, C)
-            out = model(inputs_embeds=x, use_cache=False, **experts)
-            loss = objective = multi_hot_cross_entropy(out.logits, labels)  # logits (B, L, V)
-            if experts:
-                objective = loss + balance * out.aux_loss
-        decay = max(1, round(0.1 * c.max_steps))  # warmup, constant, linear decay
-        share = min(1, (step + 1) / max(1, c.warmup_steps), (c.max_steps - step) / decay)
-        for group in optimizer.param_groups:
-            group["lr"] = c.learning_rate * share
+            out = model(inputs_embeds=embed_bags(bags, table), use_cache=False, **experts)
+            loss = multi_hot_cross_entropy(out.logits, labels)  # logits (B, L, V)
+            objective = loss + balance * out.aux_loss if balance else loss
         objective.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % 20 == 0 or step == c.max_steps - 1:

@@ -2,23 +2,18 @@
 
     python train.py --init_from=hf:FOLDER ...
 
-Weights keep their values: nothing is permuted or rescaled, and fused matrices (q|k|v, gate|up, the stack of
-experts) are put together from their parts. transformers interprets config.json, so a setting that the file
-leaves out has the default of transformers.
+transformers interprets config.json, so a setting that the file leaves out has the default of transformers.
 """
 
 import json
-from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from nanotst import UserError
 from nanotst.checkpoint import all_finite
 from nanotst.parallel import copy_part
 
-KINDS = "llama", "mistral", "qwen3", "mixtral", "qwen3_moe"  # model_type in config.json
 NAMES = {  # our knob: its name in config.json
     "vocab_size": "vocab_size",
     "n_layer": "num_hidden_layers",
@@ -32,14 +27,12 @@ NAMES = {  # our knob: its name in config.json
 }
 MIXTRAL = NAMES | {"n_expert": "num_local_experts", "top_k": "num_experts_per_tok"}
 QWEN3_MOE = MIXTRAL | {"n_expert": "num_experts", "ff_dim": "moe_intermediate_size"}
-PLAIN = {  # settings that our model does not have, and the value that it implies
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "mlp_only_layers": [],
-    "decoder_sparse_step": 1,
-    "norm_topk_prob": True,
-    "quantization_config": None,
+KINDS = {  # model_type in config.json: (class in transformers, names of our knobs)
+    "llama": ("LlamaForCausalLM", NAMES),
+    "mistral": ("MistralForCausalLM", NAMES),
+    "qwen3": ("Qwen3ForCausalLM", NAMES),
+    "mixtral": ("MixtralForCausalLM", MIXTRAL),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", QWEN3_MOE),
 }
 
 
@@ -61,66 +54,58 @@ def model_type_of(c):
     return "qwen3" if c.qk_norm else "mistral" if c.attention_window else "llama"
 
 
-def config_names(kind):
-    """{our knob: its name in config.json} for a model_type."""
-    return {"mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE}.get(kind, NAMES)
-
-
 def tensor_table(c):
-    """A list of (transformers' tensor name, our name, view), grouped by our name. view(our tensor) has the
-    shape of transformers' tensor and shares our memory."""
-
-    def rows(a, b):
-        return lambda t: t[a:b]
-
-    def expert(e, a=None, b=None):
-        return lambda t: t[e, :, a:b].T  # ours (in, out), transformers' (out, in)
-
-    whole, F, V = rows(None, None), c.ff_dim, c.vocab_size
-    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    layer = [
-        ("input_layernorm.weight", "attn_norm.weight", whole),
-        ("self_attn.q_proj.weight", "attn.qkv.weight", rows(0, q)),
-        ("self_attn.k_proj.weight", "attn.qkv.weight", rows(q, q + kv)),
-        ("self_attn.v_proj.weight", "attn.qkv.weight", rows(q + kv, None)),
-        ("self_attn.o_proj.weight", "attn.out.weight", whole),
-        ("post_attention_layernorm.weight", "mlp_norm.weight", whole),
-    ]
-    for norm in ("q_norm", "k_norm") if c.qk_norm else ():
-        layer.append((f"self_attn.{norm}.weight", f"attn.{norm}.weight", whole))
+    """{our tensor: [the tensors of transformers that it holds, in the order of `parts`]}."""
+    mixtral = model_type_of(c) == "mixtral"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    mlp, end = "block_sparse_moe" if mixtral else "mlp", "" if c.n_expert else ".weight"
+    mlps = [f"{mlp}.experts.{e}" for e in range(c.n_expert)] or [mlp]
+    layer = {
+        "attn_norm.weight": ["input_layernorm.weight"],
+        "attn.qkv.weight": [f"self_attn.{name}_proj.weight" for name in "qkv"],
+        "attn.out.weight": ["self_attn.o_proj.weight"],
+        "mlp_norm.weight": ["post_attention_layernorm.weight"],
+        f"mlp.gate_up{end}": [f"{m}.{name}.weight" for m in mlps for name in (gate, up)],
+        f"mlp.down{end}": [f"{m}.{down}.weight" for m in mlps],
+    }
     if c.n_expert:
-        moe = "mlp" if c.qk_norm else "block_sparse_moe"
-        names = ("gate_proj", "up_proj", "down_proj") if c.qk_norm else ("w1", "w3", "w2")
-        gate, up, down = (f"{moe}.experts.{{}}.{name}.weight" for name in names)
-        layer.append((f"{moe}.gate.weight", "mlp.router.weight", whole))
-        for e in range(c.n_expert):
-            layer.append((gate.format(e), "mlp.gate_up", expert(e, 0, F)))
-            layer.append((up.format(e), "mlp.gate_up", expert(e, F, None)))
-        layer += [(down.format(e), "mlp.down", expert(e)) for e in range(c.n_expert)]
-    else:
-        layer.append(("mlp.gate_proj.weight", "mlp.gate_up.weight", rows(0, F)))
-        layer.append(("mlp.up_proj.weight", "mlp.gate_up.weight", rows(F, None)))
-        layer.append(("mlp.down_proj.weight", "mlp.down.weight", whole))
-    table = [("model.embed_tokens.weight", "embed.weight", rows(0, V))]
+        layer["mlp.router.weight"] = [f"{mlp}.gate.weight"]
+    for norm in ("q_norm", "k_norm") if c.qk_norm else ():
+        layer[f"attn.{norm}.weight"] = [f"self_attn.{norm}.weight"]
+    table = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
+    if not c.tie_embeddings:
+        table["head.weight"] = ["lm_head.weight"]
     for i in range(c.n_layer):
-        table += [(f"model.layers.{i}.{hf}", f"blocks.{i}.{us}", view) for hf, us, view in layer]
-    table.append(("model.norm.weight", "norm.weight", whole))
-    return table + [("lm_head.weight", "head.weight", rows(0, V))] * (not c.tie_embeddings)
+        for ours, theirs in layer.items():
+            table[f"blocks.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs]
+    return table
+
+
+def parts(c, name, ours):
+    """Views of one of our tensors, each in the shape of a tensor of transformers."""
+    if name in ("embed.weight", "head.weight"):
+        return [ours[: c.vocab_size]]  # without the padding
+    if name.endswith("qkv.weight"):
+        return ours.split([c.n_head * c.head_dim] + 2 * [c.n_kv_head * c.head_dim])
+    if name.endswith("gate_up.weight"):
+        return ours.chunk(2)
+    if name.endswith("mlp.gate_up"):  # ours (expert, in, out), theirs (out, in)
+        return [half for expert in ours for half in expert.T.chunk(2)]
+    return [expert.T for expert in ours] if name.endswith("mlp.down") else [ours]
 
 
 def load_hf(model, folder, say=print):
-    """Copy the weights of a Hugging Face folder (safetensors, one file or several) into a GPT.
-
-    Rows of the embedding without a token are left out; `say` prints that. Raises UserError if the shapes
-    differ (it names the knobs to set), the folder contradicts itself, or its model does what ours does not.
-    """
+    """Copy the weights of a Hugging Face folder (safetensors) into a GPT; `say` prints what is left out.
+    Raises UserError if the shapes differ, the folder contradicts itself, or its model does more than ours."""
     transformers = import_transformers()
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    damage = OSError, ValueError, LookupError, TypeError, AttributeError
     try:
         check_config(model.config, Path(folder), transformers, say)
         fill(model, Path(folder), say)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as e:
+    except (*damage, SafetensorError, StrictDataclassError) as e:
         raise UserError(f"cannot load {folder}: {' '.join(str(e).split())[:300]}") from None
 
 
@@ -130,29 +115,24 @@ def check_config(c, folder, transformers, say):
     kind = written.get("model_type")
     if kind not in KINDS:
         raise ValueError(f"its model_type {kind} is none of {', '.join(KINDS)}")
-    try:
-        config = transformers.AutoConfig.for_model(**written)
-    except Exception as e:  # of many classes
-        raise ValueError(f"transformers refuses its config.json: {e!r}") from None
-    scaling = getattr(config, "rope_parameters", None) or config.rope_scaling or {}
-    rope = dict(scaling)
+    config = transformers.AutoConfig.for_model(**written)
+    rope = dict(getattr(config, "rope_parameters", None) or config.rope_scaling or {})
     theta = rope.pop("rope_theta", getattr(config, "rope_theta", None))
-    if written.get("rope_parameters") and written.get("rope_scaling"):
-        raise ValueError("it has rope_parameters and rope_scaling; remove the wrong one")
-    if written.get("rope_theta", theta) != theta:
-        raise ValueError(f"its rope_theta is both {written['rope_theta']} and {theta}")
-    if rope.pop("rope_type", rope.pop("type", "default")) != "default" or any(rope.values()):
-        raise ValueError(f"this model cannot scale rotary positions as in {scaling}")
-    for key, value in PLAIN.items():
-        if getattr(config, key, value) not in (value, None):
+    scaled = rope.pop("rope_type", rope.pop("type", "default")) != "default" or any(rope.values())
+    twice = written.get("rope_parameters") and written.get("rope_scaling")
+    if scaled or twice or written.get("rope_theta", theta) != theta:
+        found = {key: value for key, value in written.items() if key.startswith("rope_") and value}
+        raise ValueError(f"this model has one rope_theta and no scaling, its config.json {found}")
+    for key, value in {"hidden_act": "silu", "norm_topk_prob": True}.items():
+        if getattr(config, key, value) != value:
             raise ValueError(f"it has {key}={getattr(config, key)}, this model {key}={value}")
     window = getattr(config, "use_sliding_window", kind != "llama") and config.sliding_window
     usual = "sliding_attention" if window else "full_attention"
     if set(getattr(config, "layer_types", None) or [usual]) != {usual}:
         raise ValueError("its sliding_window holds for some layers only; here all layers share one")
-    knobs = {ours: getattr(config, name) for ours, name in config_names(kind).items()}
-    knobs = {"n_expert": 0, "top_k": 0} | knobs
-    knobs |= {"qk_norm": "qwen3" in kind, "rope_theta": theta, "attention_window": window or 0}
+    knobs = {"n_expert": 0, "top_k": 0, "rope_theta": theta, "attention_window": window or 0}
+    knobs |= {ours: getattr(config, name) for ours, name in KINDS[kind][1].items()}
+    knobs["qk_norm"] = "qwen3" in kind
     rows = knobs.pop("vocab_size")
     if wrong := [key for key, value in knobs.items() if getattr(c, key) != value]:
         todo = " ".join(f"--{key}={knobs[key]}" for key in wrong)
@@ -161,43 +141,42 @@ def check_config(c, folder, transformers, say):
     if rows != c.vocab_size:  # the rest of a larger embedding may be padding
         n = len(transformers.AutoTokenizer.from_pretrained(folder))
         if not n <= c.vocab_size < rows:
-            what = f"its vocab_size is {rows} and its tokenizer has {n} tokens"
-            raise ValueError(f"{what}, the corpus {c.vocab_size}: prepare it with that tokenizer")
+            found = (
+                f"vocab_size is {rows} and its tokenizer has {n} tokens, the corpus {c.vocab_size}"
+            )
+            raise ValueError(f"its {found}: prepare the corpus with that tokenizer")
         say(f"{folder}: left out rows {c.vocab_size} to {rows - 1} of the embedding, padding")
 
 
+@torch.no_grad()
 def fill(model, folder, say):
     """Copy a folder's weights into a GPT, sharded or not. Raises ValueError for weights that do not fit."""
     from safetensors import safe_open
 
-    table, ours = tensor_table(model.config), dict(model.named_parameters())
-    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if one.exists() or not index.exists():
-        file = safe_open(one, "pt")
-        files = dict.fromkeys(file.keys(), file)
-    else:  # the index decides where a tensor is
+    one, index = "model.safetensors", folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / one).exists():  # the index decides where a tensor is
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        opened = {name: safe_open(folder / name, "pt") for name in set(files.values())}
-        files = {name: opened[file] for name, file in files.items()}
-
-    def read(name):
-        return files[name].get_tensor(name)
-
+    else:
+        files = dict.fromkeys(safe_open(folder / one, "pt").keys(), one)
+    opened = {file: safe_open(folder / file, "pt") for file in set(files.values())}
+    read = lambda name: opened[files[name]].get_tensor(name)
     heads = "lm_head.weight", "model.embed_tokens.weight"
     if model.config.tie_embeddings and heads[0] in files:
         if not torch.equal(*map(read, heads)):
             raise ValueError("it ties its embeddings, but its lm_head.weight is another matrix")
         del files[heads[0]]
-    names = {name for name, _, _ in table}
-    if wrong := names ^ {name for name in files if "rotary_emb" not in name}:
-        there = "lacks" if wrong & names else "has a tensor unknown to this model,"
-        raise ValueError(f"it {there} {min(wrong & names or wrong)}")
-    for us, parts in groupby(table, key=lambda row: row[1]):
-        p = ours.pop(us)
-        # a sharded parameter is whole in memory while it is filled
-        whole = torch.zeros(p.shape) if isinstance(p, DTensor) else p.detach()
-        for name, _, view in parts:
-            target, source = view(whole), read(name)
+    table = tensor_table(model.config)
+    expected = {name for names in table.values() for name in names}
+    if wrong := expected ^ {name for name in files if "rotary_emb" not in name}:
+        there = "lacks" if wrong & expected else "has a tensor unknown to this model,"
+        raise ValueError(f"it {there} {min(wrong & expected or wrong)}")
+    for ours, p in model.named_parameters():
+        if ours not in table:
+            say(f"{folder} has no {ours}, which keeps its initial values")
+            continue
+        whole = torch.zeros(p.shape)  # p may be sharded
+        for name, target in zip(table[ours], parts(model.config, ours, whole)):
+            source = read(name)
             source = source[: len(target)] if name in heads else source  # without the padding
             if source.shape != target.shape:
                 shapes = f"{tuple(source.shape)}, its config.json implies {tuple(target.shape)}"
@@ -205,7 +184,4 @@ def fill(model, folder, say):
             if not source.is_floating_point() or source.itemsize < 2 or not all_finite([source]):
                 raise ValueError(f"its {name} is quantized ({source.dtype}) or not finite")
             target.copy_(source)
-        if isinstance(p, DTensor):
-            copy_part(p, whole)
-    for name in ours:  # added by a fork
-        say(f"{folder} has no {name}, which keeps its initial values")
+        copy_part(p, whole)

@@ -61,15 +61,6 @@ def test_the_false_speedup_is_read_off_the_longest_baseline_before_its_decay(com
     assert "a baseline needs 1.60x" in printed
 
 
-def test_more_seeds_and_lengths_only_add_runs(compared):
-    out = compared("--seeds=1", "--lengths=1,2")
-    first = {name: (out / name / "metrics.jsonl").stat().st_mtime_ns for name in names(out)}
-    compared("--seeds=1,2", "--lengths=1,1.5,2")
-    assert len(names(out)) == 2 * 5
-    again = {name: (out / name / "metrics.jsonl").stat().st_mtime_ns for name in first}
-    assert again == first
-
-
 def test_the_baseline_has_its_own_rate(compared, capsys):
     rates = ["--learning_rate=0.02", "--baseline_learning_rate=0.03"]
     out = compared("--seeds=1", *rates, "--lengths=1,2")

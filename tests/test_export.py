@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,7 @@ from conftest import write_corpus
 from safetensors.torch import load_file, save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 
-import model as model_file
-from model import GPT, GPTConfig
+from model import GPT, Attention, GPTConfig
 from nanotst import UserError
 from nanotst.configurator import parse
 from nanotst.huggingface import load_hf
@@ -99,37 +99,27 @@ def test_transformers_computes_the_same(name, exported):
     )
     assert not any(info.values()), info  # no missing, unexpected or mismatched tensor
     assert type(theirs).__name__ == name.split()[0] and theirs.dtype == torch.float32
-    for length in (1, 7, 64):
-        tokens = torch.randint(100, (3, length), generator=torch.Generator().manual_seed(length))
-        with torch.no_grad():
-            a, b = model(tokens), theirs(tokens).logits
-        assert a.shape == b.shape == (3, length, 100) and (a - b).abs().max() < 1e-4 * a.std()
-    ours = torch.stack(list(model.generate(tokens[:, :5], 20, temperature=0)), 1)
-    generated = theirs.generate(tokens[:, :5], max_new_tokens=20, do_sample=False)[:, 5:]
-    assert torch.equal(generated, ours)
+    tokens = torch.randint(100, (3, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        a, b = model(tokens), theirs(tokens).logits
+    assert a.shape == b.shape == (3, 64, 100) and (a - b).abs().max() < 1e-4 * a.std()
     config = json.loads(Path(folder, "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5000.0  # old, new
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_there_and_back_is_bit_equal(name, exported, tmp_path):
+    """By way of the shards that transformers writes."""
     model, folder = exported(name)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
     other, tokens = build(SHAPES[name], seed=1), torch.arange(60).view(2, 30)
-    load_hf(other, folder)
+    load_hf(other, str(tmp_path / "shards"))
     assert torch.equal(model(tokens), other(tokens))
     export.save_hf(other, str(tmp_path / "again"))
     for path in Path(folder).iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_shards_written_by_transformers_load(name, exported, tmp_path):
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported(name)[1])
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
-    model, tokens = build(SHAPES[name], seed=1), torch.arange(60).view(2, 30)
-    load_hf(model, str(tmp_path))
-    assert torch.equal(model(tokens), exported(name)[0](tokens))
 
 
 def test_bfloat16_rounds_the_weights_and_nothing_else(tmp_path):
@@ -166,30 +156,20 @@ def test_another_shape_names_the_knob(knob, value, exported):
     "changes, said",
     [
         ({"norm_topk_prob": False}, "norm_topk_prob"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_only_layers": [0]}, "mlp_only_layers"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
-        (
-            {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "scale rotary",
-        ),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_parameters and rope_scaling"),
-        ({"rope_theta": 4000.0}, "4000.0 and 5000.0"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_parameters.*rope_scaling"),
+        ({"rope_theta": 4000.0}, "4000.0.*5000.0"),
         ({"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, "window"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "some layers only"),
         ({"model_type": "gpt2"}, "model_type gpt2"),
-        ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_size": "x"}, "hidden_size|n_embd=x"),
-        ({"num_hidden_layers": None}, "num_hidden_layers|n_layer=None"),
     ],
 )
 def test_what_the_model_lacks_and_contradictions_are_refused(changes, said, exported, tmp_path):
     model, folder = exported("Qwen3MoeForCausalLM")
-    with pytest.raises(UserError, match=said) as e:
-        load_hf(model, copy_of(folder, tmp_path, **changes))
-    assert "\n" not in str(e.value)
+    assert re.search(said, refused(model, copy_of(folder, tmp_path, **changes)))
 
 
 def test_older_configs_load_with_the_defaults_of_transformers(exported, tmp_path):
@@ -224,13 +204,10 @@ def test_the_index_decides_where_a_tensor_is(exported, tmp_path):
     index.write_text(json.dumps({"weight_map": places}))
     load_hf(other := build(DENSE, seed=1), str(tmp_path))
     assert torch.equal(model(torch.arange(9)[None]), other(torch.arange(9)[None]))
-    save_file({}, tmp_path / "b")
-    assert "does not contain tensor" in refused(other, tmp_path)
     (tmp_path / "b").unlink()
     assert f"{tmp_path}/b" in refused(other, tmp_path)
-    for content in ("[]", "{}", "x", '{"weight_map": 3}', '{"weight_map": {"a": 5}}'):
-        index.write_text(content)
-        refused(other, tmp_path)
+    index.write_text("{}")
+    refused(other, tmp_path)
 
 
 def test_damaged_weights_are_refused(exported, tmp_path):
@@ -238,22 +215,20 @@ def test_damaged_weights_are_refused(exported, tmp_path):
     tensors, norm = load_file(f"{folder}/model.safetensors"), "model.norm.weight"
     for changes, said in (
         ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, "q_proj.bias"),
-        ({norm: torch.ones(49)}, f"{norm} is \\(49,\\)"),
+        ({norm: torch.ones(49)}, f"{norm} is (49,)"),
         ({norm: torch.full((48,), math.nan)}, "not finite"),
         ({norm: torch.ones(48, dtype=torch.int8)}, "int8"),
         ({norm: torch.ones(48).to(torch.float8_e4m3fn)}, "float8"),
     ):
-        with pytest.raises(UserError, match=said):
-            load_hf(model, copy_of(folder, tmp_path, tensors | changes))
+        assert said in refused(model, copy_of(folder, tmp_path, tensors | changes))
     less = {name: t for name, t in tensors.items() if name != norm}
     assert f"lacks {norm}" in refused(model, copy_of(folder, tmp_path, less))
     (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     refused(model, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     assert "model.safetensors" in refused(model, tmp_path)
-    for content in ("", "[1]", "null", "{}"):
-        (tmp_path / "config.json").write_text(content)
-        refused(model, tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    refused(model, tmp_path)
     assert "none/config.json" in refused(model, tmp_path / "none")
 
 
@@ -284,22 +259,18 @@ def test_padding_of_the_vocabulary_is_left_out(tie, tmp_path):
     assert "vocab_size is 128" in refused(build(shape | {"vocab_size": 129}), folder)
     tokenizer(101)
     assert "tokenizer has 101 tokens, the corpus 100: prepare" in refused(model, folder)
-    Path(folder, "tokenizer.json").unlink()
-    refused(model, folder)
 
 
 # ------------------------------------------------------------------------------------------- what is exported
 
 
-def gate(self, init, config):
-    init(self, config)
-    self.gate, self.init = torch.nn.Parameter(torch.zeros(config.n_embd)), {"gate": 0.0}
-    self.out.register_forward_hook(lambda *args: args[2] * self.gate.sigmoid())
+def gate(attention, config):
+    attention.gate, attention.init = torch.nn.Parameter(torch.zeros(config.n_embd)), {"gate": 0.0}
+    attention.out.register_forward_hook(lambda *args: args[2] * attention.gate.sigmoid())
 
 
-def window_beyond_the_first_positions(self, init, config):
-    init(self, config)
-    self.window = 40
+def window_beyond_the_first_positions(attention, config):
+    attention.window = 40
 
 
 @pytest.mark.parametrize("fork", [gate, window_beyond_the_first_positions])
@@ -307,11 +278,9 @@ def test_a_fork_that_computes_something_else_is_refused(fork, monkeypatch, tmp_p
     """Whatever was there before stays, and nothing is left behind."""
     folder = tmp_path / "hf"
     export.save_hf(build(DENSE), str(folder))
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    init = model_file.Attention.__init__
-    monkeypatch.setattr(
-        model_file.Attention, "__init__", lambda *args: fork(args[0], init, args[1])
-    )
+    before, init = {path: path.read_bytes() for path in folder.iterdir()}, Attention.__init__
+    both = lambda self, config: (init(self, config), fork(self, config))[0]
+    monkeypatch.setattr(Attention, "__init__", both)
     with pytest.raises(UserError, match="does not compute the same as this model: logits up to"):
         export.save_hf(build(DENSE), str(folder), overwrite=True)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
@@ -340,9 +309,6 @@ def test_what_may_be_replaced(tmp_path):
         with pytest.raises(UserError, match="holds last.pt, which no export wrote"):
             export.save_hf(model, str(folder), overwrite=overwrite)
     assert (folder / "last.pt").read_text() == "precious"
-    with pytest.raises(OSError):
-        export.save_hf(model, str(folder / "last.pt"))
-    assert (folder / "last.pt").read_text() == "precious"
 
 
 # -------------------------------------------------------------------------------------------------- tokenizer
@@ -367,9 +333,8 @@ def gpt2(path):
     """GPT-2's splitting rules with a small vocabulary, since its own would need a network."""
     ranks = {token: i for i, token in enumerate(TOKENS)}
     special = {"<|endoftext|>": len(ranks)}
-    bpe = tiktoken.Encoding(
-        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
-    )
+    options = dict(pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+    bpe = tiktoken.Encoding("gpt2", **options)
     return _bpe_tokenizer("gpt2", bpe)
 
 
@@ -394,7 +359,7 @@ def test_transformers_gives_the_same_ids(name, tmp_path, monkeypatch):
 
 def test_unknown_vocabularies_have_no_tokenizer():
     with pytest.raises(UserError, match="rules of cl100k_base are not known"):
-        export.tokenizer_files(replace(gpt2(None), name="cl100k_base"), 9)
+        export.tokenizer_files(replace(get_tokenizer("bytes"), name="cl100k_base"), 9)
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -411,24 +376,21 @@ def test_command_line(run, tmp_path, capsys):
     corpus, text = tmp_path / "corpus", [1 + i % 200 for i in range(4000)]
     write_corpus(corpus, text, text, tokenizer.vocab_size)
     (tmp_path / "tokenizer.model").rename(corpus / "tokenizer.model")
-    meta = json.loads((corpus / "meta.json").read_text())
-    meta |= {"encoding": "tokenizer.model", "separator": tokenizer.separator}
+    meta = json.loads((corpus / "meta.json").read_text()) | {"encoding": "tokenizer.model"}
+    meta["separator"] = tokenizer.separator
     (corpus / "meta.json").write_text(json.dumps(meta))
     run(dataset=str(corpus), max_steps=1, bag_size=1, n_expert=2, top_k=1, balance_coef=0.07)
     path, folder = tmp_path / "run" / "last.pt", tmp_path / "hf"
     command(path, folder)
-    said = capsys.readouterr().out
-    assert f"{folder}: mixtral, float32, texts of up to 16 tokens" in said
-    assert "llama.cpp does not know this vocabulary" in said
+    assert f"{folder}: mixtral, float32, texts of up to 16 tokens" in capsys.readouterr().out
     assert len(transformers.AutoTokenizer.from_pretrained(folder)) == tokenizer.vocab_size
     theirs = transformers.AutoConfig.from_pretrained(folder)
     assert theirs.eos_token_id == tokenizer.separator and theirs.max_position_embeddings == 16
     assert theirs.router_aux_loss_coef == 0.07
     corpus.rename(tmp_path / "elsewhere")
-    command(path, folder, "--overwrite", "--dtype=bfloat16")
+    command(path, folder, "--overwrite")
     assert "without a tokenizer: tokenizer.model" in capsys.readouterr().out
     assert not (folder / "tokenizer.json").exists()
-    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
     command(path, folder, "--overwrite", f"--data={tmp_path / 'elsewhere'}")
     assert (folder / "tokenizer.json").exists()
 

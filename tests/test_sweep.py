@@ -176,14 +176,6 @@ def test_jobs_share_cores_and_gpus(swept, monkeypatch):
     assert all("--threads=6" in given and env["OMP_NUM_THREADS"] == "6" for given, env in found)
 
 
-def test_gpus_are_those_that_may_be_used(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert runner.find_gpus() == ["2", "5"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 0)
-    assert runner.find_gpus() == []
-
-
 @pytest.fixture
 def figures(monkeypatch):
     """The pictures that are drawn."""

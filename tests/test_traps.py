@@ -9,52 +9,29 @@ from nanotst import UserError
 from nanotst.configurator import parse
 from tools import traps
 
+SHIFTED = "return x[:, :-s].unflatten(1, (-1, s)), {}.unflatten(1, (-1, s))"
+FLAT = "return F.cross_entropy(z, y.flatten()[: len(z)], reduction='sum') / y.numel()"
+SET = "return F.cross_entropy(z, F.normalize(torch.zeros_like(z).scatter(1, y, 1), 1))"
+SMOOTHED = "return mce(z, y) if s > 1 else F.cross_entropy(z, y[:, 0], label_smoothing=0.1)"
+POOLED = "return F.cross_entropy(z.repeat_interleave(s, 0), y.flatten())"
+SHORT = "return bags_and_labels(x[:, : x.size(1) // 2 // s * s + s], s, s)"
+ROUNDED = "return sum(w[x[..., i]] for i in range(x.size(-1))) / x.size(-1)"
 BROKEN = {  # row of TRAPS.md: (kind, the function)
     "Labels summed": ("loss", "return s * mce(z, y)"),
     "Divided by s twice": ("loss", "return mce(z, y) / s"),
-    "Bag labels flattened": (
-        "loss",
-        "return F.cross_entropy(z, y.flatten()[: len(z)], reduction='sum') / y.numel()",
-    ),
+    "Bag labels flattened": ("loss", FLAT),
     "The log of the summed probabilities": ("loss", "return summed_probability(z, y)"),
-    "Labels as a set": (
-        "loss",
-        "t = torch.zeros_like(z).scatter(1, y, 1)\n"
-        "    return F.cross_entropy(z, t / t.sum(1, keepdim=True))",
-    ),
+    "Labels as a set": ("loss", SET),
     "Another loss": ("loss", "return binary_cross_entropy(z, y)"),
-    "s = 1 is a second code path": (
-        "loss",
-        "return mce(z, y) if s > 1 else F.cross_entropy(z, y[:, 0], label_smoothing=0.1)",
-    ),
-    "Ignored labels averaged": (
-        "loss",
-        "return F.cross_entropy(z.repeat_interleave(s, 0), y.flatten())",
-    ),
-    "The target is shifted by one token": (
-        "split",
-        "return x[:, :-s].unflatten(1, (-1, s)), x[:, 1 : 1 - s or None].unflatten(1, (-1, s))",
-    ),
-    "The loader reads": (
-        "split",
-        "return x[:, :-s].unflatten(1, (-1, s)), (x[:, s:] + s).unflatten(1, (-1, s))",
-    ),
-    "Keeping the data budget": (
-        "split",
-        "return bags_and_labels(x[:, : x.size(1) // 2 // s * s + s], s, s)",
-    ),
+    "s = 1 is a second code path": ("loss", SMOOTHED),
+    "Ignored labels averaged": ("loss", POOLED),
+    "The target is shifted by one token": ("split", SHIFTED.format("x[:, 1 : 1 - s or None]")),
+    "The loader reads": ("split", SHIFTED.format("(x[:, s:] + s)")),
+    "Keeping the data budget": ("split", SHORT),
     "The sum of embeddings": ("embed", "return F.embedding(x, w).sum(-2)"),
-    "The mean in bfloat16": (
-        "embed",
-        "total = 0\n    for i in range(x.size(-1)):\n        total = total + F.embedding(x[..., i], w)\n"
-        "    return total / x.size(-1)",
-    ),
+    "The mean in bfloat16": ("embed", ROUNDED),
 }
-FORM = {
-    "loss": "(z, y):\n    s = y.size(1)\n",
-    "split": "(x, s):\n",
-    "embed": "(x, w):\n",
-}
+FORM = {"loss": "(z, y):\n    s = y.size(1)\n", "split": "(x, s):\n", "embed": "(x, w):\n"}
 
 
 def check(path, capsys, **functions):

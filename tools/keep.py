@@ -5,7 +5,6 @@ command, corpus, model and all other knobs follow. curves.csv holds those rows o
 needs. python -m tools.plot results/NAME reads both.
 """
 
-import csv
 import re
 import statistics
 import sys
@@ -16,8 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/ke
 
 from nanotst import UserError
 from nanotst.configurator import entry_point
-from nanotst.files import write_safely
-from tools.runs import FREE, NUMBERS, describe, final, load_metrics, read_table
+from tools.runs import FREE, NUMBERS, describe, final, load_metrics, read_table, write_table
 from train import Config as Knobs
 
 
@@ -97,18 +95,6 @@ def columns_of(runs):
     differ = [key for key in knobs if key not in FREE and len({run.get(key) for run in runs}) > 1]
     other = [key for key in known if key not in knobs]
     return list(dict.fromkeys([*other[:2], *differ, *other, *knobs]))
-
-
-def write_table(path, columns, lines):
-    """Write a CSV file of lines, dicts of text."""
-
-    def write(path):
-        with open(path, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
-
-    write_safely(path, write)
 
 
 def main(config):

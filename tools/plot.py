@@ -24,9 +24,7 @@ from tools.runs import ENDS, final, markdown_table, measure_of, notes_on_differe
 class Config:
     """Usage: python -m tools.plot RUN [RUN ...] [--key=value ...]
 
-    python -m tools.plot out/baseline out/tst
     python -m tools.plot out/b1 out/b2 out/t1 out/t2 --labels=baseline,baseline,TST,TST
-    python -m tools.plot results/curves                 kept runs
     python -m tools.plot 'results/moe/tst_*' out/mine   kept runs of some names or labels, and a new run
     python -m tools.plot results/sizes --by=bag_size    final losses minus the baseline's, by bag size
 
@@ -82,11 +80,11 @@ class Side:
 
 def sides_of(runs):
     """Sides: runs of one label, length and bag size."""
-    alike, y = {}, measure_of(runs)
+    alike = {}
     for run in runs:
-        side = Side([run], y)
-        alike.setdefault((side.label, side.end["step"], side.bags), []).append(run)
-    return [Side(seeds, y) for seeds in alike.values()]
+        key = run["label"], final(run["rows"])["step"], run["facts"]["bag_size"]
+        alike.setdefault(key, []).append(run)
+    return [Side(seeds, measure_of(runs)) for seeds in alike.values()]
 
 
 def reached(side, loss, until=math.inf):
@@ -120,9 +118,7 @@ def speedup_text(side, baselines):
     """FLOPs that a baseline needs to end at the loss where a side ends, over the side's own.
 
     With a decaying learning rate a run shows what its FLOPs buy at its end alone, so the ends of baselines of
-    several lengths are compared. With one length there is a lower bound: where the side's curve meets the end
-    of the baseline, since a run of that length would have decayed there.
-    """
+    several lengths are compared. One length gives a lower bound: where the side meets the baseline's end."""
     ends = lengths_of(baselines)
     if side.bags == "1" or not side.finished or not ends:
         return "-"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nanotst import UserError
 from nanotst.configurator import Bags, Free, marked
+from nanotst.files import write_safely
 from train import Config
 
 # Knobs that change nothing that is learned. A resumed run has its corpus and its weights already, so two are
@@ -76,6 +77,18 @@ def read_table(path):
         return [renamed({k: v for k, v in line.items() if v}) for line in csv.DictReader(f)]
 
 
+def write_table(path, columns, lines):
+    """Write a CSV file of lines, dicts of text."""
+
+    def write(path):
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+
+    write_safely(path, write)
+
+
 def numbers(line, keys):
     """Those `keys` of a row of text that it has, as numbers."""
     known = {key: line[key] for key in keys if key in line}
@@ -103,15 +116,14 @@ def read_runs(paths):
     runs = []
     for path in map(Path, paths):
         kept = next((p for p in (path, *path.parents) if (p / "runs.csv").exists()), None)
-        if kept and not (path / "metrics.jsonl").exists():
-            wanted = "*" if path == kept else path.relative_to(kept).as_posix()
-            runs += (found := list(read_kept(kept, wanted)))
-            if not found:
-                raise UserError(f"{kept}: no run of the name or label {wanted} is kept there")
-        else:
-            name = path.resolve().name
-            run = dict(name=name, path=str(path), label=None, rows=load_metrics(path))
-            runs.append(run | dict(facts=describe(path)[0]))
+        if not kept or (path / "metrics.jsonl").exists():
+            run = dict(name=path.resolve().name, label=None, rows=load_metrics(path))
+            runs.append(run | dict(facts=describe(path)[0], path=str(path)))
+            continue
+        wanted = "*" if path == kept else path.relative_to(kept).as_posix()
+        runs += (found := list(read_kept(kept, wanted)))
+        if not found:
+            raise UserError(f"{kept}: no run of the name or label {wanted} is kept there")
     names = [run["name"] for run in runs]
     for run in runs:
         if names.count(run["name"]) > 1:
@@ -126,14 +138,14 @@ def final(rows):
     return next(row for row in reversed(rows) if "val_loss" in row)
 
 
-def tokenizer_of(run):
-    """The tokenizer of a run as text."""
-    return "{} of {}".format(*(run["facts"].get(k, "unknown") for k in ("encoding", "vocab_size")))
+def tokenizers_of(runs):
+    """The distinct tokenizers of runs."""
+    return {tuple(run["facts"].get(key) for key in ("encoding", "vocab_size")) for run in runs}
 
 
 def measure_of(runs):
     """The loss by which runs compare: val_loss, or val_bpb if their tokenizers differ."""
-    if len({tokenizer_of(run) for run in runs}) == 1:
+    if len(tokenizers_of(runs)) == 1:
         return "val_loss"
     for run in runs:
         if "val_bpb" not in final(run["rows"]):
@@ -154,7 +166,7 @@ def notes_on_differences(runs):
             said = [f"{v} ({', '.join(labels)})" if few else v for v, labels in values.items()]
             found.append(f"{fact} {', '.join(said)}")
     notes = [f"Not the same in all runs: {'; '.join(found)}."] if found else []
-    if len({tokenizer_of(run) for run in runs}) > 1:
+    if len(tokenizers_of(runs)) > 1:
         notes.append("Nats per token of different tokenizers do not compare; bits per byte do.")
     return notes
 

@@ -13,7 +13,6 @@ At the end out_dir holds table.md, runs.csv and sweep.png. bag_size makes the co
 superposition_ratio the rows.
 """
 
-import csv
 import itertools
 import json
 import math
@@ -32,7 +31,7 @@ from tools import runner
 from tools.intervals import difference, seeds_text
 from tools.picture import COLORS, new_figure, save_picture, tidy
 from tools.runner import SHORT, as_text, places, read_arguments
-from tools.runs import BAGS, ENDS, FREE, markdown_table
+from tools.runs import BAGS, ENDS, FREE, markdown_table, write_table
 
 
 @dataclass
@@ -102,10 +101,6 @@ class Table:
         """Distinct values along an axis (0: rows), in the order given."""
         return list(dict.fromkeys(key[axis] for key in self.cells))
 
-    def best(self):
-        whole = [group for group in [*self.cells.values(), *self.baselines] if group.whole]
-        return min(whole, key=lambda group: group.mean, default=None)
-
     def baseline(self):
         """The group of the baseline, if there is just one."""
         cells = [g for (_, s), g in self.cells.items() if self.columns == "bag_size" and s == 1]
@@ -154,7 +149,9 @@ def markdown(tables):
     """The tables as text."""
     parts = []
     for table in tables:
-        best, baseline, columns = table.best(), table.baseline(), table.values(1)
+        baseline, columns = table.baseline(), table.values(1)
+        whole = [group for group in [*table.cells.values(), *table.baselines] if group.whole]
+        best = min(whole, key=lambda group: group.mean, default=None)
         show = lambda group, best=best: f"**{group.text()}**" if group is best else group.text()
         parts += [f"**{table.title}**"] * bool(table.title)
         parts += [f"{group.name()}: {show(group)}" for group in table.baselines]
@@ -179,12 +176,9 @@ def write_results(tool, config, text, members, draw, failed):
     command = f"python -m tools.{tool} {shlex.join(sys.argv[1:])}"
     (out_dir / "table.md").write_text(f"{text}\n\n`{command}`\n", encoding="utf-8")
     knobs = list(dict.fromkeys(k for member in members for k in member.point))
-    with open(out_dir / "runs.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, ["run", *knobs, *keys])
-        writer.writeheader()
-        for member in members:
-            end = {k: v for k, v in (member.end() or {}).items() if k in keys}
-            writer.writerow({"run": member.folder.name} | member.point | end)
+    ends = [{k: v for k, v in (member.end() or {}).items() if k in keys} for member in members]
+    lines = [{"run": m.folder.name} | m.point | end for m, end in zip(members, ends)]
+    write_table(out_dir / "runs.csv", ["run", *knobs, *keys], lines)
     if config.plot:
         draw(out_dir / f"{tool}.png")
     print(f"\nwrote {out_dir}/table.md, runs.csv{f', {tool}.png' if config.plot else ''}")
