@@ -9,7 +9,7 @@ NCCL and fragmentation are a guess, --reserve. MFU counts the model's own FLOPs.
 """
 
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -128,10 +128,10 @@ def largest(c, gpt, way, rank_rows):
 
 def plan(c, argv):
     """The plan as text. c: the knobs in argv. Raises UserError where train.py would."""
-    if c.gpus < 1 or c.gpus > 8 and c.gpus % 8 or c.gpus % (c.shard_size or 1):
-        raise UserError("gpus must be 1 to 8 or a multiple of 8, and shard_size must divide it")
-    if not 0 < c.mfu <= 1:
-        raise UserError(f"mfu must be above 0 and at most 1, got {c.mfu:g}")
+    if c.gpus < 1 or c.gpus > 8 and c.gpus % 8 or not 0 < c.mfu <= 1:
+        raise UserError("gpus must be 1 to 8 or a multiple of 8, mfu above 0 and at most 1")
+    if c.gpus % (c.shard_size or 1):
+        raise UserError(f"shard_size must divide the {c.gpus} GPUs, got {c.shard_size}")
     phases = train.check(replace(c, batch_size=0), c.gpus)  # batch_size is chosen below
     try:
         vocab_size = c.vocab_size or open_mixture(c.dataset).meta["vocab_size"]
@@ -158,7 +158,8 @@ def plan(c, argv):
     fitting, rank_rows = {}, c.total_batch // c.block_size // c.gpus
     for way in ways:
         rows, parts, fits = largest(c, gpt, way, rank_rows)
-        fitting |= {way: rows} if fits else {}
+        if fits:
+            fitting[way] = rows
         cells = " ".join(f"{size / 1e9:{len(part)}.1f}" for part, size in parts.items())
         total = f"{sum(parts.values()) / 1e9 + c.reserve:5.1f}" + " too much" * (not fits)
         lines.append(f"{way!s:20}{rows:4} {cells} {total}")
@@ -173,10 +174,11 @@ def plan(c, argv):
 
 def command(c, argv, way, rows):
     """The command line that starts the run."""
-    start = "python" if c.gpus == 1 else f"torchrun --standalone --nproc_per_node={c.gpus}"
-    start = f"sbatch --nodes={c.gpus // 8} examples/slurm.sh" if c.gpus > 8 else start + " train.py"
-    known = {field.name for field in fields(train.Config)}
-    given = [a for a in argv if a[:2] != "--" or a[2:].split("=")[0].replace("-", "_") in known]
+    start = f"torchrun --standalone --nproc_per_node={c.gpus} train.py"
+    start = "python train.py" if c.gpus == 1 else start
+    start = f"sbatch --nodes={c.gpus // 8} examples/slurm.sh" if c.gpus > 8 else start
+    own = Config.__annotations__  # without those of train.py
+    given = [a for a in argv if a[2:].split("=")[0].replace("-", "_") not in own]
     chosen = {"batch_size": rows, "checkpoint_activations": way.recompute}
     chosen |= {"parallel": "fsdp"} if way.parallel == "FSDP" else {}
     given += [f"--{key}={value}" for key, value in chosen.items() if getattr(c, key) != value]
