@@ -3,9 +3,8 @@
     python -m tools.plan config/dense_3b.py --gpus=8
     python -m tools.plan config/moe_10b_a1b.py --gpus=64 --gpu_memory=80 --mfu=0.35
 
-The model is built on the meta device, so its shapes are real and its weights take no memory. `memory` adds up
-what a step holds at its worst moment, within 15 % of what PyTorch's allocator counted (results/plan). CUDA,
-NCCL and fragmentation are a guess, --reserve. MFU counts the model's own FLOPs. A GB is 10^9 bytes.
+Memory is what a step holds at its worst moment, within 15 % of what PyTorch's allocator counted
+(results/plan). CUDA, NCCL and fragmentation are a guess, --reserve. A GB is 10^9 bytes.
 """
 
 import sys
@@ -29,7 +28,6 @@ from tools.bench import VOCAB_SIZES
 ENOUGH = 8192  # positions of a micro-batch that fill a GPU; where they fit, nothing is recomputed
 MARGIN = 1.05  # free memory wanted for each byte planned
 PARTS = "weights", "moments", "gathered", "gradients", "activations", "loss"  # of memory
-LOGITS = {True: 2**26, False: 2**29}  # on a CPU or not: what the fused loss holds at once
 
 
 @dataclass
@@ -46,9 +44,7 @@ class Config(train.Config):
     vocab_size: int = 0  # 0: the dataset's, or as in tools/bench.py if it is not prepared yet
 
 
-class Way(NamedTuple):
-    """How GPUs do a step."""
-
+class Way(NamedTuple):  # how GPUs do a step
     parallel: str  # one GPU, DDP or FSDP
     shards: int = 1  # FSDP: GPUs that share one set of weights
     recompute: bool = False  # blocks, in the backward pass
@@ -101,7 +97,7 @@ def memory(c, gpt, rows, way, micro_steps):
     total = 4 * params / way.shards
     held = total * ((micro_steps > 1) + (way.parallel == "DDP"))
     at_end = held + 4 * (params - table) * (not eager and not fsdp) if held else total
-    chunk = min(n * table // C, LOGITS[cpu])
+    chunk = min(n * table // C, 2**26 if cpu else 2**29)  # logits that the fused loss holds at once
     by_parts = cpu and 16 * table <= n * (table / C + C)  # how the head's gradient is summed
     of_head = (1 + 16 * by_parts) * (4 if e == 4 else 6) * table + 2 * table * cast
     loss = e * chunk + 4 * min(chunk, 2**20) * eager + of_head + 2 * inputs
@@ -165,8 +161,8 @@ def plan(c, argv):
         lines.append(f"{way!s:20}{rows:4} {cells} {total}")
     if not fitting:
         return "\n".join([*lines, "\nnothing fits; take more GPUs, or a shorter block_size"])
-    full = [way for way in fitting if fitting[way] >= min(rank_rows, ENOUGH / c.block_size)]
-    best = full[0] if full else max(fitting, key=fitting.get)
+    enough = min(rank_rows, ENOUGH / c.block_size)
+    best = max(fitting, key=lambda way: min(fitting[way], enough))  # the first that has enough
     rows = fitting[best]
     lines.append(f"\nrecommended: {best}, {rank_rows // rows} micro-steps of {rows} rows")
     return "\n".join([*lines, command(c, argv, best, rows)])
@@ -179,8 +175,8 @@ def command(c, argv, way, rows):
     start = f"sbatch --nodes={c.gpus // 8} examples/slurm.sh" if c.gpus > 8 else start
     own = Config.__annotations__  # without those of train.py
     given = [a for a in argv if a[2:].split("=")[0].replace("-", "_") not in own]
-    chosen = {"batch_size": rows, "checkpoint_activations": way.recompute}
-    chosen |= {"parallel": "fsdp"} if way.parallel == "FSDP" else {}
+    parallel = "fsdp" if way.parallel == "FSDP" else c.parallel
+    chosen = dict(batch_size=rows, checkpoint_activations=way.recompute, parallel=parallel)
     given += [f"--{key}={value}" for key, value in chosen.items() if getattr(c, key) != value]
     return " ".join([start, *given])
 
