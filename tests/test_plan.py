@@ -121,8 +121,8 @@ def test_what_fits_nowhere_is_said_and_muon_is_not_sharded():
         ("gpu=abacus", "gpu must be one of .*H100"),
         ("gpus=7", "must be a multiple of .* x 7 ranks"),  # train.check
         ("gpus=12", "a multiple of 8"),
-        ("shard_size=3", "shard_size must divide it"),
-        ("mfu=40", "mfu must be above 0 and at most 1"),
+        ("shard_size=3", "shard_size must divide the 8 GPUs"),
+        ("mfu=40", "mfu above 0 and at most 1"),
         ("dataset=nowhere", "nowhere.*give --vocab_size"),
     ],
 )

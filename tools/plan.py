@@ -3,13 +3,12 @@
     python -m tools.plan config/dense_3b.py --gpus=8
     python -m tools.plan config/moe_10b_a1b.py --gpus=64 --gpu_memory=80 --mfu=0.35
 
-The model is built on the meta device, so its shapes are real and its weights take no memory. `memory` adds up
-what a step holds at its worst moment, within 15 % of what PyTorch's allocator counted (results/plan). CUDA,
-NCCL and fragmentation are a guess, --reserve. MFU counts the model's own FLOPs. A GB is 10^9 bytes.
+Memory is what a step holds at its worst moment, within 15 % of what PyTorch's allocator counted
+(results/plan). CUDA, NCCL and fragmentation are a guess, --reserve. A GB is 10^9 bytes.
 """
 
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,7 +28,6 @@ from tools.bench import VOCAB_SIZES
 ENOUGH = 8192  # positions of a micro-batch that fill a GPU; where they fit, nothing is recomputed
 MARGIN = 1.05  # free memory wanted for each byte planned
 PARTS = "weights", "moments", "gathered", "gradients", "activations", "loss"  # of memory
-LOGITS = {True: 2**26, False: 2**29}  # on a CPU or not: what the fused loss holds at once
 
 
 @dataclass
@@ -46,9 +44,7 @@ class Config(train.Config):
     vocab_size: int = 0  # 0: the dataset's, or as in tools/bench.py if it is not prepared yet
 
 
-class Way(NamedTuple):
-    """How GPUs do a step."""
-
+class Way(NamedTuple):  # how GPUs do a step
     parallel: str  # one GPU, DDP or FSDP
     shards: int = 1  # FSDP: GPUs that share one set of weights
     recompute: bool = False  # blocks, in the backward pass
@@ -101,7 +97,7 @@ def memory(c, gpt, rows, way, micro_steps):
     total = 4 * params / way.shards
     held = total * ((micro_steps > 1) + (way.parallel == "DDP"))
     at_end = held + 4 * (params - table) * (not eager and not fsdp) if held else total
-    chunk = min(n * table // C, LOGITS[cpu])
+    chunk = min(n * table // C, 2**26 if cpu else 2**29)  # logits that the fused loss holds at once
     by_parts = cpu and 16 * table <= n * (table / C + C)  # how the head's gradient is summed
     of_head = (1 + 16 * by_parts) * (4 if e == 4 else 6) * table + 2 * table * cast
     loss = e * chunk + 4 * min(chunk, 2**20) * eager + of_head + 2 * inputs
@@ -128,10 +124,10 @@ def largest(c, gpt, way, rank_rows):
 
 def plan(c, argv):
     """The plan as text. c: the knobs in argv. Raises UserError where train.py would."""
-    if c.gpus < 1 or c.gpus > 8 and c.gpus % 8 or c.gpus % (c.shard_size or 1):
-        raise UserError("gpus must be 1 to 8 or a multiple of 8, and shard_size must divide it")
-    if not 0 < c.mfu <= 1:
-        raise UserError(f"mfu must be above 0 and at most 1, got {c.mfu:g}")
+    if c.gpus < 1 or c.gpus > 8 and c.gpus % 8 or not 0 < c.mfu <= 1:
+        raise UserError("gpus must be 1 to 8 or a multiple of 8, mfu above 0 and at most 1")
+    if c.gpus % (c.shard_size or 1):
+        raise UserError(f"shard_size must divide the {c.gpus} GPUs, got {c.shard_size}")
     phases = train.check(replace(c, batch_size=0), c.gpus)  # batch_size is chosen below
     try:
         vocab_size = c.vocab_size or open_mixture(c.dataset).meta["vocab_size"]
@@ -158,14 +154,15 @@ def plan(c, argv):
     fitting, rank_rows = {}, c.total_batch // c.block_size // c.gpus
     for way in ways:
         rows, parts, fits = largest(c, gpt, way, rank_rows)
-        fitting |= {way: rows} if fits else {}
+        if fits:
+            fitting[way] = rows
         cells = " ".join(f"{size / 1e9:{len(part)}.1f}" for part, size in parts.items())
         total = f"{sum(parts.values()) / 1e9 + c.reserve:5.1f}" + " too much" * (not fits)
         lines.append(f"{way!s:20}{rows:4} {cells} {total}")
     if not fitting:
         return "\n".join([*lines, "\nnothing fits; take more GPUs, or a shorter block_size"])
-    full = [way for way in fitting if fitting[way] >= min(rank_rows, ENOUGH / c.block_size)]
-    best = full[0] if full else max(fitting, key=fitting.get)
+    enough = min(rank_rows, ENOUGH / c.block_size)
+    best = max(fitting, key=lambda way: min(fitting[way], enough))  # the first that has enough
     rows = fitting[best]
     lines.append(f"\nrecommended: {best}, {rank_rows // rows} micro-steps of {rows} rows")
     return "\n".join([*lines, command(c, argv, best, rows)])
@@ -173,12 +170,13 @@ def plan(c, argv):
 
 def command(c, argv, way, rows):
     """The command line that starts the run."""
-    start = "python" if c.gpus == 1 else f"torchrun --standalone --nproc_per_node={c.gpus}"
-    start = f"sbatch --nodes={c.gpus // 8} examples/slurm.sh" if c.gpus > 8 else start + " train.py"
-    known = {field.name for field in fields(train.Config)}
-    given = [a for a in argv if a[:2] != "--" or a[2:].split("=")[0].replace("-", "_") in known]
-    chosen = {"batch_size": rows, "checkpoint_activations": way.recompute}
-    chosen |= {"parallel": "fsdp"} if way.parallel == "FSDP" else {}
+    start = f"torchrun --standalone --nproc_per_node={c.gpus} train.py"
+    start = "python train.py" if c.gpus == 1 else start
+    start = f"sbatch --nodes={c.gpus // 8} examples/slurm.sh" if c.gpus > 8 else start
+    own = Config.__annotations__  # without those of train.py
+    given = [a for a in argv if a[2:].split("=")[0].replace("-", "_") not in own]
+    parallel = "fsdp" if way.parallel == "FSDP" else c.parallel
+    chosen = dict(batch_size=rows, checkpoint_activations=way.recompute, parallel=parallel)
     given += [f"--{key}={value}" for key, value in chosen.items() if getattr(c, key) != value]
     return " ".join([start, *given])
 
