@@ -54,11 +54,11 @@ def load(c):
     hf = import_transformers()
     try:
         tokenizer = hf.AutoTokenizer.from_pretrained(c.model)
-        shape, auto = hf.AutoConfig.from_pretrained(c.model), hf.AutoModelForCausalLM
-        make, source = (
-            (auto.from_config, shape) if c.from_scratch else (auto.from_pretrained, c.model)
-        )
-        model = make(source, dtype=torch.float32)
+        auto, shape = hf.AutoModelForCausalLM, hf.AutoConfig.from_pretrained(c.model)
+        if c.from_scratch:
+            model = auto.from_config(shape, dtype=torch.float32)
+        else:
+            model = auto.from_pretrained(c.model, dtype=torch.float32)
         text = Path(c.text).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]

@@ -77,9 +77,8 @@ def copy_of(folder, to, tensors=None, drop=(), **changes):
     os.makedirs(to, exist_ok=True)
     save_file(tensors or load_file(f"{folder}/model.safetensors"), f"{to}/model.safetensors")
     config = json.loads(Path(folder, "config.json").read_text()) | changes
-    Path(to, "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k not in drop})
-    )
+    config = {key: value for key, value in config.items() if key not in drop}
+    Path(to, "config.json").write_text(json.dumps(config))
     return str(to)
 
 
@@ -94,9 +93,8 @@ def refused(model, folder):
 @pytest.mark.parametrize("name", SHAPES)
 def test_transformers_computes_the_same(name, exported):
     model, folder = exported(name)
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True
-    )
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, info = load(folder, output_loading_info=True)
     assert not any(info.values()), info  # no missing, unexpected or mismatched tensor
     assert type(theirs).__name__ == name.split()[0] and theirs.dtype == torch.float32
     tokens = torch.randint(100, (3, 64), generator=torch.Generator().manual_seed(1))
@@ -138,14 +136,13 @@ def test_bfloat16_rounds_the_weights_and_nothing_else(tmp_path):
 # -------------------------------------------------------------------------------- folders as initial weights
 
 
-@pytest.mark.parametrize(
-    "knob, value",
-    [
-        ("n_layer", 1), ("n_kv_head", 4), ("n_embd", 64), ("head_dim", 12), ("ff_dim", 64),
-        ("rope_theta", 1e4), ("norm_eps", 1e-5), ("qk_norm", False), ("tie_embeddings", True),
-        ("n_expert", 8), ("top_k", 1), ("attention_window", 0), ("attention_window", 8),
-    ],
-)  # fmt: skip
+OTHER = dict(
+    n_layer=1, n_kv_head=4, n_embd=64, head_dim=12, ff_dim=64, rope_theta=1e4, norm_eps=1e-5
+)
+OTHER |= dict(qk_norm=False, tie_embeddings=True, n_expert=8, top_k=1, attention_window=8)
+
+
+@pytest.mark.parametrize("knob, value", OTHER.items())
 def test_another_shape_names_the_knob(knob, value, exported):
     _, folder = exported(name := "Qwen3MoeForCausalLM window")
     said = refused(build(SHAPES[name] | {knob: value}), folder)
