@@ -1,9 +1,8 @@
 """Checkpoints, and how a model or a run is loaded from them.
 
-A checkpoint is a dict of tensors and plain values in one file of torch.save, last.pt or best.pt, which is
-either complete or absent. Of a sharded run, the file leaves out the sharded tensors, which lie in a folder
-beside it (nanotst/sharded.py). load_checkpoint returns the same dict for both, and any number of ranks,
-sharded or not, can resume from either."""
+A checkpoint is a dict of tensors and plain values in a file of torch.save, last.pt or best.pt. A sharded run
+keeps its sharded tensors in a folder beside it (nanotst/sharded.py). load_checkpoint returns one dict for
+both, and any number of ranks, sharded or not, can resume from either."""
 
 import contextlib
 import dataclasses
@@ -23,8 +22,6 @@ from nanotst.corpus import check_same, check_vocabulary
 from nanotst.parallel import copy_part
 from nanotst.sharded import Parts, map_tensors, of_all_ranks
 from nanotst.stream import is_state
-
-# ----------------------------------------------------------------------------------------------------- saving
 
 
 class Saver:
@@ -57,9 +54,8 @@ class Saver:
 
     def wait(self):
         """Wait until all is written. Raises UserError, on all ranks, if a rank could not write."""
-        pending, self.pending = self.pending, []
-        for future in pending:
-            future.result()
+        while self.pending:
+            self.pending.pop(0).result()
 
 
 def remove(path):
@@ -69,11 +65,8 @@ def remove(path):
     sharded.remove_parts(path)
 
 
-# ---------------------------------------------------------------------------------------------------- loading
-
-
 def find_checkpoint(path):
-    """The path itself, or best.pt or else last.pt in it if it is a run's folder, which stderr then says."""
+    """The path itself, or the best.pt or else last.pt in it if it is a run's folder; stderr names it."""
     if not os.path.isdir(path):
         return path
     for name in ("best.pt", "last.pt"):
@@ -171,9 +164,6 @@ def load_initial(path, model, corpus):
     if changed := changes(theirs, ours, keys):
         raise UserError(f"{path} does not fit this model: its settings differ, {changed}")
     load_weights(model, saved["model"], path)
-
-
-# --------------------------------------------------------------------------------------------------- resuming
 
 
 def resume(path, model, optimizer, c, corpus, free):

@@ -25,11 +25,7 @@ class Mixture:
     parts: list  # (name, Corpus, share as a Fraction)
     meta: dict  # plain values for a checkpoint, as in Corpus
 
-    @property
-    def folder(self):
-        """The folder that holds the vocabulary."""
-        return self.parts[0][1].folder
-
+    folder = property(lambda self: self.parts[0][1].folder)  # it holds the vocabulary
     fingerprint, bytes_per_token = Corpus.fingerprint, Corpus.bytes_per_token
 
 
@@ -41,19 +37,19 @@ def open_mixture(spec, say=print):
         named = [(spec, ":", "1")]
     if not all(name and SHARE.fullmatch(share) for name, _, share in named):
         raise UserError(f"dataset={spec}: write NAME:SHARE,NAME:SHARE")
-    paths, shares = [name for name, *_ in named], [Fraction(share) for *_, share in named]
+    shares = [Fraction(share) for *_, share in named]
     if min(shares) <= 0 or sum(shares) != 1:
         said = " + ".join(map(str, shares)) + f" = {sum(shares)}"
         raise UserError(f"dataset={spec}: shares must be positive and sum to 1, not {said}")
     if math.lcm(*(share.denominator for share in shares)) > LONGEST_PATTERN:
         raise UserError(f"dataset={spec}: give shares of fewer digits, up to four")
-    corpora = [open_corpus(path) for path in paths]
+    corpora = [open_corpus(name) for name, *_ in named]
     for note in filter(None, (corpus.note for corpus in corpora)):
         say(note)
     if len(corpora) == 1:
         return Mixture([("", corpora[0], Fraction(1))], corpora[0].meta)
     check_alike(spec, corpora)
-    names = [os.path.basename(os.path.normpath(path)) for path in paths]
+    names = [os.path.basename(corpus.folder) for corpus in corpora]
     names = names if len(set(names)) == len(names) else map(str, range(len(names)))
     parts = list(zip(names, corpora, shares))
     return Mixture(parts, meta_of(parts))

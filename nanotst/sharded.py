@@ -62,8 +62,8 @@ def together(work, group=None):
         work()
     except UserError as e:
         error = str(e)
-    if errors := list(filter(None, of_all_ranks(error, group))):
-        raise UserError(errors[0])
+    if error := max(of_all_ranks(error, group)):
+        raise UserError(error)
 
 
 def save_file(path, state):

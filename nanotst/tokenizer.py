@@ -29,7 +29,7 @@ LLAMA3_RANKS = 128000
 class Tokenizer:
     name: str
     vocab_size: int
-    separator: int | None  # written after every document; also a start token
+    separator: int | None  # after every document; also a start token
     encode: Callable[[str], np.ndarray]  # str -> (T,) int64; "<|endoftext|>" is ordinary text
     decode_bytes: Callable[..., bytes]  # ids -> bytes; a token may be a part of a character
     rank_file: str = ""  # path, if the vocabulary came from a local file

@@ -27,10 +27,8 @@ def tokenizer_of(path, checkpoint, data=""):
         raise UserError(f"the corpus of {path} names no encoding, so its tokens cannot become text")
     if not encoding.endswith((".model", ".tiktoken")):
         return get_tokenizer(encoding)
-    file = next(
-        filter(os.path.isfile, (os.path.join(folder, encoding) for folder in folders)), None
-    )
-    if not file:
+    files = [os.path.join(folder, encoding) for folder in folders]
+    if not (file := next(filter(os.path.isfile, files), None)):
         where = ", ".join(folders)
         raise UserError(f"{encoding}, the vocabulary of {path}, is in none of {where}: {todo}")
     tokenizer, name = get_tokenizer(os.path.abspath(file)), f"rank file {sha256_of(file)[:16]}"
@@ -46,8 +44,9 @@ def character_tokenizer(characters):
 
     def encode(text):
         if unknown := next((c for c in text if c not in ids), None):
-            what = f"none of the corpus's {len(ids)} characters"
-            raise UserError(f"the prompt holds {unknown!r}, {what}")
+            raise UserError(
+                f"the prompt holds {unknown!r}, none of the corpus's {len(ids)} characters"
+            )
         return np.array([ids[c] for c in text], dtype=np.int64)
 
     def decode_bytes(tokens):
