@@ -106,11 +106,13 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, statistics in float32, result in the dtype of x."""
 
     def __init__(self, dim, eps):
-        super().__init__(dim, eps)
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
         self.init = {"weight": 1.0}
 
     def forward(self, x):

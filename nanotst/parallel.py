@@ -63,8 +63,8 @@ def build(config, machine, prepare=lambda model: None):
 
 
 def init_weights(model, parts=("",)):
-    """Initialise the parameters whose names start with one of `parts`. In a sharded model each rank fills
-    one whole parameter at a time."""
+    """Initialise the parameters whose names start with one of `parts`. Each rank of a sharded model fills one
+    whole parameter at a time."""
     for name, p, init in model.inits():
         if name.startswith(tuple(parts)):
             whole = torch.empty(p.shape, device=p.device)

@@ -50,7 +50,6 @@ VALUE_RESIDUAL = [
         "        x = x + self.attn(self.attn_norm(x), cos, sin)",
         "        y, v0 = self.attn(self.attn_norm(x), cos, sin, v0)\n        x = x + y",
     ),
-    ("self.mlp(self.mlp_norm(x)), None", "self.mlp(self.mlp_norm(x)), None, v0"),
     ("        return x + y, routing", "        return x + y, routing, v0"),
     ("recompute, routing = ", "v0, recompute, routing = None, "),
     (

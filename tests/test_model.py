@@ -351,6 +351,14 @@ def test_the_source_is_plain_torch():
     assert "nanotst" not in " ".join(map(ast.unparse, imports))
 
 
+def test_zero_head_costs_log_v_in_spite_of_padding():
+    """log 50, not log 64."""
+    model = gpt()
+    torch.nn.init.zeros_(model.head.weight)
+    losses = [model(tokens(2, 12, s), tokens(2, 12, s))[0].item() for s in (1, 4)]
+    assert losses == pytest.approx([math.log(50)] * 2, rel=1e-6)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_padding_of_the_vocabulary_has_no_effect(tied, monkeypatch):
     model = gpt(tie_embeddings=tied)
@@ -451,6 +459,13 @@ def test_moe_equals_the_plain_loop_over_experts(experts, top_k, balance_bias):
     parameters = x, layer.router.weight, layer.gate_up, layer.down
     got, wanted = (torch.autograd.grad(out, parameters, upstream) for out in (y, wanted))
     assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("s", [1, 4])
+def test_every_position_is_routed_k_times_whatever_the_bag_size(s):
+    """B*L*k, not times s."""
+    _, router = gpt(**EXPERTS)(tokens(2, 12, s), tokens(2, 12, s))
+    assert router["load"].sum(1).tolist() == [2 * 12 * 2] * 2
 
 
 def test_router_statistics_by_loop():

@@ -153,8 +153,10 @@ def a_rank(monkeypatch):
 @pytest.fixture
 def fsdp(run, a_rank, monkeypatch):
     def start(**knobs):
-        monkeypatch.setenv("MASTER_PORT", free_port())
-        return run(parallel="fsdp", threads=1, **knobs)
+        rows = run(parallel="fsdp", threads=1, **knobs)
+        for key in ("RANK", "WORLD_SIZE"):  # the next run is alone
+            monkeypatch.delenv(key)
+        return rows
 
     return start
 
@@ -208,7 +210,6 @@ def test_bfloat16_is_where_the_unsharded_run_has_it(fsdp, run, tmp_path, monkeyp
     saved = load_checkpoint(str(tmp_path / "run" / "last.pt"))
     moments = [t for kept in saved["optimizer"][0]["state"].values() for t in kept.values()]
     assert {t.dtype for t in [*saved["model"].values(), *moments]} == {torch.float32}
-    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
     plain = run(dtype="bfloat16", out_dir=str(tmp_path / "plain"), **MOE)
     for key, bound in (("loss", 2e-3), ("grad_norm", 2e-2)):
         assert [r[key] for r in rows] == pytest.approx([r[key] for r in plain], rel=bound)
@@ -230,7 +231,6 @@ def test_units_are_compiled_one_by_one_before_the_first_step(fsdp, monkeypatch):
 def test_what_is_reinitialised_at_the_switch_is_the_same_sharded(fsdp, run, tmp_path, monkeypatch):
     again = dict(reinit_at_switch="embedding,head,optimizer", **DENSE)
     rows = fsdp(**again)
-    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
     assert_same_losses(rows, run(out_dir=str(tmp_path / "plain"), **again))
     other = run(out_dir=str(tmp_path / "other"), **DENSE)
     assert rows[-1]["loss"] != pytest.approx(other[-1]["loss"], rel=1e-3)
