@@ -62,8 +62,7 @@ speed() {
 curves() { sweep curves --bag_size=1,4 --seed=1337,1,2; }
 sizes() { sweep sizes --bag_size=1,2,4,8,16; }
 rates() {
-    sweep rates --bag_size=1,4 --max_steps=2000 --warmup_steps=150 --learning_rate=1e-3,2e-3,4e-3 \
-        --rows=learning_rate --best_of=none
+    sweep rates --bag_size=1,4 --max_steps=2000 --warmup_steps=150 --learning_rate=1e-3,2e-3,4e-3
 }
 long() { sweep long --bag_size=1 --max_steps=4200 --seed=1337,1,2; }
 11m() {

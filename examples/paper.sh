@@ -31,7 +31,7 @@ sweep() { # NAME KNOBS. Runs are named by the grid: set $runs, their folder, if 
 
 # ------------------------------------------------------------------------------------------- the paper's own
 
-rates() { sweep rates --bag_size=1,2,4 --learning_rate=4e-3,8e-3,1.6e-2 --best_of=none; }
+rates() { sweep rates --bag_size=1,2,4 --learning_rate=4e-3,8e-3,1.6e-2; }
 bag_size() { sweep bag_size --bag_size=1,2,3,4,6,8; }
 ratio() { sweep ratio --bag_size=1,2 --superposition_ratio=0.1,0.2,0.3,0.4,0.5,0.6; }
 grid() { sweep grid --bag_size=1,2,4 --superposition_ratio=0.1,0.2,0.3,0.4; }

@@ -7,11 +7,10 @@ equal loss    baselines of several lengths, each with its own decay: how many FL
               TST ends? Interpolated between their ends, over the logarithm of FLOPs
 equal data    a baseline that reads as many tokens as TST, in more steps: what is the data worth without TST?
 
-Both sides should train at their own best learning rates, which python -m tools.sweep finds. Run the same
+Both sides should train at their own best learning rates, which python -m tools.sweep shows. Run the same
 command again to resume; more lengths or seeds only add runs. tools/intervals.py says what the intervals mean.
 """
 
-import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -40,22 +39,14 @@ class Config:
 
     arguments: list[str]  # config files and knobs of train.py
 
-    # Runs
     seeds: str = "1,2,3"  # seeds of either side
     lengths: str = "1,1.5,2"  # steps of the baselines, in multiples of TST's
     equal_data: bool = True  # a baseline that reads as much as TST
     baseline_learning_rate: float = 0.0  # learning rate of the baselines; 0: TST's
-    out_dir: str = (
-        "out/compare"  # a folder with a folder for each run, table.md, runs.csv, compare.png
-    )
+    out_dir: str = "out/compare"  # a folder with a folder for each run, and the results
     jobs: int = 0  # runs at a time; 0: one per GPU, or one
     threads: int = 0  # CPU threads per run; 0: an equal share of the cores
-    gpus: str = "auto"  # GPU numbers such as 0,2; auto: all; none
-    train: bool = True  # False: comparison of the finished runs, no training
     plot: bool = True  # picture as compare.png (needs matplotlib)
-
-
-# --------------------------------------------------------------------------------------------------- the runs
 
 
 def numbers(text, kind, knob):
@@ -69,8 +60,7 @@ class Plan:
     """Makes the members: TST, and baselines of any number of steps."""
 
     def __init__(self, config):
-        knobs = runner.knobs_of(runner.TRAINER)
-        self.settings, self.files, grid = runner.read_arguments(config.arguments, knobs, Config)
+        self.settings, self.files, grid = runner.read_arguments(config.arguments, Config)
         if several := [key for key, values in grid.items() if len(values) > 1]:
             raise UserError(f"--{several[0]} takes one value; tools.sweep compares several")
         if "seed" in grid:
@@ -82,22 +72,20 @@ class Plan:
         self.seeds, self.out_dir = numbers(config.seeds, int, "seeds"), config.out_dir
         self.rate = config.baseline_learning_rate or self.settings["learning_rate"]
         lengths = numbers(config.lengths, float, "lengths")
-        if 1 not in lengths or len(lengths) < 2 or not 0 < lengths[0] * lengths[-1] < math.inf:
-            raise UserError(
-                f"--lengths takes 1 and other lengths, such as 1,1.5,2, not {config.lengths}"
-            )
+        if 1 not in lengths or len(lengths) < 2 or lengths[0] <= 0:
+            wanted = "takes 1 and other lengths, such as 1,1.5,2"
+            raise UserError(f"--lengths {wanted}, not {config.lengths}")
         self.steps = self.settings["max_steps"]
         self.lengths = [round(length * self.steps) for length in lengths]
 
     def members(self, **knobs):
         """A member for each seed."""
         varied = ["bag_size", "superposition_ratio", "max_steps", "seed"]
-        chosen, members = {key: self.settings[key] for key in varied} | self.given | knobs, []
-        for seed in self.seeds:
-            point = chosen | {"seed": seed}
-            members.append(
-                runner.make_member(self.settings, self.files, point, varied, self.out_dir)
-            )
+        chosen = {key: self.settings[key] for key in varied} | self.given | knobs
+        make = lambda seed: runner.make_member(
+            self.settings, self.files, chosen | {"seed": seed}, varied, self.out_dir
+        )
+        members = [make(seed) for seed in self.seeds]
         runner.find_folders(members, self.out_dir)
         return members
 
@@ -113,36 +101,23 @@ def side_of(label, members):
 
 def train_sides(config):
     """(TST, [baselines by ascending steps], all members, {run that failed: why})."""
-    plan, failed = Plan(config), {}
-
-    def train(members):
-        if config.train:
-            failed.update(runner.run_members(members, config.jobs, config.threads, config.gpus))
-
+    plan = Plan(config)
+    train = lambda members: runner.run_members(members, config.jobs, config.threads)
     members = plan.members()
     baselines = {steps: plan.baselines(steps) for steps in plan.lengths}
-    train([*members, *itertools.chain(*baselines.values())])
+    failed = train(sum(baselines.values(), members))
     s, r = (as_text(plan.settings[key]) for key in ("bag_size", "superposition_ratio"))
     tst = side_of(f"TST, s {s}, r {r}", members)
     if not tst or not side_of("baseline", baselines[plan.steps]):
-        why = "".join(f": {why}" for why in list(failed.values())[:1])
-        raise UserError(f"TST and the baseline of as many steps need a finished run each{why}")
-    if config.equal_data:
-        steps = round(plan.steps * tst.end["data_tokens"] / tst.end["positions"])
-        if all(abs(steps / length - 1) > 0.01 for length in baselines):
-            print(f"a baseline takes {steps:,} steps to read as much data as TST")
-            baselines[steps] = plan.baselines(steps)
-            train(baselines[steps])
+        wanted = "TST and the baseline of as many steps need a finished run each"
+        raise UserError(wanted + runner.reason(failed))
+    steps = round(plan.steps * tst.end["data_tokens"] / tst.end["positions"])
+    if config.equal_data and all(abs(steps / length - 1) > 0.01 for length in baselines):
+        print(f"a baseline takes {steps:,} steps to read as much data as TST")
+        baselines[steps] = plan.baselines(steps)
+        failed |= train(baselines[steps])
     sides = [side_of("baseline", baselines[steps]) for steps in sorted(baselines)]
-    return (
-        tst,
-        lengths_of(filter(None, sides)),
-        [*members, *itertools.chain(*baselines.values())],
-        failed,
-    )
-
-
-# ------------------------------------------------------------------------------------------------ the results
+    return tst, lengths_of(filter(None, sides)), sum(baselines.values(), members), failed
 
 
 def exchange_rate(tst, gain):
@@ -178,9 +153,6 @@ def report(tst, baselines, lengths):
     return f"{markdown_table(cells)}\n\n{said}\n\n{losses}. {rates}", gain
 
 
-# ------------------------------------------------------------------------------------------------ the picture
-
-
 def draw(tst, baselines, lengths, gain, path):
     """Three panels, one for each comparison."""
     fig, (left, middle, right) = new_figure((14, 4.6), 1, 3)
@@ -190,19 +162,15 @@ def draw(tst, baselines, lengths, gain, path):
         if found := equal(tst, baselines, key):
             draw_panel(ax, [found[0], tst], key)
             ax.legend(fontsize=9, frameon=False)
-    for at, side in ((1, tst), *zip(lengths, baselines)):
-        color = COLORS[side is tst]
-        middle.plot([at] * len(side.losses), side.losses, "_", color=color, alpha=0.5)
-    means = [np.mean(baseline.losses) for baseline in baselines]
-    middle.plot(lengths, means, "o-", color=COLORS[0], label="ends of baselines")
+    ends = [np.mean(baseline.losses) for baseline in baselines]
+    middle.plot(lengths, ends, "o-", color=COLORS[0], label="ends of baselines")
+    for at, side in zip(lengths, baselines):
+        middle.plot([at] * len(side.losses), side.losses, "_", color=COLORS[0], alpha=0.5)
     label = f"{tst.label}: {times(gain.value, lengths)}"
     middle.axhline(np.mean(tst.losses), color=COLORS[1], label=label)
     if gain.low < gain.high:
-        bounds, look = (
-            np.clip((gain.low, gain.high), lengths[0], lengths[-1]),
-            dict(alpha=0.1, lw=0),
-        )
-        middle.axvspan(*bounds, color=COLORS[1], label="95 % of the speed-up", **look)
+        bounds = np.clip((gain.low, gain.high), lengths[0], lengths[-1])
+        middle.axvspan(*bounds, color=COLORS[1], alpha=0.1, lw=0, label="95 % of the speed-up")
     middle.set_xscale("log")
     middle.set_xticks(lengths, [f"{at:.3g}" for at in lengths])
     middle.minorticks_off()

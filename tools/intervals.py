@@ -1,8 +1,7 @@
 """What the spread of the seeds says about a result: the one statistical method of tools/.
 
 All intervals are 95 % intervals by Student's t, with the variance of both sides pooled. Seeds are not paired:
-runs of one seed share their initial weights but not the order of their text. The intervals say nothing about
-other data or other models.
+runs of one seed share their initial weights but not the order of their text.
 """
 
 import math

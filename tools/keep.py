@@ -5,7 +5,6 @@ command, corpus, model and all other knobs follow. curves.csv holds those rows o
 needs. python -m tools.plot results/NAME reads both.
 """
 
-import csv
 import re
 import statistics
 import sys
@@ -16,8 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/ke
 
 from nanotst import UserError
 from nanotst.configurator import entry_point
-from nanotst.files import write_safely
-from tools.runs import FREE, NUMBERS, describe, final, load_metrics, read_table
+from tools.runs import FREE, NUMBERS, describe, final, load_metrics, read_table, write_table
 from train import Config as Knobs
 
 
@@ -28,15 +26,15 @@ class Config:
     python -m tools.keep out/baseline out/tst --out_dir=results/mine
     python -m tools.keep out/sweep/* --out_dir=results/mine --labels=sweep --curves=none    more of them
 
-    A run is named after its folder, with as many of the folders above as tell the given runs apart. Runs that
+    A run is named after its folder, with the folder above if two of the given runs have one name. Runs that
     are already kept stay, unless a new one has the same name.
     """
 
     runs: list[str]  # run folders of train.py
-    out_dir: str = ""  # folder of runs.csv and curves.csv, such as results/NAME
+    out_dir: str = "out/kept"  # folder of runs.csv and curves.csv, such as results/NAME
     labels: str = ""  # comma-separated, one for all or one each; equal labels are seeds of one side
     curves: str = (
-        "all"  # runs whose curves are kept: all, none, or names and labels, comma-separated
+        "all"  # names and labels of runs whose curves are kept, comma-separated; all; none
     )
     points: int = 40  # rows of a curve, besides those with a validation loss or around a switch
 
@@ -47,13 +45,12 @@ NOT_KNOBS = ("out_dir", "resume", "allow_changes", "overwrite")  # nothing about
 
 
 def names_of(paths):
-    """Names of run folders: the last component, or as many of the last ones as tell them apart."""
-    parts = [Path(path).resolve().parts for path in paths]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
+    """Names of run folders."""
+    paths = [Path(path).resolve() for path in paths]
+    for names in ([p.name for p in paths], [f"{p.parent.name}/{p.name}" for p in paths]):
         if len(set(names)) == len(names):
             return names
-    raise UserError("the same run is given twice")
+    raise UserError("two runs have the same name; keep them in different folders")
 
 
 def cells(row, but=()):
@@ -100,21 +97,7 @@ def columns_of(runs):
     return list(dict.fromkeys([*other[:2], *differ, *other, *knobs]))
 
 
-def write_table(path, columns, lines):
-    """Write a CSV file of lines, dicts of text."""
-
-    def write(path):
-        with open(path, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
-
-    write_safely(path, write)
-
-
 def main(config):
-    if not config.out_dir:
-        raise UserError("--out_dir must name a folder, such as results/NAME")
     names = names_of(config.runs)
     labels = config.labels.split(",") if config.labels else names
     labels = labels * len(names) if len(labels) == 1 else labels
@@ -123,25 +106,21 @@ def main(config):
     chosen = set(names) if config.curves == "all" else set(config.curves.split(",")) - {"none"}
     if unknown := chosen - {*names, *labels}:
         raise UserError(f"--curves: {min(unknown)} is no name or label of these runs")
-    out_dir, curves = Path(config.out_dir), {}
-    read = lambda path: read_table(path) if path.exists() else []
-    runs = {line["run"]: line for line in read(out_dir / "runs.csv")}
-    for line in read(out_dir / "curves.csv"):
-        curves.setdefault(line["run"], []).append(line)
+    paths = [Path(config.out_dir) / name for name in ("runs.csv", "curves.csv")]
+    kept, rows = (read_table(path) if path.exists() else [] for path in paths)
+    runs = {line["run"]: line for line in kept}
+    curves = {name: [row for row in rows if row["run"] == name] for name in runs}
     for folder, name, label in zip(config.runs, names, labels):
         rows = load_metrics(folder)
-        runs[name] = line = summary(folder, name, label, rows)
-        curves.pop(name, None)
-        if chosen & {name, label}:
-            points = thinned(rows, config.points)
-            curves[name] = [{"run": name} | cells(row, LEFT_OUT - {"step"}) for row in points]
-        print(f"{name}: kept as {label}, val_loss {line['val_loss']}")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_table(out_dir / "runs.csv", columns_of(runs.values()), runs.values())
-    lines = [line for name in runs for line in curves.get(name, [])]
+        runs[name] = summary(folder, name, label, rows)
+        points = thinned(rows, config.points) if chosen & {name, label} else []
+        curves[name] = [{"run": name} | cells(row, LEFT_OUT - {"step"}) for row in points]
+        print(f"{name}: kept as {label}, val_loss {runs[name]['val_loss']}")
+    write_table(paths[0], columns_of(runs.values()), runs.values())
+    lines = sum((curves[name] for name in runs), [])
     columns = dict.fromkeys(["run", *NUMBERS, *(key for line in lines for key in line)])
-    write_table(out_dir / "curves.csv", list(columns), lines)
-    print(f"{out_dir}: {len(runs)} runs, curves of {len(curves)}")
+    write_table(paths[1], list(columns), lines)
+    print(f"{config.out_dir}: {len(runs)} runs, curves of {sum(map(bool, curves.values()))}")
 
 
 if __name__ == "__main__":

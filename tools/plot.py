@@ -24,9 +24,7 @@ from tools.runs import ENDS, final, markdown_table, measure_of, notes_on_differe
 class Config:
     """Usage: python -m tools.plot RUN [RUN ...] [--key=value ...]
 
-    python -m tools.plot out/baseline out/tst
     python -m tools.plot out/b1 out/b2 out/t1 out/t2 --labels=baseline,baseline,TST,TST
-    python -m tools.plot results/curves                 kept runs
     python -m tools.plot 'results/moe/tst_*' out/mine   kept runs of some names or labels, and a new run
     python -m tools.plot results/sizes --by=bag_size    final losses minus the baseline's, by bag size
 
@@ -36,14 +34,17 @@ class Config:
 
     runs: list[str]  # run folders, kept folders, or KEPT/PATTERN of names or labels
     out: str = "curves.png"  # the picture; its ending sets the format
-    labels: str = (
-        ""  # comma-separated, one for each run; equal labels are seeds of one configuration
-    )
+    labels: str = ""  # comma-separated, one for each run; equal labels are seeds of one side
+    panels: str = "flops,data,time"  # panels of the picture
     by: str = ""  # knob for the x-axis of a picture of final losses, one line per model size
     no_plot: bool = False  # table without a picture
 
 
-# ---------------------------------------------------------------------------------------------- measurements
+PANELS = {  # title, key of the rows, label of the x-axis
+    "flops": ("Equal FLOPs", "flops", "FLOPs"),
+    "data": ("Equal data", "data_tokens", "data tokens"),
+    "time": ("Equal time", "seconds", "seconds of training"),
+}
 
 
 def curve(rows, x, y):
@@ -52,7 +53,7 @@ def curve(rows, x, y):
 
 
 def mean_rows(seeds):
-    """One run's rows from several: means over the steps at which all have a validation row."""
+    """Means over the seeds at the steps where all have a validation row."""
     seeds = [{row["step"]: row for row in rows if "val_loss" in row} for rows in seeds]
     mean = []
     for step in sorted(set.intersection(*map(set, seeds))):
@@ -67,10 +68,11 @@ class Side:
 
     def __init__(self, runs, y="val_loss"):
         self.runs, self.label, self.y, self.facts = runs, runs[0]["label"], y, runs[0]["facts"]
-        self.first = runs[0]["rows"]
-        self.rows = mean_rows([run["rows"] for run in runs]) if len(runs) > 1 else self.first
+        first = runs[0]["rows"]
+        self.rows = mean_rows([run["rows"] for run in runs]) if len(runs) > 1 else first
         self.end, self.losses = final(self.rows), [final(run["rows"])[y] for run in runs]
-        self.bagged = [row for row in self.first if row.get("bag_size", 1) > 1]
+        self.bagged = [row for row in first if row.get("bag_size", 1) > 1]
+        self.switch = self.bagged[-1]["step"] if self.bagged else 0
         self.bags = "-".join(dict.fromkeys(str(row["bag_size"]) for row in self.bagged)) or "1"
         self.planned = int(self.facts["max_steps"])
         self.finished = self.end["step"] >= self.planned  # else its learning rate has not decayed
@@ -78,11 +80,11 @@ class Side:
 
 def sides_of(runs):
     """Sides: runs of one label, length and bag size."""
-    alike, y = {}, measure_of(runs)
+    alike = {}
     for run in runs:
-        side = Side([run], y)
-        alike.setdefault((side.label, side.end["step"], side.bags), []).append(run)
-    return [Side(seeds, y) for seeds in alike.values()]
+        key = run["label"], final(run["rows"])["step"], run["facts"]["bag_size"]
+        alike.setdefault(key, []).append(run)
+    return [Side(seeds, measure_of(runs)) for seeds in alike.values()]
 
 
 def reached(side, loss, until=math.inf):
@@ -116,16 +118,14 @@ def speedup_text(side, baselines):
     """FLOPs that a baseline needs to end at the loss where a side ends, over the side's own.
 
     With a decaying learning rate a run shows what its FLOPs buy at its end alone, so the ends of baselines of
-    several lengths are compared. With one length there is a lower bound: where the side's curve meets the end
-    of the baseline, since a run of that length would have decayed there.
-    """
-    own, ends = side.end["flops"], lengths_of(baselines)
+    several lengths are compared. One length gives a lower bound: where the side meets the baseline's end."""
+    ends = lengths_of(baselines)
     if side.bags == "1" or not side.finished or not ends:
         return "-"
     if len(ends) > 1:
-        lengths = [end.end["flops"] / own for end in ends]
-        differences = [difference(side.losses, end.losses) for end in ends]
-        return times(speedup(lengths, differences).value, lengths)
+        lengths = [end.end["flops"] / side.end["flops"] for end in ends]
+        factor = speedup(lengths, [difference(side.losses, end.losses) for end in ends])
+        return factor.text(lambda value: times(value, lengths))
     at = reached(side, ends[0].end[side.y])
     return "not reached" if at == math.inf else times(math.inf, [ends[0].end["flops"] / at])
 
@@ -140,27 +140,20 @@ def undecayed_speedup(side, baselines):
 
 def switches(rows):
     """[(row, row)] for each switch: the last logged row on larger bags, the first on smaller ones."""
-    logged = [row for row in rows if "loss" in row and "bag_size" in row]
-    return [
-        (old, new) for old, new in zip(logged, logged[1:]) if new["bag_size"] != old["bag_size"]
-    ]
+    rows = [row for row in rows if "loss" in row and "bag_size" in row]
+    return [pair for pair in zip(rows, rows[1:]) if pair[0]["bag_size"] != pair[1]["bag_size"]]
 
 
-def met_again(side, baseline, switch):
-    """When after step `switch` a side meets a baseline's validation loss at equal FLOPs, as text."""
-    base, before = curve(baseline.rows, "flops", side.y), None
+def met_again(side, baseline):
+    """When after the last switch a side meets a baseline's validation loss at equal FLOPs, as text."""
+    base, gaps = curve(baseline.rows, "flops", side.y), []
     for row in side.rows:
-        if row["step"] > switch and side.y in row and row["flops"] >= base[0][0]:
-            gap = row[side.y] - np.interp(row["flops"], *zip(*base))
-            if gap <= 0:
-                step, old = before or (row["step"], 1)
-                steps = step + (row["step"] - step) * old / (old - gap) - switch
-                return f"met {'about' if before else 'within'} {steps:,.0f} steps later"
-            before = row["step"], gap
+        if row["step"] > side.switch and side.y in row and row["flops"] >= base[0][0]:
+            gaps.append((row[side.y] - np.interp(row["flops"], *zip(*base)), row["step"]))
+            if gaps[-1][0] <= 0:
+                step = np.interp(0, *zip(*reversed(gaps[-2:])))
+                return f"met about {step - side.switch:,.0f} steps later"
     return "not met"
-
-
-# ----------------------------------------------------------------------------------------------------- table
 
 
 def table_line(name, side, baselines):
@@ -181,19 +174,15 @@ def table_line(name, side, baselines):
 
 
 def against_baselines(side, baselines):
-    """A line on TST: the switch, the difference at equal FLOPs, and what the speed-up is not."""
+    """A line on TST: the switch, and the difference at equal FLOPs."""
     said = []
     for pairs in zip(*(switches(run["rows"]) for run in side.runs)):
         old, new = (np.mean([pair[i]["loss"] for pair in pairs]) for i in (0, 1))
         step = pairs[0][0]["step"]
         said.append(f"training loss {old:.3f} -> {new:.3f} ({new - old:+.3f}) after step {step:,}")
     for near in equal(side, lengths_of(baselines), "flops"):
-        again = met_again(side, near, side.bagged[-1]["step"])
-        gain = difference(side.losses, near.losses).text()
-        said += [f"the baseline's validation loss {again}", f"at the end {gain}"]
-        if false := undecayed_speedup(side, baselines):
-            said.append(f"speed-up {speedup_text(side, baselines)}")
-            said.append(f"wrongly {false:.2f}x if the longest baseline is read before its decay")
+        said.append(f"the baseline's validation loss {met_again(side, near)}")
+        said.append(f"at the end {difference(side.losses, near.losses).text()}")
     return f"- {side.label}: {'; '.join(said)}."
 
 
@@ -213,81 +202,50 @@ def table(runs):
     how = ("no finished baseline is given", "one baseline length, so a lower bound")
     how = how[lengths] if lengths < 2 else f"between the ends of baselines of {lengths} lengths"
     losses = "Validation loss in nats per token, mean ± standard deviation (seeds)"
-    notes = [f"{losses}. Speed-up in FLOPs at equal loss: {how}."]
-    if stopped := [run["name"] for run in runs if not Side([run], y).finished]:
-        notes.append(f"Unfinished, so the learning rate has not decayed: {', '.join(stopped)}.")
-    notes += notes_on_differences(runs)
-    if bagged := [side for side in sides if side.bags != "1"]:
-        lines = [against_baselines(side, baselines) for side in bagged]
+    notes = [f"{losses}. Speed-up in FLOPs at equal loss: {how}.", *notes_on_differences(runs)]
+    if lines := [against_baselines(side, baselines) for side in sides if side.bags != "1"]:
         notes.append("At the switch, and at equal FLOPs:\n\n" + "\n".join(lines))
     return "\n\n".join([markdown_table(cells), *notes])
 
 
-# --------------------------------------------------------------------------------------------------- picture
-
-
-def loss_limits(sides):
-    """y limits that show the end of the runs: losses from a third of their ordinary training on."""
-    losses = []
-    for side in sides:
-        switch = side.bagged[-1]["step"] if side.bagged else 0
-        start = switch + (side.end["step"] - switch) / 3
-        losses += [loss for step, loss in curve(side.rows, "step", side.y) if step >= start]
-    pad = 0.08 * (max(losses) - min(losses)) or 0.05
-    return min(losses) - pad, max(losses) + pad
-
-
-def draw_panel(ax, sides, x, scale=1.0):
-    """Validation losses over x / scale: means thick, seeds thin, switches dotted, values at the ends."""
+def draw_panel(ax, sides, x):
+    """Validation losses over x: means thick, seeds thin, switches dotted, last values in the legend."""
     from matplotlib.ticker import EngFormatter
 
-    labels, runs = [side.label for side in sides], [run for side in sides for run in side.runs]
-
-    def line(rows, y, nats=1.0, **look):
-        points = [(at / scale, loss * nats) for at, loss in curve(rows, x, y)]
-        ax.plot(*zip(*points), **look)
-        return points[-1]
-
+    labels = [side.label for side in sides]
     for side in sides:
-        i, y, n = labels.index(side.label), side.y, len(side.runs)
+        i, many = labels.index(side.label), len(side.runs) > 1
         color = COLORS[i % len(COLORS)]
-        if len(runs) <= 2:  # among more curves the training loss would hide them
-            ordinary = [row for row in side.first if row.get("bag_size", 1) == 1]
-            line(
-                ordinary, "loss", side.end[y] / side.end["val_loss"], color=color, lw=0.6, alpha=0.2
-            )
-        for run in side.runs[: n * (n > 1)]:
-            line(run["rows"], y, color=color, lw=0.8, alpha=0.45)
-        look = dict(color=color, marker=MARKERS[i % len(MARKERS)], ms=4, markevery=0.05)
-        end = line(side.rows, y, label=side.label + f" ({n} seeds)" * (n > 1), lw=1.8, **look)
-        text = dict(textcoords="offset points", color=color, fontsize=9)
-        ax.annotate(f"{end[1]:.3f}", end, (6, 0), **text)
+        line = lambda rows, y, **look: ax.plot(*zip(*curve(rows, x, y)), **look)
+        for run in side.runs if many else []:
+            line(run["rows"], side.y, color=color, lw=0.8, alpha=0.45)
+        look = dict(color=color, marker=MARKERS[i % len(MARKERS)], ms=4, markevery=0.05, lw=1.8)
+        label = side.label + f" ({len(side.runs)} seeds)" * many
+        line(side.rows, side.y, label=f"{label}: {side.end[side.y]:.3f}", **look)
         if side.bagged:
-            at = side.bagged[-1][x] / scale
-            ax.axvline(at, color=color, ls=":", lw=1.3, label="end of superposition")
-    longest = max(at for run in runs for at, _ in curve(run["rows"], x, "val_loss")) / scale
-    ax.set(xlim=(0, 1.15 * longest), ylim=loss_limits(sides))
+            ax.axvline(side.bagged[-1][x], color=color, ls=":", label="end of superposition")
+    losses = [loss for side in sides for _, loss in curve(side.rows, x, side.y)]
+    low, high = np.nanquantile(losses, (0, 0.7))  # the first losses are too high to show
+    pad = 0.08 * (high - low) or 0.05
+    ax.set(xlim=(0, None), ylim=(low - pad, high + pad))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     tidy(ax)
 
 
-def draw(runs):
-    """A figure of three panels of validation loss: against positions (or FLOPs), data and time."""
-    fig, axes = new_figure((13, 4.8), 1, 3, "--no_plot prints the table alone", sharey=True)
+def draw(runs, panels=tuple(PANELS)):
+    """A figure with panels of validation loss."""
+    size, without = (1 + 4 * len(panels), 4.8), "--no_plot prints the table alone"
+    fig, axes = new_figure(size, 1, len(panels), without, sharey=True, squeeze=False)
     sides = sorted(sides_of(runs), key=lambda side: side.bags != "1")
-    costs = [side.end["flops"] / side.end["positions"] for side in sides]
-    first = ("Equal FLOPs", "positions", "transformer positions", 1)
-    if max(costs) > 1.01 * min(costs):  # equal positions are equal FLOPs within one model only
-        first = ("Equal FLOPs", "flops", "FLOPs", 1)
-    data = ("Equal data", "data_tokens", "data tokens", 1)
-    time = ("Equal time", "seconds", "minutes of training", 60)
-    for ax, (heading, key, name, scale) in zip(axes, (first, data, time)):
-        draw_panel(ax, sides, key, scale)
-        ax.set(title=heading, xlabel=name)
+    for ax, panel in zip(axes[0], panels):
+        title, key, name = PANELS[panel]
+        draw_panel(ax, sides, key)
+        ax.set(title=title, xlabel=name)
     unit = "nats per token" if sides[0].y == "val_loss" else "bits per byte"
-    axes[0].set_ylabel(f"validation loss ({unit})")
-    known = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
-    fig.legend(known.values(), known, loc="outside lower center", ncols=5, frameon=False)
+    axes[0, 0].set_ylabel(f"validation loss ({unit})")
+    known = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    columns = 2 * len(panels) - 1
+    fig.legend(known.values(), known, loc="outside lower center", ncols=columns, frameon=False)
     return fig
 
 
@@ -313,20 +271,25 @@ def gains_by(runs, knob):
 def draw_by(gains, knob):
     """A figure of what gains_by gives, a line for each size."""
     fig, ax = new_figure((7, 4.6), without="--no_plot prints the numbers alone")
+    ax.axhline(0, color=COLORS[0], lw=1.3, label="baseline")
     for i, (size, sides) in enumerate(gains.items()):
-        half = np.nan_to_num([gain.high - gain.value for gain in sides.values()])
-        look = dict(color=COLORS[i % len(COLORS)], fmt=f"{MARKERS[i % len(MARKERS)]}-", capsize=3)
+        x = [at + 0.08 * (i - (len(gains) - 1) / 2) for at in sides]  # so that no bar hides another
+        half = [gain.high - gain.value for gain in sides.values()]  # NaN, so no bar, without seeds
         values, label = [gain.value for gain in sides.values()], f"{size / 1e6:.2g}M parameters"
-        ax.errorbar(list(sides), values, half, label=label, **look)
-    ax.axhline(0, color="0.4", lw=1, label="baseline")
+        look = dict(color=COLORS[1 + i % 6], fmt=f"{MARKERS[i % len(MARKERS)]}-", capsize=3)
+        ax.errorbar(x, values, half, label=label, **look)
+    ax.set_xticks(sorted({at for sides in gains.values() for at in sides}))
     ax.set(xlabel=knob, ylabel="final validation loss minus the baseline's")
+    ax.set_title("bars: 95 % confidence intervals where there are several seeds", fontsize=9)
     ax.legend(frameon=False)
     tidy(ax)
     return fig
 
 
 def main(config):
-    runs = read_runs(config.runs)
+    runs, panels = read_runs(config.runs), config.panels.split(",")
+    if unknown := set(panels) - set(PANELS):
+        raise UserError(f"--panels takes some of {', '.join(PANELS)}, not {min(unknown)!r}")
     if not config.by:
         drawn = [run for run in runs if len(run["rows"]) > 1]
         if bare := len(runs) - len(drawn):
@@ -348,7 +311,7 @@ def main(config):
     else:
         print(table(runs))
     if not config.no_plot:
-        save_picture(draw_by(gains, config.by) if config.by else draw(runs), config.out)
+        save_picture(draw_by(gains, config.by) if config.by else draw(runs, panels), config.out)
         print(f"\nwrote {config.out}")
 
 

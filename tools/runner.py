@@ -19,11 +19,12 @@ import torch
 
 import train
 from nanotst import UserError
-from nanotst.configurator import read_file, type_of, typed
+from nanotst.configurator import read_file, typed
 from nanotst.files import write_safely
 from tools.runs import BAGS, FREE, load_metrics, renamed
 
-TRAINER = train
+TRAINER = train.__file__
+KNOBS = {field.name: field for field in dataclasses.fields(train.Config)}
 COMMAS = {"dataset", "reinit_at_switch"}  # one value of these may hold commas
 SHORT = dict(bag_size="s", superposition_ratio="r", learning_rate="lr", seed="seed")  # in names
 
@@ -45,22 +46,11 @@ class Member:
         except UserError:
             return []
 
-    def step(self):
-        return max((row["step"] for row in self.rows()), default=0)
-
     def end(self):
         """The last row of a finished run, else None."""
         last = self.rows()[-1:]
         finished = last and last[0]["step"] >= self.settings["max_steps"] and "val_loss" in last[0]
         return last[0] if finished else None
-
-
-# ------------------------------------------------------------------------------------------------- which runs
-
-
-def knobs_of(trainer):
-    """{name: field} of the trainer's knobs."""
-    return {field.name: field for field in dataclasses.fields(trainer.Config)}
 
 
 def places(argv, config):
@@ -75,23 +65,21 @@ def alternatives(key, text):
     return text.removesuffix(";").split(";") if key in COMMAS or ";" in text else text.split(",")
 
 
-def read_arguments(arguments, knobs, own):
+def read_arguments(arguments, own):
     """(settings, config files, grid): all knobs as the config files set them, and {knob: values given}. `own`
     is the tool's dataclass, for suggestions where a knob is misspelt."""
-    settings, files, grid = {name: field.default for name, field in knobs.items()}, [], {}
-    known = {field.name: field for field in dataclasses.fields(own)} | knobs
+    known = {field.name: field for field in dataclasses.fields(own)} | KNOBS
+    settings, files, grid = {name: field.default for name, field in KNOBS.items()}, [], {}
     for arg in arguments:
         if arg.endswith(".py"):
             files.append(arg)
             for key, value in read_file(arg).items():
-                settings[key] = typed(knobs.get(key), key, value, arg, knobs)
+                settings[key] = typed(KNOBS.get(key), key, value, arg, KNOBS)
             continue
         key, equals, text = arg.partition("=")
         key, where = key.replace("-", "_"), f"--{arg}"
-        if key in knobs and not equals and type_of(knobs[key]) is not bool:
-            raise UserError(f"{where}: write --{key}=VALUE")
         values = alternatives(key, text) if equals else [True]
-        grid[key] = list(dict.fromkeys(typed(knobs.get(key), key, v, where, known) for v in values))
+        grid[key] = list(dict.fromkeys(typed(KNOBS.get(key), key, v, where, known) for v in values))
     return settings, files, grid
 
 
@@ -124,15 +112,14 @@ def as_text(value):
 def find_folders(members, out_dir):
     """Give each member the folder in out_dir that holds its settings, if there is one. UserError if another
     run is in its way."""
-    there, knobs = {}, knobs_of(TRAINER)
+    there = {}
     for path in sorted(Path(out_dir).glob("*/sweep.json")):
-        try:
-            there[path.parent] = renamed(json.loads(path.read_text()))
-        except (ValueError, AttributeError):
-            raise UserError(f"{path} is damaged: move its folder away") from None
+        settings = renamed(json.loads(path.read_text()))
+        # a knob that is younger than a run had its default
+        there[path.parent] = {k: f.default for k, f in KNOBS.items() if k not in FREE} | settings
     for member in members:
-        now = member.settings  # a knob that is younger than a run had its default
-        old = {f: {k: s.get(k, knobs[k].default) for k in now} for f, s in there.items()}
+        now = member.settings
+        old = {f: {k: settings[k] for k in now} for f, settings in there.items()}
         if same := [folder for folder, settings in old.items() if settings == now]:
             member.folder = same[0]
         elif member.folder in there or (member.folder / "metrics.jsonl").exists():
@@ -142,26 +129,22 @@ def find_folders(members, out_dir):
             raise UserError(f"{what}: give another --out_dir, or move it away")
 
 
-# ------------------------------------------------------------------------------------------------- doing them
-
-
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def find_gpus(text):
-    """Values for CUDA_VISIBLE_DEVICES from the knob `gpus`; auto: all that this process may use."""
-    if text != "auto":
-        return [""] if text == "none" else text.split(",")
-    own = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return own.split(",") if own else [str(i) for i in range(torch.cuda.device_count())]
+def find_gpus():
+    """Values for CUDA_VISIBLE_DEVICES: the GPUs that this process may use."""
+    if own := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return own.split(",")
+    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 def start(member, threads, gpu):
     """Train a member in a process of its own, in a session of its own: Ctrl-C reaches it through us alone."""
     folder = member.folder
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, TRAINER.__file__, *member.arguments]
+    command = [sys.executable, TRAINER, *member.arguments]
     command += [f"--out_dir={folder}", f"--threads={threads}"]
     if (folder / "last.pt").exists():
         command.append("--resume")
@@ -178,41 +161,25 @@ def start(member, threads, gpu):
         return subprocess.Popen(command, env=env, start_new_session=True, **output)
 
 
-def stop(processes):
-    """Ask training to save and exit, and wait for it; a second Ctrl-C kills it."""
-    print(f"\nstopping {len(processes)} runs at a checkpoint; Ctrl-C again kills them", flush=True)
-    for process in processes:
-        process.terminate()
-    try:
-        for process in processes:
-            process.wait()
-    except KeyboardInterrupt:
-        for process in processes:
-            process.kill()
-
-
-def progress(members, failed, made, seconds):
-    """What is done, and how long the rest takes at the pace of `made` steps in `seconds`."""
-    left = [max(0, m.settings["max_steps"] - m.step()) for m in members if m.name not in failed]
-    done, minutes = left.count(0), round(sum(left) / max(1, made) * seconds / 60)
-    return f"{done} of {len(members)} done, {len(failed)} failed, {minutes:,} minutes left"
+def reason(failed):
+    """Why the first of the runs that failed did, as the end of a message."""
+    return "".join(f": {why}" for why in list(failed.values())[:1])
 
 
 def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def run_members(members, jobs=0, threads=0, gpus="none"):
+def run_members(members, jobs=0, threads=0):
     """Train the members that are not done, `jobs` at a time (0: one per GPU, or one). Returns {name: why} of
     those that failed."""
     waiting = [member for member in members if member.end() is None]
-    if len(waiting) < len(members):
-        print(f"{len(members) - len(waiting)} of {len(members)} runs are done already")
-    gpus = find_gpus(gpus)
-    jobs = max(1, min(jobs or len(gpus) or 1, len(waiting)))
+    done, gpus = len(members) - len(waiting), find_gpus() or [None]
+    if done:
+        print(f"{done} of {len(members)} runs are done already")
+    jobs = max(1, min(jobs or len(gpus), len(waiting)))
     threads = threads or max(1, cores() // jobs)
-    free = [gpus[i % len(gpus)] if gpus else None for i in range(jobs)]
-    began, steps = time.monotonic(), sum(member.step() for member in members)
+    free = [gpus[i % len(gpus)] for i in range(jobs)]
     running, failed = {}, {}  # member: (process, GPU); name: why
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
@@ -227,15 +194,24 @@ def run_members(members, jobs=0, threads=0, gpus="none"):
                 process, gpu = running.pop(member)
                 free.append(gpu)
                 if (end := member.end()) and not process.returncode:
-                    print(f"{member.name}: val loss {end['val_loss']:.4f}")
+                    done += 1
+                    loss, count = (
+                        f"val loss {end['val_loss']:.4f}",
+                        f"{done} of {len(members)} done",
+                    )
+                    print(f"{member.name}: {loss}; {count}", flush=True)
                 else:
                     log = member.folder / "log.txt"
-                    printed = re.split(r"[\n\r]+", log.read_text(errors="replace").strip())
-                    failed[member.name] = why = printed[-1]
-                    print(f"{member.name} failed (exit {process.returncode}, {log}): {why}")
-                made = sum(member.step() for member in members) - steps
-                print(progress(members, failed, made, time.monotonic() - began), flush=True)
+                    failed[member.name] = why = (
+                        log.read_text(errors="replace").strip().splitlines()[-1]
+                    )
+                    said = f"{member.name} failed (exit {process.returncode}, {log}): {why}"
+                    print(said, flush=True)
     finally:
         if running:
-            stop([process for process, _ in running.values()])
+            print(f"\nstopping {len(running)} runs at a checkpoint", flush=True)
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
     return failed

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nanotst import UserError
 from nanotst.configurator import Bags, Free, marked
+from nanotst.files import write_safely
 from train import Config
 
 # Knobs that change nothing that is learned. A resumed run has its corpus and its weights already, so two are
@@ -34,31 +35,26 @@ def renamed(values):
 def load_metrics(folder):
     """Rows (dicts, ascending step) of a run folder.
 
-    Where a resumed run repeats steps, the later rows count; rows of one step are merged. A torn last line (of
-    a killed process) is skipped with a note. UserError: no such run, or a bad line, as file:line.
+    Where a resumed run repeats steps, the later rows count. A torn last line (of a killed process) is skipped
+    with a note. UserError: no such run, or a bad line, as file:line.
     """
-    path = Path(folder) / "metrics.jsonl"
+    path, rows = Path(folder) / "metrics.jsonl", []
     if not path.exists():
         raise UserError(f"{folder}: no metrics.jsonl there, so it is not the folder of a run")
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
-    rows = []
     for n, line in enumerate(lines, 1):
         try:
             row = {k: v for k, v in renamed(json.loads(line)).items() if v is not None}
-            if type(row["step"]) is not int:
-                raise TypeError
+            step = row["step"]
+            while rows and rows[-1]["step"] >= step:
+                rows.pop()
             if not all(type(row.get(key, 0)) in (int, float) for key in NUMBERS):
                 raise TypeError
+            rows.append(row)
         except (ValueError, KeyError, TypeError, AttributeError):
             if n < len(lines) or line.endswith("}"):
                 raise UserError(f"{path}:{n}: not a row of train.py: {line[:40]!r}") from None
             print(f"note: {path}:{n}: torn last line skipped", file=sys.stderr)
-            break
-        if rows and row["step"] < rows[-1]["step"]:
-            rows = [old for old in rows if old["step"] < row["step"]]
-        if rows and row["step"] == rows[-1]["step"]:
-            row = rows.pop() | row
-        rows.append(row)
     return rows
 
 
@@ -77,40 +73,42 @@ def describe(folder):
 
 def read_table(path):
     """The rows of runs.csv or curves.csv as dicts of text, without empty cells."""
-    try:
-        with open(path, newline="", encoding="utf-8") as f:
-            lines = list(csv.DictReader(f))
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path} is not a table of tools.keep: {e}") from None
-    for n, line in enumerate(lines, 2):
-        if None in line or None in line.values() or not line.get("run"):
-            raise UserError(f"{path}: row {n} does not have the columns of the first line")
-    return [renamed({key: value for key, value in line.items() if value}) for line in lines]
+    with open(path, newline="", encoding="utf-8") as f:
+        return [renamed({k: v for k, v in line.items() if v}) for line in csv.DictReader(f)]
 
 
-def numbers(path, line, keys):
+def write_table(path, columns, lines):
+    """Write a CSV file of lines, dicts of text."""
+
+    def write(path):
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+
+    write_safely(path, write)
+
+
+def numbers(line, keys):
     """Those `keys` of a row of text that it has, as numbers."""
-    try:
-        known = {key: line[key] for key in keys if key in line}
-        return {key: int(v) if v.isdigit() else float(v) for key, v in known.items()}
-    except ValueError as e:
-        raise UserError(f"{path}: a row of {line['run']} does not hold numbers: {e}") from None
+    known = {key: line[key] for key in keys if key in line}
+    return {key: int(v) if v.isdigit() else float(v) for key, v in known.items()}
 
 
 def read_kept(folder, wanted="*"):
     """Runs that tools/keep.py kept in `folder` and whose name or label matches the pattern `wanted`. The rows
     of a run without a curve are its last one alone."""
-    table, curves = read_table(folder / "runs.csv"), {}
+    rows = {}  # by run
     for line in read_table(folder / "curves.csv") if (folder / "curves.csv").exists() else ():
-        row = numbers(folder / "curves.csv", line, [key for key in line if key != "run"])
-        curves.setdefault(line["run"], []).append(row)
-    for line in table:
-        if any(fnmatch(line.get(key, ""), wanted) for key in ("run", "label")):
-            if not {"steps", "max_steps", "bag_size"} <= line.keys():
-                raise UserError(f"{folder / 'runs.csv'} was not written by tools.keep")
-            end = numbers(folder / "runs.csv", line, ("steps", "max_steps", *ENDS))
-            rows = curves.get(line["run"]) or [{"step": end["steps"]} | end]
-            yield dict(name=line["run"], label=line.get("label"), rows=rows, facts=line)
+        rows.setdefault(line.pop("run"), []).append(numbers(line, line))
+    for line in read_table(folder / "runs.csv"):
+        if not {"label", "steps", "max_steps", "bag_size"} <= line.keys():
+            todo = "name the folders of its runs"
+            raise UserError(f"{folder / 'runs.csv'} was not written by tools.keep; {todo}")
+        name, label = line["run"], line["label"]
+        if fnmatch(name, wanted) or fnmatch(label, wanted):
+            last = {"step": int(line["steps"])} | numbers(line, ENDS)
+            yield dict(name=name, label=label, rows=rows.get(name, [last]), facts=line)
 
 
 def read_runs(paths):
@@ -118,15 +116,14 @@ def read_runs(paths):
     runs = []
     for path in map(Path, paths):
         kept = next((p for p in (path, *path.parents) if (p / "runs.csv").exists()), None)
-        if kept and not (path / "metrics.jsonl").exists():
-            wanted = "*" if path == kept else path.relative_to(kept).as_posix()
-            runs += (found := list(read_kept(kept, wanted)))
-            if not found:
-                raise UserError(f"{kept}: no run of the name or label {wanted} is kept there")
-        else:
-            name = path.resolve().name
-            run = dict(name=name, path=str(path), label=None, rows=load_metrics(path))
-            runs.append(run | dict(facts=describe(path)[0]))
+        if not kept or (path / "metrics.jsonl").exists():
+            run = dict(name=path.resolve().name, label=None, rows=load_metrics(path))
+            runs.append(run | dict(facts=describe(path)[0], path=str(path)))
+            continue
+        wanted = "*" if path == kept else path.relative_to(kept).as_posix()
+        runs += (found := list(read_kept(kept, wanted)))
+        if not found:
+            raise UserError(f"{kept}: no run of the name or label {wanted} is kept there")
     names = [run["name"] for run in runs]
     for run in runs:
         if names.count(run["name"]) > 1:
@@ -141,14 +138,14 @@ def final(rows):
     return next(row for row in reversed(rows) if "val_loss" in row)
 
 
-def tokenizer_of(run):
-    """The tokenizer of a run as text."""
-    return "{} of {}".format(*(run["facts"].get(k, "unknown") for k in ("encoding", "vocab_size")))
+def tokenizers_of(runs):
+    """The distinct tokenizers of runs."""
+    return {tuple(run["facts"].get(key) for key in ("encoding", "vocab_size")) for run in runs}
 
 
 def measure_of(runs):
     """The loss by which runs compare: val_loss, or val_bpb if their tokenizers differ."""
-    if len({tokenizer_of(run) for run in runs}) == 1:
+    if len(tokenizers_of(runs)) == 1:
         return "val_loss"
     for run in runs:
         if "val_bpb" not in final(run["rows"]):
@@ -169,7 +166,7 @@ def notes_on_differences(runs):
             said = [f"{v} ({', '.join(labels)})" if few else v for v, labels in values.items()]
             found.append(f"{fact} {', '.join(said)}")
     notes = [f"Not the same in all runs: {'; '.join(found)}."] if found else []
-    if len({tokenizer_of(run) for run in runs}) > 1:
+    if len(tokenizers_of(runs)) > 1:
         notes.append("Nats per token of different tokenizers do not compare; bits per byte do.")
     return notes
 

@@ -13,8 +13,6 @@ At the end out_dir holds table.md, runs.csv and sweep.png. bag_size makes the co
 superposition_ratio the rows.
 """
 
-import csv
-import dataclasses
 import itertools
 import json
 import math
@@ -33,7 +31,7 @@ from tools import runner
 from tools.intervals import difference, seeds_text
 from tools.picture import COLORS, new_figure, save_picture, tidy
 from tools.runner import SHORT, as_text, places, read_arguments
-from tools.runs import BAGS, ENDS, FREE, markdown_table
+from tools.runs import BAGS, ENDS, FREE, markdown_table, write_table
 
 
 @dataclass
@@ -45,24 +43,15 @@ class Config:
 
     arguments: list[str]  # config files and knobs of train.py
 
-    # Runs
     out_dir: str = "out/sweep"  # a folder with a folder for each run
     jobs: int = 0  # runs at a time; 0: one per GPU, or one
     threads: int = 0  # CPU threads per run; 0: an equal share of the cores
-    gpus: str = "auto"  # GPU numbers such as 0,2; auto: all; none
-    train: bool = True  # False: table of the finished runs, no training
-
-    # Table and picture
-    best_of: str = "learning_rate"  # knob whose best value each cell shows; none: no choice
     plot: bool = True  # picture as sweep.png (needs matplotlib)
-
-
-# --------------------------------------------------------------------------------------------------- the grid
 
 
 def plan(arguments, out_dir):
     """(members, varied): the distinct runs of a grid, and the knobs with several values, the seed last."""
-    settings, files, grid = read_arguments(arguments, runner.knobs_of(runner.TRAINER), Config)
+    settings, files, grid = read_arguments(arguments, Config)
     varied = sorted((k for k, values in grid.items() if len(values) > 1), key=lambda k: k == "seed")
     if free := [k for k in varied if k in FREE]:
         raise UserError(f"--{free[0]} takes one value: it does not change what is learned")
@@ -78,61 +67,24 @@ def plan(arguments, out_dir):
     return members, [k for k in varied if any(k in member.point for member in members)]
 
 
-# -------------------------------------------------------------------------------------------------- the table
-
-
-@dataclass
 class Group:
-    """The runs of one point, which differ by their seeds alone."""
+    """The runs of one point of the grid, which differ by their seeds alone."""
 
-    point: dict  # without the seed
-    losses: list  # final validation losses of the finished runs
-    planned: int = 0  # runs
-    note: str = ""  # value that was chosen as best
-
-    @property
-    def mean(self):
-        return float(np.mean(self.losses)) if self.losses else math.nan
-
-    @property
-    def whole(self):
-        return len(self.losses) == self.planned and math.isfinite(self.mean)
+    def __init__(self, point, members):
+        self.point, self.members = point, members
+        self.losses = [end["val_loss"] for member in members if (end := member.end())]
+        self.mean = float(np.mean(self.losses)) if self.losses else math.nan
+        self.whole = len(self.losses) == len(members) and math.isfinite(self.mean)
 
     def text(self):
-        missing = len(self.losses) < self.planned
-        notes = [f"{len(self.losses)} of {self.planned} done"] * missing + [self.note] * bool(
-            self.note
+        mean, done = seeds_text(self.losses) if self.losses else "-", len(self.losses)
+        return mean + (
+            "" if done == len(self.members) else f" ({done} of {len(self.members)} done)"
         )
-        mean = seeds_text(self.losses) if self.losses else "-"
-        return mean + (f" ({', '.join(notes)})" if notes else "")
 
-
-def groups_of(members):
-    groups = {}
-    for member in members:
-        point = {k: v for k, v in member.point.items() if k != "seed"}
-        group = groups.setdefault(json.dumps(point), Group(point, []))
-        group.planned += 1
-        if end := member.end():
-            group.losses.append(end["val_loss"])
-    return list(groups.values())
-
-
-def take_best(groups, knob):
-    """The lowest mean among the groups that differ in `knob` alone, with its value noted."""
-    alike, chosen = {}, []
-    for group in groups:
-        rest = {k: v for k, v in group.point.items() if k != knob}
-        alike.setdefault(json.dumps(rest), []).append(group)
-    for rest, candidates in alike.items():
-        best = min(candidates, key=lambda g: (not g.whole, g.mean if g.losses else math.inf))
-        if len(candidates) > 1:
-            value, values = best.point[knob], [g.point[knob] for g in candidates]
-            best.note = f"{SHORT.get(knob, knob)} {as_text(value)}"
-            if is_scale(values) and value in (min(values), max(values)):
-                best.note += ", an edge"
-        chosen.append(dataclasses.replace(best, point=json.loads(rest)))
-    return chosen
+    def name(self):
+        knobs = [f", {k} {as_text(v)}" for k, v in self.point.items() if k != "bag_size"]
+        return "".join(["baseline", *knobs])
 
 
 @dataclass
@@ -146,13 +98,8 @@ class Table:
     baselines: list
 
     def values(self, axis):
-        """Distinct values along an axis (0: rows), numbers in order."""
-        values = list(dict.fromkeys(key[axis] for key in self.cells))
-        return sorted(values) if is_scale(values) else values
-
-    def best(self):
-        whole = [group for group in [*self.cells.values(), *self.baselines] if group.whole]
-        return min(whole, key=lambda group: group.mean, default=None)
+        """Distinct values along an axis (0: rows), in the order given."""
+        return list(dict.fromkeys(key[axis] for key in self.cells))
 
     def baseline(self):
         """The group of the baseline, if there is just one."""
@@ -161,13 +108,9 @@ class Table:
         return done[0] if len(done) == 1 else None
 
 
-def is_scale(values):
-    return all(type(value) in (int, float) for value in values)
-
-
-def axes_of(members, varied, best_of):
+def axes_of(members, varied):
     """(rows, columns, others): the knobs that vary, by their place in the tables."""
-    free = [k for k in varied if k not in ("seed", best_of)] or [k for k in varied if k != "seed"]
+    free = [k for k in varied if k != "seed"]
     free.sort(key=lambda k: (k != "bag_size", k == "superposition_ratio"))
     columns, *free = free or [""]
     free.sort(key=lambda k: k != "superposition_ratio")
@@ -178,13 +121,15 @@ def axes_of(members, varied, best_of):
     return rows, columns, others
 
 
-def tables_of(members, varied, best_of):
+def tables_of(members, varied):
     """One Table for each combination of what is neither row nor column."""
-    rows, columns, others = axes_of(members, varied, best_of)
-    groups, tables, baselines = groups_of(members), {}, []
-    if best_of in varied and best_of not in (rows, columns):
-        groups = take_best(groups, best_of)
-    for group in groups:
+    rows, columns, others = axes_of(members, varied)
+    points, tables, baselines = {}, {}, []
+    for member in members:
+        point = tuple((k, v) for k, v in member.point.items() if k != "seed")
+        points.setdefault(point, []).append(member)
+    for point, seeds in points.items():
+        group = Group(dict(point), seeds)
         if {rows, columns, *others} - {""} <= group.point.keys():
             here = tuple((k, group.point[k]) for k in others)
             place = group.point.get(rows, ""), group.point.get(columns, "")
@@ -194,43 +139,33 @@ def tables_of(members, varied, best_of):
     found = []
     for here, cells in (tables or {(): {}}).items():
         title = ", ".join(f"{k} {as_text(v)}" for k, v in here)
-        own = [(k, v) for k, v in here if k not in BAGS]
-        mine = [g for g in baselines if all(g.point[k] == v for k, v in own)]
+        own = {k: v for k, v in here if k not in BAGS}
+        mine = [group for group in baselines if own.items() <= group.point.items()]
         found.append(Table(title, rows, columns, cells, mine))
     return found
 
 
-def name_of(group):
-    knobs = [f", {k} {as_text(v)}" for k, v in group.point.items() if k != "bag_size"]
-    return "".join(["baseline", *knobs])
-
-
-def markdown(tables, best_of):
+def markdown(tables):
     """The tables as text."""
-    parts, notes = [], ""
+    parts = []
     for table in tables:
-        best, baseline, columns = table.best(), table.baseline(), table.values(1)
+        baseline, columns = table.baseline(), table.values(1)
+        whole = [group for group in [*table.cells.values(), *table.baselines] if group.whole]
+        best = min(whole, key=lambda group: group.mean, default=None)
         show = lambda group, best=best: f"**{group.text()}**" if group is best else group.text()
         parts += [f"**{table.title}**"] * bool(table.title)
-        parts += [f"{name_of(group)}: {show(group)}" for group in table.baselines]
+        parts += [f"{group.name()}: {show(group)}" for group in table.baselines]
         corner = " \\ ".join(k for k in (table.rows, table.columns) if k) or "run"
         cells = [[corner, *map(as_text, columns)]]
         for row in table.values(0):
             groups = [table.cells.get((row, column)) for column in columns]
             cells.append([as_text(row) or "val loss", *(show(g) if g else "-" for g in groups)])
         if baseline and not table.rows:
-            done = [
-                difference(g.losses, baseline.losses).text() if g.losses else "-" for g in groups
-            ]
-            cells.append(["minus baseline", *done])
+            minus = lambda g, base=baseline.losses: difference(g.losses, base).text()
+            cells.append(["minus baseline", *(minus(g) if g.losses else "-" for g in groups)])
         parts.append(markdown_table(cells))
-        notes += "".join(group.note for group in [*table.cells.values(), *table.baselines])
     losses = "Final validation loss in nats per token, mean ± standard deviation (seeds)"
-    parts.append(f"{losses}; the lowest in bold.")
-    if notes:
-        edge = " An edge is the lowest or highest tried: a better one may lie beyond."
-        parts.append(f"Each cell is at its best {best_of}.{edge if 'edge' in notes else ''}")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, f"{losses}; the lowest in bold."])
 
 
 def write_results(tool, config, text, members, draw, failed):
@@ -241,12 +176,9 @@ def write_results(tool, config, text, members, draw, failed):
     command = f"python -m tools.{tool} {shlex.join(sys.argv[1:])}"
     (out_dir / "table.md").write_text(f"{text}\n\n`{command}`\n", encoding="utf-8")
     knobs = list(dict.fromkeys(k for member in members for k in member.point))
-    with open(out_dir / "runs.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, ["run", *knobs, *keys])
-        writer.writeheader()
-        for member in members:
-            end = {k: v for k, v in (member.end() or {}).items() if k in keys}
-            writer.writerow({"run": member.folder.name} | member.point | end)
+    ends = [{k: v for k, v in (member.end() or {}).items() if k in keys} for member in members]
+    lines = [{"run": m.folder.name} | m.point | end for m, end in zip(members, ends)]
+    write_table(out_dir / "runs.csv", ["run", *knobs, *keys], lines)
     if config.plot:
         draw(out_dir / f"{tool}.png")
     print(f"\nwrote {out_dir}/table.md, runs.csv{f', {tool}.png' if config.plot else ''}")
@@ -255,55 +187,37 @@ def write_results(tool, config, text, members, draw, failed):
         raise UserError(f"{said}; the same command tries them again")
 
 
-# ------------------------------------------------------------------------------------------------ the picture
-
-
 def draw(tables, path):
-    """A panel for each table."""
+    """A panel for each table: a line over the columns for each row, with one standard deviation."""
     fig, axes = new_figure((7, 4.6 * len(tables)), len(tables), squeeze=False)
-    for table, (ax,) in zip(tables, axes):
-        draw_table(ax, table)
+    for table, ax in zip(tables, axes[:, 0]):
+        columns = table.values(1)
+        for i, row in enumerate(table.values(0)):
+            groups = [table.cells.get((row, column)) for column in columns]
+            done = [(j, group) for j, group in enumerate(groups) if group and group.losses]
+            sd = [np.std(g.losses, ddof=1) if len(g.losses) > 1 else 0 for _, g in done]
+            label = f"{SHORT.get(table.rows, table.rows)} {as_text(row)}" if table.rows else None
+            look = dict(color=COLORS[1 + i % 6], fmt="o-", capsize=3, label=label)
+            ax.errorbar([j for j, _ in done], [g.mean for _, g in done], sd, **look)
+        for group, style in zip(table.baselines, itertools.cycle(("--", ":", "-."))):
+            ax.axhline(group.mean, color="black", ls=style, lw=1.3, label=group.name())
+        ax.set_xticks(range(len(columns)), map(as_text, columns))
+        ax.set(xlabel=table.columns or "all runs", ylabel="validation loss (nats per token)")
         ax.set_title(table.title, loc="left", fontsize=10)
+        tidy(ax)
+        if table.rows or table.baselines:
+            ax.legend(fontsize=9, frameon=False)
     save_picture(fig, path)
-
-
-def draw_table(ax, table):
-    """A line over the columns for each row (points if these are no numbers), with one standard deviation."""
-    columns = table.values(1)
-    numbers = is_scale(columns) and len(columns) > 1
-    for i, row in enumerate(table.values(0)):
-        done = [(j, table.cells.get((row, column))) for j, column in enumerate(columns)]
-        done = [(j, group) for j, group in done if group and group.losses]
-        x = [columns[j] if numbers else j + 0.1 * i for j, _ in done]
-        sd = [np.std(g.losses, ddof=1) if len(g.losses) > 1 else 0 for _, g in done]
-        look = dict(color=COLORS[1 + i % 6], fmt="o-" if numbers else "o", capsize=3)
-        label = f"{SHORT.get(table.rows, table.rows)} {as_text(row)}" if table.rows else None
-        ax.errorbar(x, [g.mean for _, g in done], sd, label=label, **look)
-    for group, style in zip(table.baselines, itertools.cycle(("--", ":", "-."))):
-        ax.axhline(group.mean, color="black", ls=style, lw=1.3, label=name_of(group))
-    if numbers and min(columns) > 0 and max(columns) / min(columns) > 20:
-        ax.set_xscale("log")
-    ax.set_xticks(columns if numbers else range(len(columns)), map(as_text, columns))
-    ax.minorticks_off()
-    ax.set(xlabel=table.columns or "all runs", ylabel="validation loss (nats per token)")
-    tidy(ax)
-    if table.rows or table.baselines:
-        ax.legend(fontsize=9, frameon=False)
 
 
 def main(config):
     members, varied = plan(config.arguments, config.out_dir)
-    if config.best_of not in {"none", *runner.knobs_of(runner.TRAINER)}:
-        raise UserError(f"--best_of takes a knob of train.py, or none, but not {config.best_of!r}")
-    failed = {}
-    if config.train:
-        failed = runner.run_members(members, config.jobs, config.threads, config.gpus)
+    failed = runner.run_members(members, config.jobs, config.threads)
     if all(member.end() is None for member in members):
-        why = "".join(f": {why}" for why in list(failed.values())[:1])
-        raise UserError(f"none of {len(members)} runs is done{why}")
-    tables = tables_of(members, varied, config.best_of)
-    text = markdown(tables, config.best_of)
-    write_results("sweep", config, text, members, lambda path: draw(tables, path), failed)
+        raise UserError(f"none of {len(members)} runs is done{runner.reason(failed)}")
+    tables = tables_of(members, varied)
+    draw_tables = lambda path: draw(tables, path)
+    write_results("sweep", config, markdown(tables), members, draw_tables, failed)
 
 
 if __name__ == "__main__":
