@@ -119,14 +119,13 @@ def json_documents(file, path, options):
 def parquet_documents(file, path, options):
     """Yield (path, text) of a column, row group by row group."""
     arrow, parquet = needs("pyarrow", path), needs("pyarrow.parquet", path)
-    field = options.field
     try:
         table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
-        if field not in table.schema_arrow.names:
-            raise UserError(f"{path} has no column '{field}' (see --field)")
+        if options.field not in table.schema_arrow.names:
+            raise UserError(f"{path} has no column '{options.field}' (see --field)")
         # few rows at a time, since a small file can hold the same long text many times
-        for batch in table.iter_batches(16, columns=[field], use_threads=False):
-            yield from ((path, row.as_py()) for row in batch.column(field))
+        for batch in table.iter_batches(16, columns=[options.field], use_threads=False):
+            yield from ((path, row.as_py()) for row in batch.column(options.field))
     except arrow.ArrowException as e:
         raise OSError(e) from None
 

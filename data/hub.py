@@ -35,8 +35,7 @@ def prepare_from_hub(repo, suffix, config):
     print(f"{repo}/{config.folder} at {knobs['commit']}: {len(files):,} files, {size:,.1f} GB")
     out = Writer(config.out_dir, tokenizer, knobs, knobs["shard_tokens"], config.seed)
     out.source = [f"{repo} at {knobs['commit']}, seed {config.seed}"]
-    where = dict(repo_type="dataset", revision=knobs["commit"])
-    where["local_dir"] = os.path.join(out.folder, "files")
+    where = dict(repo_type="dataset", revision=knobs["commit"], local_dir=out.folder)
 
     def fetch(name):
         print(f"fetching {name}")

@@ -27,7 +27,6 @@ from test_tokenizer import write_ranks
 from data import documents
 from data.text import prepare as text
 from nanotst import UserError
-from nanotst.corpus import open_corpus
 from nanotst.tokenizer import get_tokenizer
 
 
@@ -42,40 +41,43 @@ def all_documents(folder):
 # ------------------------------------------------------------------------------------------ documents
 
 
-def test_separators_and_meta(tmp_path):
+def test_separators_meta_and_held_out_files(tmp_path, capsys):
+    """Files of --val are no training files, and copies of documents in them are left out of training."""
     (tmp_path / "a.txt").write_bytes(
-        "\ufeff<|endoftext|>\none\nline <|endoftext|>\n<|endoftext|>\r\n\n<|endoftext|>\n"
-        "tw\0o\r\n\n<|endoftext|>\nthree\n".encode()
+        "\ufeff<|endoftext|>\none\nline <|endoftext|>\n<|endoftext|>\r\n\n<|endoftext|>\nh\u00e9ld\n"
+        "<|endoftext|>\ntw\0o\r\n\n<|endoftext|>\nseen\n<|endoftext|>\nthree\n".encode()
     )
     (tmp_path / "v.txt").write_text("h\u00e9ld")
-    prepare(tmp_path, val=str(tmp_path / "v.txt"), out=tmp_path / "out")
+    (tmp_path / "w.txt").write_text("seen")
+    val = [f"{tmp_path / name}" for name in ("v.txt", "w.txt")]
+    prepare(tmp_path, val=",".join(val), out=tmp_path / "out")
+    assert "\n2 copies of held-out documents left out" in capsys.readouterr().out
     assert byte_documents(tmp_path / "out") == {
         "train": ["one\nline <|endoftext|>", "two\r\n", "three"],
-        "val": ["h\u00e9ld"],
+        "val": ["h\u00e9ld", "seen"],
     }
     meta, _ = dataset(tmp_path / "out")
-    assert (meta["val_bytes"], meta["val_tokens"], meta["bytes_per_token"]) == (6, 6, 1.0)
+    assert (meta["val_bytes"], meta["val_tokens"], meta["bytes_per_token"]) == (11, 11, 1.0)
     assert (meta["encoding"], meta["dtype"], meta["vocab_size"]) == ("bytes", "uint8", 256)
     assert meta["train_bytes"] == meta["train_tokens"]  # the NUL is not counted either
-    assert meta["source"] == [f"{tmp_path / 'v.txt'}, held out", f"{tmp_path / 'a.txt'}"]
+    assert meta["source"] == [*(f"{v}, held out" for v in val), f"{tmp_path / 'a.txt'}"]
     assert sorted(contents(tmp_path / "out")) == ["meta.json", "train.bin", "val.bin"]
-    assert open_corpus(str(tmp_path / "out")).meta["train_tokens"] == meta["train_tokens"]
 
 
-def test_all_formats_agree(tmp_path):
-    """In a folder whose name is not UTF-8, too."""
-    texts = make_documents(40)
+def test_all_formats_agree(tmp_path, capfd):
+    """In a folder whose name is not UTF-8, too. Rows without text are counted and left out."""
+    texts, folder, seen = make_documents(40), tmp_path / os.fsdecode(b"caf\xe9"), set()
+    few = [None, *texts[:9], "", " \n", "\0", *texts[9:], None]
     joined = SEPARATOR.join(texts).encode()
-    rows = "".join(json.dumps({"id": 1, "body": d}) + "\n" for d in texts).encode()
+    rows = "".join(json.dumps({"id": 1, "body": d}) + "\n" for d in few).encode()
     files = {"a.txt": joined, "a.MD": joined, "a.jsonl": rows, "A.NDJSON": rows, "a.json": rows}
     files |= {"bom.txt": b"\xef\xbb\xbf" + joined, "bom.jsonl": b"\xef\xbb\xbf" + rows}
     files |= {"crlf.txt": joined.replace(SEPARATOR.encode(), b"\r\n<|endoftext|>\r\n")}
     frames = [zstandard.ZstdCompressor().compress(part) for part in (rows[:999], rows[999:])]
     files |= {"a.jsonl.ZST": b"\x50\x2a\x4d\x18\x04\0\0\0note".join(frames)}  # a frame without text
     files |= {"a.txt.gz": gzip.compress(joined), "a.json.gz": gzip.compress(rows)}
-    table = {"body.x": ["wrong"] * 40, "body": pyarrow.array(texts).dictionary_encode()}
+    table = {"body.x": ["wrong"] * 45, "body": pyarrow.array(few).dictionary_encode()}
     files |= {"b.jsonl.XZ": lzma.compress(rows), "a.Parquet": parquet(table)}
-    seen, folder = set(), tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -83,6 +85,8 @@ def test_all_formats_agree(tmp_path):
         prepare(folder / name, val_fraction=0.3, field="body", out=out)
         assert sorted(all_documents(out)) == sorted(texts)
         seen.add(((out / "train.bin").read_bytes(), (out / "val.bin").read_bytes()))
+        counted = "\n5 empty documents left out\n" in capfd.readouterr().out
+        assert counted == (documents.kind(name) != "text")
     assert len(seen) == 1
 
 
@@ -122,17 +126,6 @@ def test_long_documents_are_tokenised_in_pieces_with_the_same_tokens(tmp_path, m
     hard = "\u4e2d" * 2000 + "\U0001f600" * 700 + "<|endoftext|>" * 300
     assert "".join(documents.pieces(hard)) == hard
     assert list(documents.pieces("\ud800 x")) == ["? x"]  # half a surrogate pair, possible in JSON
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_rows_without_text_are_counted_and_left_out(tmp_path, capsys, suffix):
-    texts = make_documents(20)
-    rows = [None, *texts[:9], "", " \n", "\0", *texts[9:], None]
-    content = json_lines(rows).encode() if suffix == ".jsonl" else parquet({"text": rows})
-    (tmp_path / f"a{suffix}").write_bytes(content)
-    prepare(tmp_path / f"a{suffix}", val_fraction=0.3, out=tmp_path / "out")
-    assert "\n5 empty documents left out\n" in capsys.readouterr().out
-    assert sorted(all_documents(tmp_path / "out")) == sorted(texts)
 
 
 ZSTD = zstandard.ZstdCompressor().compress(json_lines(make_documents(5)).encode())
@@ -197,12 +190,10 @@ def test_bombs_are_refused_and_never_held_in_memory_as_a_whole(tmp_path, monkeyp
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    "package, name", [("pyarrow", "a.txt.zst"), ("pyarrow.parquet", "a.parquet")]
-)
-def test_a_missing_package_is_named(tmp_path, monkeypatch, package, name):
+@pytest.mark.parametrize("name", ["a.txt.zst", "a.parquet"])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=rf"{name} needs the package .*: pip install pyarrow$"):
         prepare(tmp_path / name, out=tmp_path / "out")
 
@@ -223,31 +214,26 @@ def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path):
 
 
 def test_what_is_read_and_left_out_is_said(tmp_path, capsys):
-    folder = tmp_path / "texts"
+    folder, texts = tmp_path / "texts", make_documents(30)
     for name in ("a.txt", "B.TXT", "notes.docx", "settings.json", ".hidden.txt", "sub/c.md"):
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
-        (folder / name).write_text(SEPARATOR.join(make_documents(20, len(name))))
+        (folder / name).write_text(f"{name} 1{SEPARATOR}{name} 2")
     for link, target in (("gone.txt", "/nowhere/x.txt"), ("linked", str(tmp_path))):
         (folder / link).symlink_to(target)
     (folder / "prepare.py").symlink_to(text.__file__)
-    prepare(folder, val_fraction=0.3, out=tmp_path / "out")
+    (tmp_path / "x.csv").write_text("<|endoftext|>".join(texts))
+    (tmp_path / "y.log").write_text("a,b")
+    prepare(folder, tmp_path / "x.csv", val=str(tmp_path / "y.log"), out=tmp_path / "out")
     said = capsys.readouterr().out
     assert "left out, hidden or of another kind: 6: " in said
     for name in (".hidden.txt", "gone.txt", "linked", "notes.docx", "prepare.py"):
         assert f"{folder / name}" in said
-    assert re.search("reading: 3: .*B.TXT, .*a.txt, .*c.md", said)
-    assert len(all_documents(tmp_path / "out")) == 60
-
-
-def test_what_may_be_wrong_is_said(tmp_path, capsys):
-    (tmp_path / "x.csv").write_text("<|endoftext|>".join(make_documents(30)))
-    (tmp_path / "y.log").write_text("a,b")
-    prepare(tmp_path / "x.csv", val=str(tmp_path / "y.log"), out=tmp_path / "out")
-    said = capsys.readouterr().out
+    assert re.search("reading: 4: .*B.TXT, .*a.txt, .*c.md, .*x.csv", said)
     assert re.search(r"read as plain text: 2: \S*x\.csv, \S*y\.log\n", said)
     assert f"29 separators inside lines of {tmp_path / 'x.csv'} taken as text" in said
     assert "1 documents held out for validation" in said
-    expected = {"train": ["<|endoftext|>".join(make_documents(30))], "val": ["a,b"]}
+    read = [f"{name} {i}" for name in ("B.TXT", "a.txt", "sub/c.md") for i in (1, 2)]
+    expected = {"train": [*read, "<|endoftext|>".join(texts)], "val": ["a,b"]}
     assert byte_documents(tmp_path / "out") == expected
 
 
@@ -272,60 +258,33 @@ def test_one_long_text_is_cut_by_itself(tmp_path, capsys, where):
         assert all(d.split("\n")[-1] in PARTS for d in every)  # no line is cut
 
 
-@pytest.mark.parametrize("n", [25, 400])
-def test_of_few_documents_more_are_held_out(tmp_path, capsys, n):
-    texts = make_documents(n)
-    (tmp_path / "a.txt").write_text(SEPARATOR.join(texts))
-    prepare(tmp_path / "a.txt", out=tmp_path / "out")
-    share = min(0.1, 20 / n)
-    assert f"{n} documents are few: {share:.1%} are held out" in capsys.readouterr().out
-    splits = byte_documents(tmp_path / "out")
-    assert sorted(splits["train"] + splits["val"]) == sorted(texts)
-    assert splits["val"] == [d for d in texts if smaller(d, share)] != []
-    prepare(tmp_path / "a.txt", val_fraction=1e-9, out=tmp_path / "one")
-    assert byte_documents(tmp_path / "one")["val"] == [min(texts, key=hash_of)]
-
-
 def hash_of(document):
     return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "big")
 
 
-def smaller(document, fraction):
-    return hash_of(document) < fraction * 2**64
-
-
-def test_a_hash_of_the_text_decides_what_is_held_out(tmp_path, monkeypatch, capsys):
-    """Whatever the order, and copies land on the same side."""
+@pytest.mark.parametrize("n", [25, 390, 400])
+def test_a_hash_of_the_text_decides_what_is_held_out(tmp_path, monkeypatch, capsys, n):
+    """Whatever the order, copies land on the same side, and of few documents more are held out."""
     monkeypatch.setattr(text, "MANY_DOCUMENTS", 400)
-    texts = make_documents(400)
-    for i, order in enumerate((texts, texts[::-1] + texts[:50])):
+    texts = make_documents(n)
+    for order in (texts, texts[::-1] + texts[: n // 50]):
         (tmp_path / "a.txt").write_text(SEPARATOR.join(order))
-        prepare(tmp_path / "a.txt", val_fraction=0.005 + 0.1 * i, out=tmp_path / str(i))
-        splits = byte_documents(tmp_path / str(i))
-        assert splits["val"] == [d for d in order if smaller(d, 0.005 + 0.1 * i)] != []
-        assert splits["train"] == [d for d in order if not smaller(d, 0.005 + 0.1 * i)]
-    assert "are few" not in capsys.readouterr().out
+        prepare(tmp_path / "a.txt", out=tmp_path / "out", overwrite=True)
+        splits = byte_documents(tmp_path / "out")
+        share = min(0.1, 20 / len(order)) if n < 400 else 0.005
+        assert splits["val"] == [d for d in order if hash_of(d) < share * 2**64] != []
+        assert splits["train"] == [d for d in order if hash_of(d) >= share * 2**64]
+        said = f"{len(order)} documents are few: {share:.1%} are held out"
+        assert (said in capsys.readouterr().out) == (n < 400)
+    if n == 25:
+        prepare(tmp_path / "a.txt", val_fraction=1e-9, out=tmp_path / "one")
+        assert set(byte_documents(tmp_path / "one")["val"]) == {min(texts, key=hash_of)}
 
 
-def test_copies_of_val_documents_are_left_out_of_training(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text(SEPARATOR.join(["x y", "held", "z", "seen"]))
-    (tmp_path / "v.txt").write_text(SEPARATOR.join(["held", "other"]))
-    (tmp_path / "w.txt").write_text("seen")
-    val = f"{tmp_path / 'v.txt'},{tmp_path / 'w.txt'}"
-    prepare(tmp_path, val=val, out=tmp_path / "out")  # the files of --val are no training files
-    expected = {"train": ["x y", "z"], "val": ["held", "other", "seen"]}
-    assert byte_documents(tmp_path / "out") == expected
-    assert "2 copies of held-out documents left out" in capsys.readouterr().out
-
-
-def test_rank_files_and_workers(tmp_path, capsys):
-    """The vocabulary is copied beside the tokens, and the files do not depend on the number of workers."""
-    ranks, texts = write_ranks(tmp_path / "tiny.model"), make_documents()
+def test_a_rank_file_is_copied_beside_the_tokens(tmp_path, capsys):
+    ranks, texts, out = write_ranks(tmp_path / "tiny.model"), make_documents(), tmp_path / "out"
     (tmp_path / "a.jsonl").write_text(json_lines(texts))
-    for workers in (1, 3):
-        out = tmp_path / f"out{workers}"
-        prepare(tmp_path / "a.jsonl", encoding=ranks, val_fraction=0.1, workers=workers, out=out)
-    assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
+    prepare(tmp_path / "a.jsonl", encoding=ranks, val_fraction=0.1, out=out)
     assert "warning: " + get_tokenizer(ranks).note in capsys.readouterr().out
     meta, splits = dataset(out)
     assert (meta["encoding"], meta["dtype"]) == ("tokenizer.model", "uint16")

@@ -3,11 +3,9 @@ a fake here."""
 
 import errno
 import hashlib
-import multiprocessing
 import os
-import signal
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +16,11 @@ from conftest import write_corpus
 from corpora import byte_documents, contents, dataset, json_lines, make_documents, parquet
 from test_tokenizer import write_ranks
 
+from data import writer
 from data.dclm import prepare as dclm
 from data.fineweb_edu import prepare as fineweb_edu
 from data.pipeline import token_count
 from data.text import prepare as text
-from data.writer import Writer
 from examples import small_corpus
 from nanotst import UserError
 from nanotst.corpus import open_corpus
@@ -44,7 +42,7 @@ def prepare(inputs, out, **knobs):
 
 
 def fill(folder, value=1):
-    with Writer(str(folder), get_tokenizer("bytes"), {}) as out:
+    with writer.Writer(str(folder), get_tokenizer("bytes"), {}) as out:
         for split, ids in (("train", [value, value, 0]), ("val", [value, 0])):
             out.add(split, np.array(ids), len(ids))
 
@@ -53,79 +51,54 @@ class Stop(Exception):
     pass
 
 
-def stop_after(n, monkeypatch):
-    """Stop a preparation when it has finished n shards."""
-    close = Writer.close_shards
+def stop_after(n, monkeypatch, noted=True):
+    """Stop a preparation when it has finished n shards, with or without a note of the last one."""
+    write_json = writer.write_json
 
-    def close_and_stop(self):
-        close(self)
-        if len(self.state["shards"]) >= n:
+    def write_and_stop(path, value):
+        stop = len(value.get("shards", ())) >= n
+        if noted or not stop:
+            write_json(path, value)
+        if stop:
             raise Stop
 
-    monkeypatch.setattr(Writer, "close_shards", close_and_stop)
+    monkeypatch.setattr(writer, "write_json", write_and_stop)
 
 
 # ------------------------------------------------------------------------------------------------ shards
 
 
-def test_shards_hold_what_one_file_holds(tmp_path, inputs):
-    prepare(inputs, tmp_path / "one", shard_tokens="0")
-    prepare(inputs, tmp_path / "many")
-    assert byte_documents(tmp_path / "many") == byte_documents(tmp_path / "one")
-    meta, _ = dataset(tmp_path / "many")
-    names = [n for n in sorted(meta["sha256"]) if n.startswith("train")]
-    assert len(names) > 3 and names == [f"train_{i:05d}.bin" for i in range(len(names))]
-    sizes = [(tmp_path / "many" / n).stat().st_size for n in names]
-    assert min(sizes[:-1]) >= 20_000 and max(sizes) < 23_000
-    corpus = open_corpus(str(tmp_path / "many"))
-    assert len(corpus.train) == meta["train_tokens"] and len(corpus.val) == meta["val_tokens"]
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("val", [False, True])
-def test_stopped_after_every_shard_and_started_again(tmp_path, inputs, monkeypatch, workers, val):
-    """The same files, and no finished shard is made again."""
+@pytest.mark.parametrize(
+    "workers, val, noted", [(1, False, True), (3, True, True), (3, True, False)]
+)
+def test_stopped_after_every_shard_and_started_again(
+    tmp_path, inputs, monkeypatch, workers, val, noted
+):
+    """The same files, and no shard that was noted is made again."""
     held_out = tmp_path / "v.jsonl"
     held_out.write_text(json_lines(make_documents(60, 1)[:40]))  # copies of training documents
     knobs = dict(workers=workers, val=str(held_out) if val else "")
     prepare(inputs, tmp_path / "whole", **knobs)
     unfinished, before, n_stops = tmp_path / "out" / "unfinished.tmp", {}, 0
     for n_shards in range(1, 100):
-        with monkeypatch.context() as patch:
-            stop_after(n_shards, patch)
-            try:
-                prepare(inputs, tmp_path / "out", **knobs)
-            except Stop:
-                shards = {p.name: p.stat().st_ino for p in unfinished.glob("*.bin")}
-                assert before.items() <= shards.items()
-                before, n_stops = shards, n_stops + 1
-            else:
-                break
-    prepare(inputs, tmp_path / "out", **knobs)
+        with monkeypatch.context() as patch, suppress(Stop):
+            stop_after(n_shards, patch, noted)
+            prepare(inputs, tmp_path / "out", **knobs)
+            break
+        names = writer.read_json(unfinished / "progress.json").get("shards", ())
+        shards = {name: (unfinished / name).stat().st_ino for name in names}
+        assert before.items() <= shards.items()
+        before, n_stops = shards, n_stops + 1
     assert n_stops > 3 and not unfinished.exists()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_killed_at_random_moments(tmp_path):
-    """Real processes and kill -9."""
-    (tmp_path / "in.jsonl").write_text(json_lines(make_documents(3000)))
-    knobs = dict(shard_tokens="50k", val_fraction=0.02)
-    prepare(tmp_path / "in.jsonl", tmp_path / "whole", **knobs)
-    unfinished, n_killed = tmp_path / "out" / "unfinished.tmp", 0
-    for n_shards in (1, 3, 5):
-        inputs = (tmp_path / "in.jsonl", tmp_path / "out")
-        process = multiprocessing.get_context("fork").Process(
-            target=prepare, args=inputs, kwargs=knobs
-        )
-        process.start()
-        while process.is_alive() and len(list(unfinished.glob("train_*.bin"))) < n_shards:
-            time.sleep(0.001)
-        time.sleep(0.002 * n_shards)
-        process.kill()
-        process.join()
-        n_killed += process.exitcode == -signal.SIGKILL
-    prepare(tmp_path / "in.jsonl", tmp_path / "out", **knobs)
-    assert n_killed and contents(tmp_path / "out") == contents(tmp_path / "whole")
+    # shards hold what one file holds
+    prepare(inputs, tmp_path / "one", **knobs, shard_tokens="0")
+    assert byte_documents(tmp_path / "out") == byte_documents(tmp_path / "one")
+    train = [
+        len(data) for name, data in sorted(contents(tmp_path / "out").items()) if "train" in name
+    ]
+    assert len(train) > 3 and min(train[:-1]) >= 20_000 and max(train) < 23_000
+    assert len(open_corpus(str(tmp_path / "out")).train) == sum(train)
 
 
 def test_a_kill_while_the_files_move_into_place(tmp_path, inputs, monkeypatch):
@@ -213,16 +186,16 @@ def test_a_writer_that_fails_leaves_the_former_corpus_and_starts_again(tmp_path,
 
 def test_a_small_corpus_spares_what_is_there(tmp_path):
     large, small = (
-        write_corpus(tmp_path / "large", np.arange(6400), range(64), 6400),
-        tmp_path / "small",
+        write_corpus(tmp_path / "large", range(6400), range(64), 6400),
+        str(tmp_path / "s"),
     )
     before = contents(large)
     for _ in range(2):  # the second time nothing is to be done
-        small_corpus.main(small_corpus.Config(large, str(small), tokens=640))
-    for folder, what in ((large, ""), (str(small), "tokens 640 there, 1280 here")):
+        small_corpus.main(small_corpus.Config(large, small, tokens=640))
+    for folder, what in ((large, ""), (small, "tokens 640 there, 1280 here")):
         with pytest.raises(UserError, match=f"holds another corpus .*{what}"):
             small_corpus.main(small_corpus.Config(large, folder, tokens=1280))
-    assert contents(large) == before and len(open_corpus(str(small)).train) == 640
+    assert contents(large) == before and len(open_corpus(small).train) == 640
 
 
 def test_token_counts_in_words():
@@ -241,12 +214,12 @@ def zst(documents):
     return zstandard.ZstdCompressor().compress(json_lines(documents).encode())
 
 
+def rows(documents):
+    return parquet({"text": documents})
+
+
 SCRIPTS = {
-    fineweb_edu: (
-        "HuggingFaceFW/fineweb-edu",
-        "sample/100BT/{}.parquet",
-        lambda d: parquet({"text": d}),
-    ),
+    fineweb_edu: ("HuggingFaceFW/fineweb-edu", "sample/100BT/{}.parquet", rows),
     dclm: ("mlfoundations/dclm-baseline-1.0", "global-shard_0{}/shard_processed.jsonl.zst", zst),
 }
 
@@ -337,7 +310,7 @@ def test_a_corpus_from_the_hub_that_is_stopped(tmp_path, hub, monkeypatch, capsy
     shards = {p.name: p.stat().st_ino for p in (out / "unfinished.tmp").glob("*.bin")}
     said = f"{len(shards)} finished shards are kept: the same command resumes"
     assert len(shards) > 1 and said in capsys.readouterr().err
-    assert not list((out / "unfinished.tmp" / "files").rglob("*.*"))  # done with, so removed
+    assert not list((out / "unfinished.tmp").rglob("*.parquet"))  # done with, so removed
     hub.missing, hub.newest = set(), "c2"  # the branch moves on, the preparation does not
     for n in (1, 2):  # in the middle of a file
         with monkeypatch.context() as patch, pytest.raises(Stop):
@@ -348,31 +321,29 @@ def test_a_corpus_from_the_hub_that_is_stopped(tmp_path, hub, monkeypatch, capsy
     assert contents(out) == contents(tmp_path / "whole") and len(hub.fetched) <= 2
     assert shards["train_00000.bin"] == (out / "train_00000.bin").stat().st_ino
     # after a kill between the last shard of the validation split, which fills its limit, and the next file
+    knobs |= dict(revision="c1")
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_after(1, patch)
-        hub.prepare(tmp_path / "early", **knobs | {"revision": "c1"})
-    hub.prepare(tmp_path / "early", **knobs | {"revision": "c1"})
-    for split in ("train_00000", "val"):
-        files = [(tmp_path / folder / f"{split}.bin").read_bytes() for folder in ("early", "whole")]
-        assert files[0] == files[1]
+        hub.prepare(tmp_path / "early", **knobs)
+    hub.prepare(tmp_path / "early", **knobs)
+    assert byte_documents(tmp_path / "early") == byte_documents(out)
 
 
-def test_a_finished_corpus_from_the_hub_is_known_without_a_network(tmp_path, hub, capsys):
-    ranks = write_ranks(tmp_path / "tiny.model")
+def test_a_finished_corpus_from_the_hub_is_known_without_a_network(
+    tmp_path, hub, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(UserError, match="needs the package pyarrow: pip install"):
+            hub.prepare(tmp_path / "out")
+    assert not hub.asked  # the missing package is said first
     hub.prepare(tmp_path / "out")
-    before = contents(tmp_path / "out")
-    hub.HfApi = None
+    before, hub.HfApi = contents(tmp_path / "out"), None
     hub.prepare(tmp_path / "out")
     assert "is prepared already" in capsys.readouterr().out
+    ranks = write_ranks(tmp_path / "tiny.model")
     for other in (dict(seed=1), dict(revision="v1"), dict(tokens="9k"), dict(encoding=ranks)):
         (knob,) = other
         with pytest.raises(UserError, match=rf"another corpus \({knob} [^,]* there, [^,]* here\)"):
             hub.prepare(tmp_path / "out", **other)
     assert contents(tmp_path / "out") == before
-
-
-def test_a_missing_package_is_said_before_anything_is_fetched(tmp_path, hub, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="needs the package pyarrow: pip install"):
-        hub.prepare(tmp_path / "out")
-    assert not hub.asked

@@ -56,7 +56,6 @@ def find_files(arguments):
             raise UserError(f"no such file or folder: {argument}")
         if not os.path.isdir(argument):
             found.append(argument)  # named by hand: any suffix will do
-            continue
         for path in sorted(Path(argument).rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(argument).parts)
             text = path.name.lower().endswith(SUFFIXES) and path.is_file()
@@ -118,9 +117,8 @@ def main(config):
     if prepared(config.out_dir, knobs, config.overwrite):
         return
     options, val_fraction = Options(config.separator, config.field), config.val_fraction
-    inputs = [("val", val_paths), ("train", paths)]
+    inputs = [("val", val_paths), ("train", paths)] if val_paths else [("", paths)]
     if not val_paths:
-        inputs = [("", paths)]
         val_fraction = settle_documents(paths, options, val_fraction)
     out = Writer(config.out_dir, tokenizer, knobs, n_shard)
     prepare(inputs, out, options, val_fraction=val_fraction, workers=config.workers)
