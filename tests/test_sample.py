@@ -14,8 +14,8 @@ import sample
 import train
 from nanotst import UserError
 from nanotst.checkpoint import load_model
-from nanotst.configurator import entry_point, parse
-from nanotst.vocabulary import character_tokenizer, tokenizer_of
+from nanotst.configurator import entry_point
+from nanotst.vocabulary import character_tokenizer
 
 TEXT = b"the cat sat on the mat. " * 300
 
@@ -81,7 +81,6 @@ def test_seed_temperature_and_top_k(checkpoint, capsys):
         (dict(checkpoint="no/such/file"), "no checkpoint"),
         (dict(checkpoint="tests"), "neither best.pt nor last.pt"),
         (dict(temperature=-1.0), "temperature must be 0"),
-        (dict(temperature=1e-40), "temperature must be 0"),
         (dict(temperature=float("nan")), "temperature must be 0"),
         (dict(top_k=-1), "top_k must be at least 0"),
         (dict(n_samples=0), "n_samples must be at least 1"),
@@ -93,12 +92,6 @@ def test_what_cannot_work_is_one_line(checkpoint, knobs, words):
     with pytest.raises((UserError, OSError), match=words) as e:
         sample.main(sample.Config(**{"checkpoint": checkpoint, "device": "cpu", **knobs}))
     assert "\n" not in str(e.value)
-
-
-def test_nanogpts_names_get_a_hint():
-    for theirs, ours in (("out_dir", "checkpoint"), ("start", "prompt")):
-        with pytest.raises(UserError, match=f"--{theirs}=x: here this knob is called --{ours}"):
-            parse(sample.Config, [f"--{theirs}=x"])
 
 
 def test_the_defaults_of_train_and_sample_fit_each_other(checkpoint, capsys):
@@ -162,32 +155,26 @@ def of_rank_file(tmp_path):
 def test_the_vocabulary_is_found_from_any_folder(of_rank_file, tmp_path, monkeypatch, capsys):
     """Where the corpus was, or beside the run's folder, whether the path was relative or both have moved."""
     monkeypatch.chdir("/")
-    text = lambda path, **more: say(
-        capsys, checkpoint=str(path), prompt="the", n_tokens=3, **more
-    ).startswith("the")
+    knobs = dict(prompt="the", n_tokens=3)
+    text = lambda path, **more: say(capsys, checkpoint=str(path), **knobs, **more)[:3] == "the"
     assert text(of_rank_file)
     change(of_rank_file, data="corpus")
     assert text(of_rank_file)
-    (tmp_path / "new" / "out").mkdir(parents=True)
-    (tmp_path / "corpus").rename(tmp_path / "new" / "corpus")
-    (tmp_path / "run").rename(tmp_path / "new" / "out" / "run")
-    path = tmp_path / "new" / "out" / "run" / "last.pt"
+    new = tmp_path / "new"
+    (new / "out").mkdir(parents=True)
+    (tmp_path / "corpus").rename(new / "corpus")
+    (tmp_path / "run").rename(new / "out" / "run")
+    path = new / "out" / "run" / "last.pt"
     assert text(path)
-    (tmp_path / "new" / "corpus").rename(tmp_path / "elsewhere")
+    (new / "corpus").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="tokenizer.model, the vocabulary of .*--data=FOLDER"):
         text(path)
     assert text(path, data=str(tmp_path / "elsewhere"))
 
 
 def test_another_vocabulary_is_refused(of_rank_file, tmp_path, capsys):
-    """Of equal size, too, which the hash shows; an older checkpoint has none, there the size decides."""
-    file = tmp_path / "corpus" / "tokenizer.model"
-    rank_file(file, (b"an", b"and"))
-    with pytest.raises(UserError, match="is another vocabulary than that of"):
-        say(capsys, checkpoint=of_rank_file)
-    change(of_rank_file, meta={"encoding": "tokenizer.model", "separator": 258, "vocab_size": 259})
-    say(capsys, checkpoint=of_rank_file, n_tokens=1)
-    rank_file(file, (b"th", b"the", b" a"))
+    """Of equal size, too, which the hash shows."""
+    rank_file(tmp_path / "corpus" / "tokenizer.model", (b"an", b"and"))
     with pytest.raises(UserError, match="is another vocabulary than that of"):
         say(capsys, checkpoint=of_rank_file)
 
@@ -206,8 +193,3 @@ def test_a_vocabulary_of_characters(tmp_path, capsys):
         say(capsys, checkpoint=path, prompt="abz")
     tokenizer = character_tokenizer(["x", "é", "€"])
     assert tokenizer.encode("€x").tolist() == [2, 0] and tokenizer.decode([2, 0, 1]) == "€xé"
-
-
-def test_an_encoding_that_is_no_name_is_one_line():
-    with pytest.raises(UserError, match="names no encoding"):
-        tokenizer_of("last.pt", {"meta": {"encoding": 5}})

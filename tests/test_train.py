@@ -460,7 +460,6 @@ def test_command_line(tiny, tmp_path, monkeypatch, capsys):
     "knobs, words",
     [
         (dict(bag_size=0), "bag_size must be at least 1"),
-        (dict(max_steps=0), "max_steps must be at least 1"),
         (dict(seed=-1), "seed must be at least 0"),
         (dict(threads=10**6), "threads must be in 0..1024"),
         (dict(superposition_ratio=1.1), "superposition_ratio must be in 0..1"),
@@ -479,7 +478,6 @@ def test_command_line(tiny, tmp_path, monkeypatch, capsys):
         (dict(batch_size=3), "total_batch 128 must be a multiple of batch_size 3 x"),
         (dict(n_expert=2), "top_k"),
         (dict(device="cuda"), "device=cuda"),
-        (dict(device="cuda:x"), "cuda:N"),
         (dict(n_embd=1_000_000), "parameters takes .* GB.*n_embd"),
         (dict(document_bags=True), "document_bags needs a document separator"),
         (dict(bag_size=100), "the corpus has 6,000 tokens"),
@@ -497,20 +495,15 @@ def test_what_cannot_work_is_one_line_that_names_the_knob(run, tiny, knobs, word
     assert not os.path.exists(tiny().out_dir)  # nothing was begun
 
 
-def test_ranks_are_part_of_the_batch(tiny):
-    train.check(tiny(batch_size=4), world_size=2)
-    with pytest.raises(UserError, match="x 2 ranks"):
-        train.check(tiny(batch_size=8), world_size=2)
-
-
 def test_learning_rate_by_hand(tiny):
-    rates = lambda **knobs: [
-        2 * train.rate_multiplier(step, tiny(**knobs)) for step in range(knobs["max_steps"])
-    ]
+    def rates(max_steps, **knobs):
+        c = tiny(max_steps=max_steps, **knobs)
+        return [2 * train.rate_multiplier(step, c) for step in range(max_steps)]
+
     wsd = dict(max_steps=20, warmup_steps=4, decay_ratio=0.25, min_lr_ratio=0.1)
     # the last of 5 steps of decay is not yet the end
     wanted = [0.5, 1.0, 1.5] + [2.0] * 13 + [1.64, 1.28, 0.92, 0.56]
-    assert rates(**wsd, learning_rate=2.0) == pytest.approx(wanted)
+    assert rates(**wsd) == pytest.approx(wanted)
     wanted = [2.0, 2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5)]
     assert rates(max_steps=5, warmup_steps=1, schedule="cosine") == pytest.approx(wanted)
 
@@ -809,11 +802,6 @@ def test_the_line_of_a_row_follows_the_present_pace_and_may_hold_more():
 # ---- the machine
 
 
-def set_all(monkeypatch, variables):
-    for key, value in variables.items():
-        monkeypatch.setenv(key, value)
-
-
 ONE_SET = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
 
 
@@ -831,7 +819,8 @@ ONE_SET = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
     ],
 )
 def test_the_variables_of_the_launcher_are_one_set(monkeypatch, given, wanted):
-    set_all(monkeypatch, given)
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
     if wanted:
         assert machine.launcher() == wanted
     else:
@@ -868,11 +857,6 @@ def test_a_compile_cache_that_cannot_be_made_is_not_used(run, tmp_path, monkeypa
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
     run(max_steps=1, bag_size=1)
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-
-
-def test_a_cpu_is_deterministic_anyway(run, tmp_path):
-    wanted = run(out_dir=str(tmp_path / "plain"))
-    assert column(run(deterministic=True), *LEARNED) == column(wanted, *LEARNED)
 
 
 def test_out_of_memory_is_one_line():
