@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from model import GPT
 from nanotst import UserError
-from nanotst.checkpoint import load_checkpoint, load_weights, model_config
+from nanotst.checkpoint import find_checkpoint, load_checkpoint, load_weights, model_config
 from nanotst.configurator import entry_point
 from nanotst.corpus import check_vocabulary
 from nanotst.kernels import use_twins
@@ -99,13 +99,14 @@ def mean_and_error(side, base=None):
 
 def read_sides(c):
     """{label: [(path, checkpoint), ...]}, in the order given."""
-    folders = [Path(path).resolve().parent.name for path in c.checkpoints]
-    labels = folders if len(set(folders)) == len(folders) else c.checkpoints
+    paths = [find_checkpoint(path) for path in c.checkpoints]
+    folders = [Path(path).resolve().parent.name for path in paths]
+    labels = folders if len(set(folders)) == len(folders) else paths
     labels = c.labels.split(",") if c.labels else labels
     if len(labels) != len(c.checkpoints):
         raise UserError(f"--labels has {len(labels)} labels for {len(c.checkpoints)} checkpoints")
     sides = {}
-    for label, path in zip(labels, c.checkpoints):
+    for label, path in zip(labels, paths):
         sides.setdefault(label, []).append((path, load_checkpoint(path)))
     return sides
 
