@@ -26,7 +26,8 @@ def write_safely(path, write, kept=""):
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        cause = e.__context__ or e  # torch.save wraps an OSError in a RuntimeError
+        # torch.save wraps an OSError in a RuntimeError
+        cause = e if isinstance(e, OSError) else e.__context__ or e
         full = getattr(cause, "errno", None) in FULL
         reason = getattr(cause, "strerror", None) or f"{type(e).__name__} {e}"
         reason = f"the disk is full ({reason})" if full else " ".join(reason.split())[:200]
