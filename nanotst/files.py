@@ -23,7 +23,8 @@ def write_safely(path, write):
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        cause = e.__context__ or e  # torch.save wraps an OSError in a RuntimeError
+        # torch.save wraps an OSError in a RuntimeError
+        cause = e if isinstance(e, OSError) else e.__context__ or e
         full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = getattr(cause, "strerror", None) or f"{type(e).__name__} {e}"
         reason = "the disk is full; make room" if full else " ".join(reason.split())[:200]
