@@ -53,6 +53,7 @@ class GPTConfig:
             (self.attention_window < 0, "attention_window must not be negative"),
             (self.head_dim % 2, "head_dim must be even for rotary positions"),
             (self.n_head % self.n_kv_head, "n_head must be a multiple of n_kv_head"),
+            (self.balance_bias and not E, "balance_bias needs a mixture: give n_expert and top_k"),
             (E and not 1 <= k <= E, "top_k must be between 1 and n_expert"),
             (E and (self.ff_dim | self.n_embd) % 8, "experts take widths in multiples of 8"),
         ):

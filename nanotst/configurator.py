@@ -78,6 +78,8 @@ def parse(cls, argv, known=()):
         else:
             raise UserError(f"{arg!r} is neither a config file nor --key=value, see --help")
     for key, value, where in given:
+        if key in (ours := getattr(cls, "OTHER_NAMES", {})):
+            raise UserError(f"{where}: here this knob is called --{ours[key]}")
         values[key] = typed(fields.get(key), key, value, where, fields)
     for place in places:
         taken = positional if place.type == list[str] else positional[:1]

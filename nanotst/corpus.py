@@ -62,6 +62,10 @@ def check_same(corpus, saved, where):
         keys = ("vocabulary", "vocab_size", "train_tokens", "val_tokens", "separator")
         what = differing(corpus.meta, saved, keys) or "as many tokens, but others"
         raise UserError(f"{corpus.folder} does not hold the corpus of {where}: {what}")
+    if what := differing(corpus.meta, saved, ("separator",)):  # of documents, which bags may heed
+        raise UserError(
+            f"meta.json in {corpus.folder} has changed since {where}: {what}; restore it"
+        )
 
 
 def check_vocabulary(corpus, saved, where):

@@ -277,8 +277,13 @@ class LinearMCE(torch.autograd.Function):
             label_dz = (label_log_p.exp() - share[:, rows].T).to(dtype)  # (n, s)
             z[torch.arange(len(z), device=z.device)[:, None], y] = label_dz
             grad_h.append((z @ w) * total[rows].to(dtype))  # (n, C)
-            part = tall_product(z, h * total[rows].to(dtype)).to(wide)  # (V, C)
-            grad_w = part if grad_w is None else grad_w.add_(part)
+            scaled = h * total[rows].to(dtype)  # (n, C)
+            if grad_w is None:
+                grad_w = tall_product(z, scaled).to(wide)  # (V, C)
+            elif dtype == wide:
+                grad_w.addmm_(z.T, scaled)
+            else:  # products in bfloat16, their sum over the chunks in float32
+                grad_w += z.T @ scaled
             del z  # or it would still be there when the next chunk's is made
         if with_grad:
             ctx.save_for_backward(torch.cat(grad_h).to(hidden.dtype), grad_w.to(weight.dtype))

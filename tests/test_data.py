@@ -199,15 +199,16 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name):
 
 
 def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path):
-    """The peak for 2 MB is the peak for 0.5 MB, but for noise."""
-    texts, peaks = [f"{i} " + "word " * 1600 for i in range(250)], []
-    for n in (60, 250):
+    """The peak for 2 MB is the peak for 0.5 MB; the lower of two, as other threads allocate, too."""
+    texts, peaks = [f"{i} " + "word " * 1600 for i in range(250)], {60: [], 250: []}
+    for n in (60, 250, 60, 250):
         (tmp_path / f"{n}.txt").write_text(SEPARATOR.join(texts[:n]))
+        out = tmp_path / f"out{n}_{len(peaks[n])}"
         tracemalloc.start()
-        prepare(tmp_path / f"{n}.txt", shard_tokens="100k", workers=1, out=tmp_path / f"out{n}")
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        prepare(tmp_path / f"{n}.txt", shard_tokens="100k", workers=1, out=out)
+        peaks[n].append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0] and len(all_documents(tmp_path / "out250")) == 250
+    assert min(peaks[250]) < 1.5 * min(peaks[60]) and len(all_documents(out)) == 250
 
 
 # ------------------------------------------------------------------------------------- what is read

@@ -84,7 +84,7 @@ def test_the_balance_loss_of_the_model_counts(text, tmp_path):
     tokens, unbalanced = torch.tensor([list(text.read_bytes()[:512])]), []
     for coef in (0.0, 1.0):
         folder, out = write_model(tmp_path / f"start_{coef}", MOE, coef), tmp_path / f"end_{coef}"
-        knobs = dict(max_steps=20, batch_size=8, learning_rate=1e-2, warmup_steps=0)
+        knobs = dict(max_steps=40, batch_size=8, learning_rate=1e-2, warmup_steps=0)
         example(text, folder, out=out, **knobs)
         model = transformers.AutoModelForCausalLM.from_pretrained(out)
         logits = model(tokens, output_router_logits=True).router_logits
