@@ -1,7 +1,7 @@
 # make curves   baseline against TST, from a fresh machine to curves.png in some minutes
 # make moe      the same for a small mixture of experts, to curves_moe.png
 # make bench    step time, loss and loader, as ratios
-# make test     ruff, then all tests
+# make test     ruff, then all tests on two cores
 # make test-cuda   tests on a GPU, with PYTHON as it is
 # make clean    removes the environment and the pictures; the runs in out/ stay
 
@@ -27,7 +27,7 @@ bench: .venv/ready
 test: .venv/ready-test
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-cuda:
 	$(PYTHON) -m pytest -q tests/cuda

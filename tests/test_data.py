@@ -144,7 +144,7 @@ ZSTD = zstandard.ZstdCompressor().compress(json_lines(make_documents(5)).encode(
         ("a.jsonl", b"[" * 100_000 + b"]" * 100_000, r"a\.jsonl:1 (is not|has no)"),
         ("a.txt", b"x\n<|endoftext|>\nnear\xff", r"a\.txt is not UTF-8 text.*b'near\\xff'"),
         ("a.txt", "text".encode("utf-16"), r"a\.txt is not UTF-8 text"),
-        ("a.txt.gz", gzip.compress(os.urandom(500))[:100], r"cannot read .*a\.txt\.gz"),
+        ("a.txt.gz", gzip.compress(bytes(range(256)), mtime=0)[:100], r"cannot read .*a\.txt\.gz"),
         ("a.txt.xz", b"not xz", r"cannot read .*a\.txt\.xz"),
         ("a.txt.zst", b"not zstd", r"cannot read .*a\.txt\.zst"),
         ("a.jsonl.zst", ZSTD[:-1], r"cannot read .*a\.jsonl\.zst: Truncated"),
