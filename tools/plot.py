@@ -291,7 +291,7 @@ def main(config):
     if unknown := set(panels) - set(PANELS):
         raise UserError(f"--panels takes some of {', '.join(PANELS)}, not {min(unknown)!r}")
     if not config.by:
-        drawn = [run for run in runs if len(run["rows"]) > 1]
+        drawn = [run for run in runs if "path" in run or len(run["rows"]) > 1]
         if bare := len(runs) - len(drawn):
             print(f"note: {bare} of {len(runs)} runs are kept without a curve", file=sys.stderr)
         if not (runs := drawn):

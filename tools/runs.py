@@ -118,7 +118,14 @@ def read_runs(paths):
         kept = next((p for p in (path, *path.parents) if (p / "runs.csv").exists()), None)
         if not kept or (path / "metrics.jsonl").exists():
             run = dict(name=path.resolve().name, label=None, rows=load_metrics(path))
-            runs.append(run | dict(facts=describe(path)[0], path=str(path)))
+            if (Path(path) / "config.json").exists():
+                facts = describe(path)[0]
+            else:  # all that its rows tell
+                print(f"note: {path} has no config.json and is taken for finished", file=sys.stderr)
+                bag_size = max((row.get("bag_size", 1) for row in run["rows"]), default=1)
+                last = max((row["step"] for row in run["rows"]), default=0)
+                facts = {"max_steps": str(last), "bag_size": str(bag_size)}
+            runs.append(run | dict(facts=facts, path=str(path)))
             continue
         wanted = "*" if path == kept else path.relative_to(kept).as_posix()
         runs += (found := list(read_kept(kept, wanted)))
