@@ -148,7 +148,9 @@ class Tokens:
         ids = self.map(i)[start:stop]
         if ids.max() >= self.vocab_size:
             what = f"id {ids.max()} among tokens {start:,} to {stop:,}"
-            raise UserError(f"{path}: {what} is beyond the vocabulary of {self.vocab_size:,}; {AGAIN}")
+            raise UserError(
+                f"{path}: {what} is beyond the vocabulary of {self.vocab_size:,}; {AGAIN}"
+            )
         return ids
 
 
