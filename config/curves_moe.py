@@ -1,5 +1,5 @@
-"""The default experiment with 8 experts, 2 for each position, `make moe`. The active parameters are those of
-config/curves.py, plus the router and norms."""
+"""The default experiment with 8 experts, 2 for each position, `make moe`. It has as many active
+parameters as config/curves.py, plus the router and norms."""
 
 dataset = "python_source"
 n_layer = 2

@@ -84,7 +84,7 @@ def load_checkpoint(path):
 
 
 def read(path):
-    """load_checkpoint, but sharded tensors are Parts, of which each rank can read what it holds."""
+    """load_checkpoint, but sharded tensors are Parts: each rank can read its own."""
     saved = sharded.load_file(path)
     keys = ("model", "config", "meta")
     if type(saved) is not dict or any(not isinstance(saved.get(key), dict) for key in keys):
@@ -124,7 +124,7 @@ def describe_tensor(t):
 
 
 def copy(mine, saved):
-    """Copy a saved tensor, or Parts, into one of which this rank may hold a part."""
+    """Copy a saved tensor, or Parts, into one that may be sharded over the ranks."""
     copy_part(mine, saved if isinstance(mine, DTensor) else saved[...])
 
 

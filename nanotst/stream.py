@@ -217,8 +217,8 @@ class TokenStream:
         return self.known[1][i * len(self.rows) : (i + 1) * len(self.rows)]
 
     def batch(self, step):
-        """The rows of `step` on the device, (rows, L*n_in + n_out), while a thread reads those of the next
-        step."""
+        """The rows of `step` on the device, (rows, L*n_in + n_out), while a thread reads the next
+        step's."""
         key, ahead = self.ahead
         rows = ahead.result() if key == step else self.read(step)
         self.ahead = step + 1, self.worker.submit(self.read, step + 1)

@@ -34,7 +34,7 @@ def tokenizer_of(path, checkpoint, data=""):
     tokenizer, name = get_tokenizer(os.path.abspath(file)), f"rank file {sha256_of(file)[:16]}"
     # an old checkpoint has no hash
     if meta.get("vocabulary", name) != name or tokenizer.vocab_size != meta["vocab_size"]:
-        raise UserError(f"{file} is another vocabulary than that of {path}: {todo}")
+        raise UserError(f"{file} is not the vocabulary of {path}: {todo}")
     return tokenizer
 
 

@@ -181,7 +181,7 @@ def test_the_vocabulary_is_found_from_any_folder(of_rank_file, tmp_path, monkeyp
 def test_another_vocabulary_is_refused(of_rank_file, tmp_path, capsys):
     """Of equal size, too, which the hash shows."""
     rank_file(tmp_path / "corpus" / "tokenizer.model", (b"an", b"and"))
-    with pytest.raises(UserError, match="is another vocabulary than that of"):
+    with pytest.raises(UserError, match="is not the vocabulary of"):
         say(capsys, checkpoint=of_rank_file)
 
 
