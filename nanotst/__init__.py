@@ -1,4 +1,4 @@
-"""What train.py is built on, one job per file. Nothing in here knows train.py, which can be followed without it.
+"""What train.py is built on, one job per file. train.py can be followed without reading any of it.
 
 stream, mixture           which text each step reads
 corpus, formats           token files, and the folders that hold them
