@@ -19,7 +19,7 @@ import os
 # they wait for each other, and beside another job a training step then takes ten times as long.
 USERS_ENVIRONMENT = dict(os.environ)  # for programs of others that we start
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 for package in ("torch", "numpy"):  # every command imports this file first
     if importlib.util.find_spec(package) is None:

@@ -844,7 +844,7 @@ def test_ranks_that_do_not_find_each_other_are_one_line(monkeypatch):
 
 @pytest.mark.parametrize(
     "given, wanted",
-    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
 )
 def test_threads_that_wait_spin_briefly_unless_the_user_decides(monkeypatch, given, wanted):
     """Set before torch is imported."""
