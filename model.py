@@ -157,9 +157,8 @@ class Attention(nn.Module):
         with a window, a position sees itself and the window - 1 positions before it."""
         L = q.size(2)
         mask = visible(L, self.window, q.device) if 0 < self.window < L else None  # (L, L)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
-        )
+        how = dict(is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
+        return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
 
 def visible(L, window, device):

@@ -55,15 +55,10 @@ def phase_list(max_steps, bag_sizes, superposition_ratio, mode="full"):
     steps, n = round(superposition_ratio * max_steps), len(bag_sizes)
     if not superposition_ratio or list(bag_sizes) == [1]:
         return [Phase(0, max_steps, 1, 1)]
-    phases = [
-        Phase(
-            steps * i // n,
-            steps * (i + 1) // n,
-            1 if mode == "output" else s,
-            1 if mode == "input" else s,
-        )
-        for i, s in enumerate(bag_sizes)
-    ]
+    phases = []
+    for i, s in enumerate(bag_sizes):
+        n_in, n_out = (1 if mode == "output" else s), (1 if mode == "input" else s)
+        phases.append(Phase(steps * i // n, steps * (i + 1) // n, n_in, n_out))
     if steps < max_steps:
         phases.append(Phase(steps, max_steps, 1, 1))
     check_phases(phases)
@@ -74,20 +69,17 @@ def check_phases(phases):
     """Raise ValueError unless phases follow each other and each one's bags divide into the next one's."""
     for phase in phases:
         if phase.start >= phase.stop:
-            raise ValueError(
-                f"the phase with bags of {phase.bag_size} has no steps; use a larger superposition_ratio"
-            )
+            todo = "use a larger superposition_ratio"
+            raise ValueError(f"the phase with bags of {phase.bag_size} has no steps; {todo}")
         if phase.n_in < 1 or phase.n_out < 1:
             raise ValueError(f"bag sizes must be at least 1, got {min(phase.n_in, phase.n_out)}")
     for before, after in zip(phases, phases[1:]):
         if before.stop != after.start:
             raise ValueError(
-                f"a phase ends before step {before.stop}, the next begins at step {after.start}"
+                f"a phase stops at {before.stop}, the next one starts at {after.start}"
             )
         if before.n_in % after.n_in:
-            raise ValueError(
-                f"bags of {before.n_in} tokens do not divide into bags of {after.n_in}"
-            )
+            raise ValueError(f"bags of {before.n_in} do not divide into bags of {after.n_in}")
 
 
 def phase_at(phases, step):
@@ -108,9 +100,8 @@ def bags_and_labels(tokens, n_in, n_out):
     """
     length = tokens.size(-1) - n_out
     if n_in < 1 or n_out < 1 or length < n_in or length % n_in:
-        raise ValueError(
-            f"rows of {tokens.size(-1)} tokens are not bags of {n_in} and the {n_out} tokens that follow"
-        )
+        row = f"a row of {tokens.size(-1)} tokens"
+        raise ValueError(f"{row} is not bags of {n_in} and the {n_out} tokens that follow")
     bags = tokens[..., :length].unflatten(-1, (-1, n_in))  # (B, L, n_in)
     return bags, tokens[..., n_in:].unfold(-1, n_out, n_in)  # (B, L, n_out)
 
@@ -255,10 +246,8 @@ def multi_hot(logits, labels, ignore_index=-100):
     """1 where a token is in the bag, else 0: (..., V); and whether a position has any label: (..., 1)."""
     valid = labels != ignore_index  # (..., s)
     target = torch.zeros_like(wide(logits))  # (..., V)
-    target = target.scatter_reduce(
-        -1, labels.long().where(valid, 0), valid.to(target.dtype), "amax"
-    )
-    return target, valid.any(-1, keepdim=True)
+    index, one = labels.long().where(valid, 0), valid.to(target.dtype)  # (..., s) each
+    return target.scatter_reduce(-1, index, one, "amax"), valid.any(-1, keepdim=True)
 
 
 def mean_where(mask, x):

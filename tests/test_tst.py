@@ -83,8 +83,8 @@ def test_phases_cover_every_step_once(mode, bag_sizes, ratio):
         ((10, [4], 0.3, "both"), "unknown superposition 'both', choose one of full, input, output"),
         ((10, [4], 0.04), "bags of 4 has no steps; use a larger superposition_ratio"),
         ((10, [8, 4, 2], 0.2), "bags of 8 has no steps"),  # two steps for three sizes
-        ((10, [8, 3], 0.5), "bags of 8 tokens do not divide into bags of 3"),
-        ((10, [2, 4], 0.5), "bags of 2 tokens do not divide into bags of 4"),  # stepping up
+        ((10, [8, 3], 0.5), "bags of 8 do not divide into bags of 3"),
+        ((10, [2, 4], 0.5), "bags of 2 do not divide into bags of 4"),  # stepping up
         ((10, [0], 0.5), "at least 1, got 0"),
         ((10, [-2], 0.5, "output"), "at least 1, got -2"),
     ],
@@ -97,10 +97,10 @@ def test_an_impossible_list_of_phases_is_refused(arguments, message):
 @pytest.mark.parametrize(
     "phases, message",
     [
-        ([Phase(0, 3, 2, 7), Phase(4, 9, 1, 5)], "before step 3, the next begins at step 4"),
+        ([Phase(0, 3, 2, 7), Phase(4, 9, 1, 5)], "stops at 3, the next one starts at 4"),
         ([Phase(0, 3, 2, 7), Phase(2, 9, 1, 5)], "before step 3, the next begins at step 2"),
         ([Phase(0, 3, 2, 7), Phase(3, 3, 1, 5)], "no steps"),
-        ([Phase(0, 3, 3, 7), Phase(3, 4, 2, 5)], "3 tokens do not divide into bags of 2"),
+        ([Phase(0, 3, 3, 7), Phase(3, 4, 2, 5)], "bags of 3 do not divide into bags of 2"),
     ],
 )
 def test_phases_that_do_not_follow_each_other_are_refused(phases, message):
@@ -151,7 +151,7 @@ NOT_WHOLE = [
 
 @pytest.mark.parametrize("length, n_in, n_out", NOT_WHOLE)
 def test_a_row_that_is_not_whole_bags_is_refused(length, n_in, n_out):
-    with pytest.raises(ValueError, match=f"rows of {length} tokens are not bags of {n_in}"):
+    with pytest.raises(ValueError, match=f"row of {length} tokens is not bags of {n_in}"):
         bags_and_labels(torch.zeros(2, length), n_in, n_out)
 
 
