@@ -141,8 +141,8 @@ class Attention(nn.Module):
         self.head_dim, self.window = config.head_dim, config.attention_window
         self.qkv = Linear(config.n_embd, sum(self.heads) * config.head_dim, config.std)
         self.out = Linear(config.n_head * config.head_dim, config.n_embd, config.residual_std)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        norm = partial(RMSNorm, config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x, cos, sin):
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, L, H+K+K, D)
@@ -383,13 +383,12 @@ class GPT(nn.Module):
         """Yield n more tokens, each (B,), after the prompt (B, T). temperature 0: the likeliest token."""
         for _ in range(n):
             logits = self(tokens[:, -self.config.block_size :])[:, -1].float()  # (B, V)
-            if temperature == 0:
-                new = logits.argmax(-1)  # (B,)
-            else:
-                if top_k:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-                    logits[logits < kth] = -torch.inf
+            if top_k:
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+                logits[logits < kth] = -torch.inf
+            new = logits.argmax(-1)  # (B,)
+            if temperature:
                 p = (logits / temperature).softmax(-1)  # (B, V)
-                new = torch.multinomial(p, 1, generator=generator)[:, 0]  # (B,)
+                new = torch.multinomial(p, 1, generator=generator)[:, 0]
             tokens = torch.cat((tokens, new[:, None]), dim=1)
             yield new
