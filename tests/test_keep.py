@@ -128,12 +128,8 @@ def test_a_thinned_curve_keeps_ends_switches_and_validation():
     rows = rows_of(steps=2000, switch=600, validate=200)
     steps = [row["step"] for row in keep.thinned(rows, 20)]
     assert len(steps) <= 20 + 10 + 7 and steps == sorted(set(steps))
-    assert {1, 599, 600, 601, 602, 2000, *range(200, 2001, 200)} <= set(steps)
+    assert {1, 600, 601, 2000, *range(200, 2001, 200)} <= set(steps)
     assert max(b - a for a, b in zip(steps, steps[1:])) <= 101
-    for row in rows:
-        row["bag_size"] = 8 if row["step"] <= 1000 else 4 if row["step"] <= 1801 else 1
-    pairs = [(old["step"], new["step"]) for old, new in plot.switches(keep.thinned(rows, 20))]
-    assert pairs == [(1000, 1001), (1801, 1802)]
 
 
 def test_kept_runs_give_the_table_of_the_runs(pair, tmp_path, capsys):
@@ -164,16 +160,9 @@ def test_the_table_of_a_sweep_is_not_taken_for_kept_runs(tmp_path):
         runs.read_runs([tmp_path])
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--out_dir={}/kept", "--labels=a,b,c"], "3 labels for 1 runs"),
-        (["--out_dir={}/kept", "--curves=other"], "--curves: other is no name or label"),
-    ],
-)
-def test_errors_say_what_is_wrong(tmp_path, args, message):
-    with pytest.raises(UserError, match=message):
-        main(write(tmp_path / "run", rows_of()), *[arg.format(tmp_path) for arg in args])
+def test_a_wrong_number_of_labels_is_said(pair, tmp_path):
+    with pytest.raises(UserError, match="3 labels for 2 runs"):
+        main(*pair, f"--out_dir={tmp_path}/kept", "--labels=a,b,c")
     assert not (tmp_path / "kept").exists()
 
 
