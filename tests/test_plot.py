@@ -131,17 +131,6 @@ def test_several_lengths_compare_the_ends(loss, steps, expected):
     assert speedup_text(tst, baselines) == expected
 
 
-def test_the_interval_of_a_speedup_needs_seeds_of_every_length():
-    seeds = lambda loss, *args: [run_of(rows_of([9, x], *args)) for x in (loss, loss + 0.01)]
-    tst = plot.Side(seeds(3.0, 2, 10))
-    short, long = plot.Side(seeds(3.1)), plot.Side(seeds(2.9, 1, 0, 20))
-    half = 4.3027 * math.sqrt(5e-5)  # of either difference, which is 0 halfway in log length
-    low, high = (2 ** (0.5 + x) for x in (-half / 0.2, half / 0.2))
-    bounds = f" (95 % {low:.2f}x to {high:.2f}x)"
-    assert speedup_text(tst, [short, long]) == f"{math.sqrt(2):.2f}x{bounds}"
-    assert speedup_text(tst, [short, ending_at(2.905, 40)]) == f"{math.sqrt(2):.2f}x"
-
-
 def test_an_unfinished_run_has_no_speedup_and_is_no_baseline(tmp_path, capsys):
     base = write(tmp_path / "base", rows_of([5, 4, 3.0]))
     cut = write(tmp_path / "cut", rows_of([5, 4, 3.5]), max_steps=45)

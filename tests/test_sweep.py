@@ -130,11 +130,10 @@ def test_another_run_in_the_folder_is_not_touched(swept, tmp_path):
 
 def test_runs_of_older_code_are_recognised(swept, capsys):
     """A knob that is younger than a run had its default; one had another name."""
-    path = swept("--seed=1,2", "--router_z_coef=0.1") / "seed1" / "sweep.json"
-    settings = json.loads(path.read_text())
-    del settings["weight_decay"]
-    settings["z_coef"] = settings.pop("router_z_coef")
-    path.write_text(json.dumps(settings))
+    path = swept("--seed=1,2", "--router_z_coef=0.1") / "seed1" / "config.json"
+    described = json.loads(path.read_text())  # without most knobs
+    described["config"]["z_coef"] = described["config"].pop("router_z_coef")
+    path.write_text(json.dumps(described))
     swept("--seed=1,2", "--router_z_coef=0.1")
     assert "2 of 2 runs are done already" in capsys.readouterr().out
 

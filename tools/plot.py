@@ -202,10 +202,9 @@ def table(runs):
     baselines = lengths_of(sides)
     header = "run, bag size, r, steps, val loss, bits/byte, data tokens, FLOPs, time, speed-up"
     cells = [header.split(", "), *(line(side, baselines) for side in sides)]
-    losses = "Validation loss in nats per token, mean ± standard deviation (seeds)"
-    ends = f"the ends of finished baselines of {len(baselines)} lengths; one is a lower bound"
     notes = [
-        f"{losses}. Speed-up in FLOPs at equal loss, from {ends}.",
+        "Validation loss in nats per token, mean ± standard deviation (seeds). Speed-up in FLOPs at equal "
+        "loss, between the ends of finished baselines; a lower bound if all have one length.",
         *notes_on_differences(runs),
     ]
     if lines := [about(side, baselines) for side in sides if not side.is_baseline]:

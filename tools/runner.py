@@ -1,7 +1,7 @@
 """Trains many runs of train.py side by side. tools/sweep.py and tools/compare.py use it.
 
-Each run has a folder with its settings (sweep.json) and what it printed (log.txt). Finished runs are skipped,
-interrupted ones resumed, failed ones tried again.
+Each run has a folder, which also holds what it printed (log.txt), and is known by its knobs in config.json.
+Finished runs are skipped, interrupted ones resumed, failed ones tried again.
 """
 
 import dataclasses
@@ -22,7 +22,6 @@ import torch
 import train
 from nanotst import UserError
 from nanotst.configurator import parse
-from nanotst.files import write_safely
 from tools.picture import save_picture
 from tools.runs import BAGS, ENDS, FREE, is_baseline, load_metrics, read_runs, renamed, write_table
 
@@ -104,13 +103,13 @@ def find_folders(members, out_dir):
     """Give each member the folder in out_dir that holds its settings, if there is one. UserError if another
     run is in its way."""
     there = {}  # folder: settings, where a knob that is younger than the run has its default
-    for path in sorted(Path(out_dir).glob("*/sweep.json")):
-        there[path.parent] = vars(train.Config()) | renamed(json.loads(path.read_text()))
+    for path in sorted(Path(out_dir).glob("*/config.json")):
+        there[path.parent] = vars(train.Config()) | renamed(json.loads(path.read_text())["config"])
     for member in members:
         own = member.settings.items()
         if same := [folder for folder, settings in there.items() if own <= settings.items()]:
             member.folder = same[0]
-        elif member.folder in there or (member.folder / "metrics.jsonl").exists():
+        elif (member.folder / "metrics.jsonl").exists():
             todo = "give another --out_dir, or move it away"
             raise UserError(f"{member.folder} holds a run with other knobs: {todo}")
 
@@ -125,8 +124,6 @@ def start(member, threads, gpu):
         command.append("--resume")
     elif (folder / "metrics.jsonl").exists():  # interrupted before its first checkpoint
         command.append("--overwrite")
-    settings = json.dumps(member.settings, indent=1)
-    write_safely(folder / "sweep.json", lambda path: Path(path).write_text(settings))
     env = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": gpu, "PYTHONUNBUFFERED": "1"}
     with open(folder / "log.txt", "a") as log:
         log.write(f"$ {' '.join(command)}\n")
