@@ -42,7 +42,7 @@ def test_three_comparisons_of_known_runs(compared, monkeypatch, capsys):
         "1.60x (95 % 1.5"
     )
     assert [row[:4] for row in table[1:]] == [
-        ["baseline", "1", "0", steps] for steps in ("400", "600", "800", "760")
+        ["baseline", "1", "0", steps] for steps in ("400", "600", "760", "800")
     ]
     half = 2.77645 * 0.01 * math.sqrt(2 / 3)  # Student's t, four degrees of freedom
     for what, steps in (("FLOPs", STEPS), ("data", 760)):

@@ -60,12 +60,12 @@ def plan(config):
     as_much = sum((phase.stop - phase.start) * phase.n_in for phase in train.check(tst, 1))
     if all(abs(as_much / length - 1) > 0.01 for length in lengths):
         lengths.append(as_much)
-    rate = config.baseline_learning_rate or tst.learning_rate
-    baselines = [{"bag_size": 1, "max_steps": steps, "learning_rate": rate} for steps in lengths]
+    baseline = {"bag_size": 1, "learning_rate": config.baseline_learning_rate or tst.learning_rate}
+    sides = [{}, *(baseline | {"max_steps": steps} for steps in sorted(set(lengths)))]
     varied = ["bag_size", "superposition_ratio", "max_steps", "seed"]
     members = [
         runner.make_member(files, given | side | {"seed": seed}, varied, config.out_dir)
-        for side in [{}, *baselines]
+        for side in sides
         for seed in config.seeds.split(",")
     ]
     runner.find_folders(members, config.out_dir)

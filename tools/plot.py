@@ -283,8 +283,9 @@ def points_table(points):
         loss = f"**{seeds_text(losses)}**" if point == best else seeds_text(losses)
         values = [dict(point).get(knob, "-") for knob in knobs]
         cells.append([*values, loss, gains[point].text() if point in gains else "-"])
-    losses = "Final validation loss, mean ± standard deviation (seeds); the lowest in bold"
-    return f"{markdown_table(cells)}\n\n{losses}. Differences with 95 % confidence intervals."
+    losses = "Final validation loss in nats per token (bits per byte if tokenizers differ)"
+    what = f"{losses}, mean ± standard deviation (seeds); the lowest in bold"
+    return f"{markdown_table(cells)}\n\n{what}. Differences with 95 % confidence intervals."
 
 
 def draw_points(points):
@@ -300,7 +301,8 @@ def draw_points(points):
         what += " minus the baseline's"
     for point, (value, bar) in values.items():
         name = ", ".join(f"{knob} {v}" for knob, v in point if knob != x) or "TST"
-        lines.setdefault(name, []).append((dict(point)[x], value, bar))
+        lines.setdefault(name, []).append((dict(point).get(x, "-"), value, bar))
+    ax.xaxis.update_units([dict(point).get(x, "-") for point in values])  # sets their order
     for i, (name, dots) in enumerate(lines.items(), 1):
         look = dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], capsize=3)
         ax.errorbar(*zip(*dots), label=name, **look)
