@@ -14,10 +14,8 @@ machine="--jobs=${JOBS:-1} --threads=${THREADS:-0}"
 failed=
 
 keep() { # NAME FOLDER: name what a tool wrote there after the experiment
-    for ending in md csv png; do
-        for written in "$2"/table.$ending "$2"/runs.$ending "$2"/sweep.$ending "$2"/compare.$ending; do
-            [ ! -e "$written" ] || mv "$written" "$out/$1.$ending"
-        done
+    for written in table.md runs.csv sweep.png compare.png; do
+        [ ! -e "$2/$written" ] || mv "$2/$written" "$out/$1.${written#*.}"
     done
 }
 

@@ -47,15 +47,15 @@ def test_the_experiments_of_the_paper_are_command_lines_that_work(tmp_path):
     for _, name, *arguments in calls:
         if name == "tools.sweep":
             c = parse(sweep.Config, places(arguments, sweep.Config))
-            members, _ = sweep.plan(c.arguments, tmp_path / c.out_dir)  # raises if names repeat
+            members, _ = sweep.plan(c.arguments, tmp_path / c.out_dir)
         elif name == "tools.compare":
-            members = compare.Plan(
-                parse(compare.Config, places(arguments, compare.Config))
-            ).members()
+            members = compare.plan(parse(compare.Config, places(arguments, compare.Config)))
         else:
             continue
         for member in members:  # all values of the grid
             train.check(parse(train.Config, member.arguments), 1)
+        folders = [member.folder for member in members]
+        assert len(set(folders)) == len(folders)
     names = [call[1] for call in calls]
     assert names.count("tools.sweep") > 15 and "tools.compare" in names and "tools.fit_mi" in names
     assert names[-2:] == ["tools.export", "lm_eval"] and names.count("tools.evaluate") == 2

@@ -52,7 +52,9 @@ def read(path):
 
 @pytest.fixture
 def pair(tmp_path):
-    baseline = write(tmp_path / "base", rows_of(bag_size=1), bag_size=1)
+    rows = rows_of(bag_size=1)
+    rows[-1]["val_loss"] = 9.0  # the best one is 3.1, at step 180
+    baseline = write(tmp_path / "base", rows, bag_size=1)
     return [baseline, write(tmp_path / "tst", rows_of(), command=["--bag_size=4"])]
 
 
@@ -61,13 +63,9 @@ def test_a_row_says_how_the_run_ended_and_all_that_made_it(pair, tmp_path):
     base, tst = read(tmp_path / "kept" / "runs.csv")
     first = ["run", "label", "bag_size", "steps", "val_loss"]  # what differs comes first
     assert list(base)[:5] == first
-    assert [base["run"], base["label"], tst["run"], tst["label"]] == [
-        "base",
-        "baseline",
-        "tst",
-        "TST",
-    ]
+    assert [list(run.values())[:2] for run in (base, tst)] == [["base", "baseline"], ["tst", "TST"]]
     assert (tst["steps"], float(tst["val_loss"])) == ("200", 2.9)
+    assert (base["val_loss"], base["best_val_loss"], base["best_step"]) == ("9", "3.1", "180")
     assert (tst["positions"], tst["data_tokens"]) == (str(64 * 200), str(64 * (4 * 60 + 140)))
     assert tst["flops"] == "2000000000000000"  # counts are exact
     assert tst["positions_per_second"] == "100"  # the median: one odd row does not count
@@ -84,15 +82,6 @@ def test_a_metric_needs_no_registration(pair, tmp_path, capsys):
     assert all(float(row["my_metric"]) == int(row["step"]) / 2 for row in curve)
     plot.main(parse(plot.Config, [f"{tmp_path}/kept", "--no_plot"]))
     assert "my_metric" not in capsys.readouterr().out.partition("Not the same")[2]
-
-
-def test_the_best_loss_is_the_lowest_and_not_the_last(tmp_path):
-    rows = rows_of()
-    rows[-1]["val_loss"] = 9.0  # the row before it with a validation loss is step 180
-    main(write(tmp_path / "run", rows), f"--out_dir={tmp_path}/kept")
-    (run,) = read(tmp_path / "kept" / "runs.csv")
-    assert float(run["val_loss"]) == 9.0
-    assert (float(run["best_val_loss"]), run["best_step"]) == (pytest.approx(3.1), "180")
 
 
 def test_kept_runs_stay_except_those_of_the_same_name(pair, tmp_path):
@@ -113,6 +102,8 @@ def test_names_tell_runs_apart(tmp_path):
     assert names == ["fast/seed1", "slow/seed1"]
     with pytest.raises(UserError, match="two runs have the same name"):
         main(folders[0], folders[0], f"--out_dir={tmp_path}/kept")
+    with pytest.raises(UserError, match="3 labels for 2 runs"):
+        main(*folders, f"--out_dir={tmp_path}/kept", "--labels=a,b,c")
 
 
 def test_no_folder_of_the_machine_is_kept(tmp_path):
@@ -128,12 +119,8 @@ def test_a_thinned_curve_keeps_ends_switches_and_validation():
     rows = rows_of(steps=2000, switch=600, validate=200)
     steps = [row["step"] for row in keep.thinned(rows, 20)]
     assert len(steps) <= 20 + 10 + 7 and steps == sorted(set(steps))
-    assert {1, 599, 600, 601, 602, 2000, *range(200, 2001, 200)} <= set(steps)
+    assert {1, 600, 601, 2000, *range(200, 2001, 200)} <= set(steps)
     assert max(b - a for a, b in zip(steps, steps[1:])) <= 101
-    for row in rows:
-        row["bag_size"] = 8 if row["step"] <= 1000 else 4 if row["step"] <= 1801 else 1
-    pairs = [(old["step"], new["step"]) for old, new in plot.switches(keep.thinned(rows, 20))]
-    assert pairs == [(1000, 1001), (1801, 1802)]
 
 
 def test_kept_runs_give_the_table_of_the_runs(pair, tmp_path, capsys):
@@ -153,7 +140,7 @@ def test_kept_runs_are_chosen_by_name_or_label(pair, tmp_path, capsys):
     with pytest.raises(UserError, match="no run of the name or label nothing is kept there"):
         runs.read_runs([f"{tmp_path}/kept/nothing"])
     base, _ = runs.read_runs([f"{tmp_path}/kept"])  # without a curve
-    assert [(row["step"], row["val_loss"]) for row in base["rows"]] == [(200, 2.9)]
+    assert [(row["step"], row["val_loss"]) for row in base["rows"]] == [(200, 9)]
     plot.main(parse(plot.Config, [f"{tmp_path}/kept", "--no_plot"]))
     assert "1 of 2 runs are kept without a curve" in capsys.readouterr().err
 
@@ -162,19 +149,6 @@ def test_the_table_of_a_sweep_is_not_taken_for_kept_runs(tmp_path):
     (tmp_path / "runs.csv").write_text("run,seed,step,val_loss\nseed1,1,20,3.0\n")
     with pytest.raises(UserError, match="not written by tools.keep; name the folders of its runs"):
         runs.read_runs([tmp_path])
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--out_dir={}/kept", "--labels=a,b,c"], "3 labels for 1 runs"),
-        (["--out_dir={}/kept", "--curves=other"], "--curves: other is no name or label"),
-    ],
-)
-def test_errors_say_what_is_wrong(tmp_path, args, message):
-    with pytest.raises(UserError, match=message):
-        main(write(tmp_path / "run", rows_of()), *[arg.format(tmp_path) for arg in args])
-    assert not (tmp_path / "kept").exists()
 
 
 def test_the_committed_results_are_read():

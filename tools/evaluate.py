@@ -144,7 +144,7 @@ def tables(losses, sides, buckets, bytes_per_token):
 
 def draw(losses, buckets, title):
     """A figure: loss by context, its difference to the first side, and two standard errors."""
-    fig, axes = new_figure((11, 4.6), 1, 2, "leave --out away without it")
+    fig, axes = new_figure((11, 4.6), 1, 2)
     baseline, x = next(iter(losses)), [math.sqrt(first * last) for first, last in buckets]
     whats = "validation loss", f"difference to {baseline}"
     for ax, what, base in zip(axes, whats, (None, losses[baseline])):

@@ -48,22 +48,30 @@ def difference(ours, theirs):
     return Interval(value, value - half, value + half)
 
 
-def crossing(lengths, differences):
-    """Length at which a baseline would end as low as a run, given the run's loss minus the baselines', which
-    have ascending `lengths`. Linear over log length; 0 or inf if it is shorter or longer than all of them."""
-    if differences[0] > 0:
-        return 0.0
-    points = list(zip(lengths, differences))
-    for (l0, d0), (l1, d1) in zip(points, points[1:]):
-        if d0 <= 0 <= d1:
-            return l0 * (l1 / l0) ** (-d0 / (d1 - d0) if d1 > d0 else 0)
+def first_zero(points):
+    """x where y of the points (x, y) first falls to zero, linear between them; inf if it does not."""
+    before = None
+    for x, y in points:
+        if y <= 0:
+            return (
+                x if before is None else before[0] + (x - before[0]) * before[1] / (before[1] - y)
+            )
+        before = x, y
     return math.inf
 
 
 def speedup(lengths, differences):
-    """Interval of that length, from the Intervals of the differences: bounds are where theirs are zero."""
-    bounds = zip(*((d.value, d.high, d.low) for d in differences))
-    return Interval(*(math.nan if np.isnan(b).any() else crossing(lengths, b) for b in bounds))
+    """Interval of the length at which a baseline would end as low as a run, from Intervals of the run's loss
+    minus those of baselines of ascending `lengths`. Linear over log length; 0 or inf if it is shorter or
+    longer than all of them. Its bounds are where theirs are zero."""
+
+    def crossing(minus):
+        if np.isnan(minus).any():
+            return math.nan
+        missing = first_zero(zip(np.log(lengths), np.negative(minus)))
+        return 0.0 if minus[0] > 0 else math.exp(missing)
+
+    return Interval(*map(crossing, zip(*((d.value, d.high, d.low) for d in differences))))
 
 
 def times(factor, lengths):

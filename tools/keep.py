@@ -33,10 +33,8 @@ class Config:
     runs: list[str]  # run folders of train.py
     out_dir: str = "results/mine"  # folder of runs.csv and curves.csv
     labels: str = ""  # comma-separated, one for all or one each; equal labels are seeds of one side
-    curves: str = (
-        "all"  # names and labels of runs whose curves are kept, comma-separated; all; none
-    )
-    points: int = 40  # rows of a curve, besides those with a validation loss or around a switch
+    curves: str = "all"  # runs whose curves are kept: names and labels, comma-separated; all; none
+    points: int = 40  # rows of a curve, besides those with a validation loss or at a switch
 
 
 WHERE = {"device": "machine", "dtype": "precision", "world_size": "ranks"}  # other names for these
@@ -80,47 +78,40 @@ def summary(folder, name, label, rows):
 
 def thinned(rows, points):
     """The rows of a curve: about `points` of them, and those with a validation loss and around a switch."""
-    sizes, every = [row.get("bag_size") for row in rows], len(rows) // points + 1
-    kept = {i for i, row in enumerate(rows) if "val_loss" in row or i % every == 0}
-    for i in range(1, len(rows)):
-        if sizes[i] != sizes[i - 1]:
-            kept.update(range(i - 2, i + 4))
-    return [row for i, row in enumerate(rows) if i in kept or i == len(rows) - 1]
+    every = len(rows) // points + 1
+    sizes = [row.get("bag_size") for row in rows]
+    switches = [i for i in range(1, len(rows)) if sizes[i] != sizes[i - 1]]
+    kept = {*range(0, len(rows), every), *switches, *(i - 1 for i in switches), len(rows) - 1}
+    return [row for i, row in enumerate(rows) if i in kept or "val_loss" in row]
 
 
 def columns_of(runs):
-    """The columns of runs.csv: who, the knobs that differ, what came out, all other knobs."""
+    """The columns of runs.csv: who, the knobs that differ, and all others as `summary` orders them."""
     known = dict.fromkeys(key for run in runs for key in run)
-    knobs = [key for key in Knobs.__dataclass_fields__ if key in known]
-    differ = [key for key in knobs if key not in FREE and len({run.get(key) for run in runs}) > 1]
-    other = [key for key in known if key not in knobs]
-    return list(dict.fromkeys([*other[:2], *differ, *other, *knobs]))
+    learned = [key for key in Knobs.__dataclass_fields__ if key in known and key not in FREE]
+    differ = [key for key in learned if len({run.get(key) for run in runs}) > 1]
+    return list(dict.fromkeys(["run", "label", *differ, *known]))
 
 
 def main(config):
-    names = names_of(config.runs)
+    names, out_dir = names_of(config.runs), Path(config.out_dir)
     labels = config.labels.split(",") if config.labels else names
     labels = labels * len(names) if len(labels) == 1 else labels
     if len(labels) != len(names):
         raise UserError(f"--labels has {len(labels)} labels for {len(names)} runs")
-    chosen = set(names) if config.curves == "all" else set(config.curves.split(",")) - {"none"}
-    if unknown := chosen - {*names, *labels}:
-        raise UserError(f"--curves: {min(unknown)} is no name or label of these runs")
-    paths = [Path(config.out_dir) / name for name in ("runs.csv", "curves.csv")]
-    kept, rows = (read_table(path) if path.exists() else [] for path in paths)
-    runs = {line["run"]: line for line in kept}
-    curves = {name: [row for row in rows if row["run"] == name] for name in runs}
+    runs = {line["run"]: line for line in read_table(out_dir / "runs.csv")}
+    points = [row for row in read_table(out_dir / "curves.csv") if row["run"] not in names]
     for folder, name, label in zip(config.runs, names, labels):
         rows = load_metrics(folder)
         runs[name] = summary(folder, name, label, rows)
-        points = thinned(rows, config.points) if chosen & {name, label} else []
-        curves[name] = [{"run": name} | cells(row, LEFT_OUT - {"step"}) for row in points]
+        if {"all", name, label} & set(config.curves.split(",")):
+            curve = thinned(rows, config.points)
+            points += [{"run": name} | cells(row, LEFT_OUT - {"step"}) for row in curve]
         print(f"{name}: kept as {label}, val_loss {runs[name]['val_loss']}")
-    write_table(paths[0], columns_of(runs.values()), runs.values())
-    lines = sum((curves[name] for name in runs), [])
-    columns = dict.fromkeys(["run", *NUMBERS, *(key for line in lines for key in line)])
-    write_table(paths[1], list(columns), lines)
-    print(f"{config.out_dir}: {len(runs)} runs, curves of {sum(map(bool, curves.values()))}")
+    write_table(out_dir / "runs.csv", columns_of(runs.values()), runs.values())
+    columns = dict.fromkeys(["run", *NUMBERS, *(key for row in points for key in row)])
+    write_table(out_dir / "curves.csv", list(columns), points)
+    print(f"{out_dir}: {len(runs)} runs, curves of {len({row['run'] for row in points})}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56
 MARKERS = "osD^vPX"
 
 
-def new_figure(size, rows=1, columns=1, without="--plot=no leaves the picture out", **panels):
-    """(figure, axes) of `size` in inches. UserError if matplotlib is missing."""
+def new_figure(size, rows=1, columns=1, **panels):
+    """(figure, axes) of `size` in inches. UserError if matplotlib is missing, which tables do not need."""
     try:
         from matplotlib.figure import Figure  # without pyplot it needs no display
     except ImportError:
-        raise UserError(f"pictures need matplotlib (pip install matplotlib); {without}") from None
+        raise UserError("pictures need matplotlib (pip install matplotlib)") from None
     figure = Figure(figsize=size, layout="constrained", dpi=150)
     return figure, figure.subplots(rows, columns, **panels)
 

@@ -15,9 +15,18 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/pl
 
 from nanotst import UserError
 from nanotst.configurator import entry_point
-from tools.intervals import difference, seeds_text, speedup, times
+from tools.intervals import Interval, difference, first_zero, seeds_text, speedup, times
 from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
-from tools.runs import ENDS, final, markdown_table, measure_of, notes_on_differences, read_runs
+from tools.runs import (
+    BAGS,
+    ENDS,
+    final,
+    is_baseline,
+    markdown_table,
+    measure_of,
+    notes_on_differences,
+    read_runs,
+)
 
 
 @dataclass
@@ -28,8 +37,8 @@ class Config:
     python -m tools.plot 'results/moe/tst_*' out/mine   kept runs of some names or labels, and a new run
     python -m tools.plot results/sizes --by=bag_size    final losses minus the baseline's, by bag size
 
-    Runs of one label, length and bag size are seeds of one configuration: they share a colour, and the table
-    has a line for their mean. A run that was stopped early has no speed-up and is nobody's baseline.
+    Runs of one label, length and bag size are seeds of one side: they share a colour and a line of the table.
+    A run that was stopped early has no speed-up and is nobody's baseline.
     """
 
     runs: list[str]  # run folders, kept folders, or KEPT/PATTERN of names or labels
@@ -45,6 +54,7 @@ PANELS = {  # title, key of the rows, label of the x-axis
     "data": ("Equal data", "data_tokens", "data tokens"),
     "time": ("Equal time", "seconds", "seconds of training"),
 }
+UNITS = {"val_loss": "nats per token", "val_bpb": "bits per byte"}
 
 
 def curve(rows, x, y):
@@ -68,14 +78,13 @@ class Side:
 
     def __init__(self, runs, y="val_loss"):
         self.runs, self.label, self.y, self.facts = runs, runs[0]["label"], y, runs[0]["facts"]
-        first = runs[0]["rows"]
-        self.rows = mean_rows([run["rows"] for run in runs]) if len(runs) > 1 else first
-        self.end, self.losses = final(self.rows), [final(run["rows"])[y] for run in runs]
-        self.bagged = [row for row in first if row.get("bag_size", 1) > 1]
+        self.rows = mean_rows([run["rows"] for run in runs])
+        self.end, self.losses = self.rows[-1], [final(run["rows"])[y] for run in runs]
+        self.bagged = [row for row in runs[0]["rows"] if row.get("bag_size", 1) > 1]
         self.switch = self.bagged[-1]["step"] if self.bagged else 0
-        self.bags = "-".join(dict.fromkeys(str(row["bag_size"]) for row in self.bagged)) or "1"
         self.planned = int(self.facts["max_steps"])
         self.finished = self.end["step"] >= self.planned  # else its learning rate has not decayed
+        self.is_baseline = is_baseline(self.facts)
 
 
 def sides_of(runs):
@@ -87,200 +96,217 @@ def sides_of(runs):
     return [Side(seeds, measure_of(runs)) for seeds in alike.values()]
 
 
+def lengths_of(sides):
+    """The finished baselines by ascending FLOPs, the best of each length."""
+    done = [side for side in sides if side.is_baseline and side.finished]
+    best = {side.end["flops"]: side for side in sorted(done, key=lambda side: -side.end[side.y])}
+    return [best[flops] for flops in sorted(best)]
+
+
 def reached(side, loss, until=math.inf):
-    """FLOPs from which a side stays at or below a loss up to step `until`, linear between its validation
-    rows; inf if it does not."""
-    at, before = math.inf, None
+    """FLOPs at which a side first reaches a loss up to step `until`; inf if it does not."""
     rows = [row for row in side.rows if row["step"] <= until]
-    for flops, own in reversed(curve(rows, "flops", side.y)):
-        if own > loss:
-            return at if before is None else flops + (at - flops) * (own - loss) / (own - before)
-        at, before = flops, own
-    return at
+    return first_zero((flops, own - loss) for flops, own in curve(rows, "flops", side.y))
 
 
-def lengths_of(baselines):
-    """Baselines by ascending FLOPs, the best of each length (within 1 %)."""
-    best = []
-    for side in sorted(baselines, key=lambda side: side.end["flops"]):
-        if best and side.end["flops"] <= 1.01 * best[-1].end["flops"]:
-            side = min(best.pop(), side, key=lambda side: side.end[side.y])
-        best.append(side)
-    return best
-
-
-def equal(side, baselines, key):
-    """The baselines with as many FLOPs, or data_tokens, as a side."""
-    return [b for b in baselines if abs(b.end[key] / side.end[key] - 1) < 0.01]
-
-
-def speedup_text(side, baselines):
-    """FLOPs that a baseline needs to end at the loss where a side ends, over the side's own.
+def speedup_of(side, baselines):
+    """(Interval, text) of the FLOPs that a baseline needs to end at the loss where a side ends, over the
+    side's own.
 
     With a decaying learning rate a run shows what its FLOPs buy at its end alone, so the ends of baselines of
     several lengths are compared. One length gives a lower bound: where the side meets the baseline's end."""
-    ends = lengths_of(baselines)
-    if side.bags == "1" or not side.finished or not ends:
-        return "-"
-    if len(ends) > 1:
-        lengths = [end.end["flops"] / side.end["flops"] for end in ends]
-        factor = speedup(lengths, [difference(side.losses, end.losses) for end in ends])
-        return factor.text(lambda value: times(value, lengths))
-    at = reached(side, ends[0].end[side.y])
-    return "not reached" if at == math.inf else times(math.inf, [ends[0].end["flops"] / at])
+    if side.is_baseline or not side.finished or not baselines:
+        return Interval(math.nan), "-"
+    lengths = [end.end["flops"] / side.end["flops"] for end in baselines]
+    if len(lengths) > 1:
+        gain = speedup(lengths, [difference(side.losses, end.losses) for end in baselines])
+        return gain, gain.text(lambda value: times(value, lengths))
+    (end,) = baselines
+    factor = end.end["flops"] / reached(side, end.end[side.y])
+    return Interval(math.inf), times(math.inf, [factor]) if factor else "not reached"
 
 
 def undecayed_speedup(side, baselines):
     """The same, wrongly read off the longest baseline before its learning rate decays, or None."""
-    longest = max(baselines, key=lambda side: side.end["flops"])
-    decay = float(longest.facts["decay_ratio"]) if longest.facts["schedule"] == "wsd" else 0
-    at = reached(longest, side.end[side.y], longest.planned * (1 - decay))
+    longest = baselines[-1]
+    if longest.facts.get("schedule") != "wsd":
+        return None
+    high = longest.planned * (1 - float(longest.facts["decay_ratio"]))  # steps at the high rate
+    at = reached(longest, side.end[side.y], high)
     return at / side.end["flops"] if side.end["flops"] < at < math.inf else None
 
 
-def switches(rows):
-    """[(row, row)] for each switch: the last logged row on larger bags, the first on smaller ones."""
-    rows = [row for row in rows if "loss" in row and "bag_size" in row]
-    return [pair for pair in zip(rows, rows[1:]) if pair[0]["bag_size"] != pair[1]["bag_size"]]
+def exchange_rate(side, gain):
+    """Interval of the tokens in bags worth one ordinary token, if a baseline takes `gain` times a side's
+    positions to end as low: what the side read in bags, over what the baseline reads beyond the side's other
+    tokens."""
+    in_bags = side.bagged[-1]["data_tokens"]
+    worth = lambda factor: factor * side.end["positions"] - (side.end["data_tokens"] - in_bags)
+    rate = lambda factor: math.inf if worth(factor) <= 0 else in_bags / worth(factor)
+    return Interval(rate(gain.value), rate(gain.high), rate(gain.low))
 
 
 def met_again(side, baseline):
     """When after the last switch a side meets a baseline's validation loss at equal FLOPs, as text."""
-    base, gaps = curve(baseline.rows, "flops", side.y), []
-    for row in side.rows:
-        if row["step"] > side.switch and side.y in row and row["flops"] >= base[0][0]:
-            gaps.append((row[side.y] - np.interp(row["flops"], *zip(*base)), row["step"]))
-            if gaps[-1][0] <= 0:
-                step = np.interp(0, *zip(*reversed(gaps[-2:])))
-                return f"met about {step - side.switch:,.0f} steps later"
-    return "not met"
+    base = curve(baseline.rows, "flops", side.y)
+    own = [row for row in side.rows if row["step"] > side.switch and row["flops"] >= base[0][0]]
+    gap = lambda row: row[side.y] - np.interp(row["flops"], *zip(*base))
+    steps = first_zero((row["step"], gap(row)) for row in own) - side.switch
+    return "not met" if steps == math.inf else f"met about {steps:,.0f} steps after the switch"
 
 
-def table_line(name, side, baselines):
-    """Cells of the table for a run or the mean of several."""
+def about(side, baselines):
+    """A line on TST: its switch, and its end against those of the baselines."""
+    logged, said = [[row for row in run["rows"] if "loss" in row] for run in side.runs], []
+    pairs = [pair for rows in logged for pair in zip(rows, rows[1:])]
+    if jumps := [(a["loss"], b["loss"]) for a, b in pairs if a["step"] == side.switch]:
+        old, new = np.mean(jumps, axis=0)
+        jump = f"{old:.3f} -> {new:.3f} ({new - old:+.3f})"
+        said.append(f"training loss {jump} after step {side.switch:,}")
+    for key, what in (("flops", "FLOPs"), ("data_tokens", "data")):
+        for near in baselines:
+            if abs(near.end[key] / side.end[key] - 1) < 0.01:
+                said.append(f"equal {what} {difference(side.losses, near.losses).text()}")
+                if key == "flops":
+                    said.append(f"the baseline's validation loss {met_again(side, near)}")
+    gain, text = speedup_of(side, baselines)
+    if 0 < gain.value < math.inf:
+        rate = exchange_rate(side, gain).text("{:.2f}".format)
+        said.append(f"equal loss: a baseline needs {text} the FLOPs")
+        said.append(f"exchange rate: {rate} tokens read in bags are worth one ordinary token")
+    if baselines and (false := undecayed_speedup(side, baselines)):
+        said.append(f"read off the longest baseline before its decay {false:.2f}x, which is wrong")
+    return f"- {side.label}: {'; '.join(said)}."
+
+
+def line(side, baselines):
+    """Cells of the table."""
     show = lambda key, text, scale=1: text.format(side.end[key] / scale) if key in side.end else "-"
     return [
-        name,
-        side.bags,
-        "0" if side.bags == "1" else side.facts["superposition_ratio"],
+        side.label,
+        side.facts["bag_size"],
+        "0" if side.is_baseline else side.facts.get("superposition_ratio", "-"),
         f"{side.end['step']:,}" + ("" if side.finished else f" of {side.planned:,}"),
         seeds_text([final(run["rows"])["val_loss"] for run in side.runs]),
         show("val_bpb", "{:.4f}"),
         show("data_tokens", "{:,.2f}M", 1e6),
         show("flops", "{:.3g}"),
         show("seconds", "{:,.1f} min", 60),
-        speedup_text(side, baselines),
+        speedup_of(side, baselines)[1],
     ]
 
 
-def against_baselines(side, baselines):
-    """A line on TST: the switch, and the difference at equal FLOPs."""
-    said = []
-    for pairs in zip(*(switches(run["rows"]) for run in side.runs)):
-        old, new = (np.mean([pair[i]["loss"] for pair in pairs]) for i in (0, 1))
-        step = pairs[0][0]["step"]
-        said.append(f"training loss {old:.3f} -> {new:.3f} ({new - old:+.3f}) after step {step:,}")
-    for near in equal(side, lengths_of(baselines), "flops"):
-        said.append(f"the baseline's validation loss {met_again(side, near)}")
-        said.append(f"at the end {difference(side.losses, near.losses).text()}")
-    return f"- {side.label}: {'; '.join(said)}."
-
-
 def table(runs):
-    """The comparison as markdown."""
-    sides, y = sides_of(runs), measure_of(runs)
-    baselines = [side for side in sides if side.bags == "1" and side.finished]
+    """The comparison as markdown: a line for each side, and what TST does against the baselines."""
+    sides = sides_of(runs)
+    baselines = lengths_of(sides)
     header = "run, bag size, r, steps, val loss, bits/byte, data tokens, FLOPs, time, speed-up"
-    cells = [header.split(", ")]
-    for run in runs:
-        name = run["name"] + (f" ({run['label']})" if run["label"] != run["name"] else "")
-        cells.append(table_line(name, Side([run], y), baselines))
-    for side in sides:
-        if len(side.runs) > 1:
-            cells.append(table_line(f"{side.label}, mean", side, baselines))
-    lengths = len(lengths_of(baselines))
-    how = ("no finished baseline is given", "one baseline length, so a lower bound")
-    how = how[lengths] if lengths < 2 else f"between the ends of baselines of {lengths} lengths"
-    losses = "Validation loss in nats per token, mean ± standard deviation (seeds)"
-    notes = [f"{losses}. Speed-up in FLOPs at equal loss: {how}.", *notes_on_differences(runs)]
-    if lines := [against_baselines(side, baselines) for side in sides if side.bags != "1"]:
-        notes.append("At the switch, and at equal FLOPs:\n\n" + "\n".join(lines))
+    cells = [header.split(", "), *(line(side, baselines) for side in sides)]
+    notes = [
+        "Validation loss in nats per token, mean ± standard deviation (seeds). Speed-up in FLOPs at equal "
+        "loss, between the ends of finished baselines; a lower bound if all have one length.",
+        *notes_on_differences(runs),
+    ]
+    if lines := [about(side, baselines) for side in sides if not side.is_baseline]:
+        notes.append("At the switch, and against the baselines:\n\n" + "\n".join(lines))
     return "\n\n".join([markdown_table(cells), *notes])
 
 
 def draw_panel(ax, sides, x):
     """Validation losses over x: means thick, seeds thin, switches dotted, last values in the legend."""
-    from matplotlib.ticker import EngFormatter
-
     labels = [side.label for side in sides]
     for side in sides:
         i, many = labels.index(side.label), len(side.runs) > 1
         color = COLORS[i % len(COLORS)]
-        line = lambda rows, y, **look: ax.plot(*zip(*curve(rows, x, y)), **look)
         for run in side.runs if many else []:
-            line(run["rows"], side.y, color=color, lw=0.8, alpha=0.45)
+            ax.plot(*zip(*curve(run["rows"], x, side.y)), color=color, lw=0.8, alpha=0.45)
         look = dict(color=color, marker=MARKERS[i % len(MARKERS)], ms=4, markevery=0.05, lw=1.8)
-        label = side.label + f" ({len(side.runs)} seeds)" * many
-        line(side.rows, side.y, label=f"{label}: {side.end[side.y]:.3f}", **look)
+        label = side.label + f" ({len(side.runs)} seeds)" * many + f": {side.end[side.y]:.3f}"
+        ax.plot(*zip(*curve(side.rows, x, side.y)), label=label, **look)
         if side.bagged:
             ax.axvline(side.bagged[-1][x], color=color, ls=":", label="end of superposition")
     losses = [loss for side in sides for _, loss in curve(side.rows, x, side.y)]
     low, high = np.nanquantile(losses, (0, 0.7))  # the first losses are too high to show
     pad = 0.08 * (high - low) or 0.05
     ax.set(xlim=(0, None), ylim=(low - pad, high + pad))
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     tidy(ax)
 
 
 def draw(runs, panels=tuple(PANELS)):
     """A figure with panels of validation loss."""
-    size, without = (1 + 4 * len(panels), 4.8), "--no_plot prints the table alone"
-    fig, axes = new_figure(size, 1, len(panels), without, sharey=True, squeeze=False)
-    sides = sorted(sides_of(runs), key=lambda side: side.bags != "1")
+    n = len(panels)
+    fig, axes = new_figure((1 + 4 * n, 4.8), 1, n, sharey=True, squeeze=False)
+    sides = sorted(sides_of(runs), key=lambda side: not side.is_baseline)
     for ax, panel in zip(axes[0], panels):
         title, key, name = PANELS[panel]
         draw_panel(ax, sides, key)
         ax.set(title=title, xlabel=name)
-    unit = "nats per token" if sides[0].y == "val_loss" else "bits per byte"
-    axes[0, 0].set_ylabel(f"validation loss ({unit})")
+    axes[0, 0].set_ylabel(f"validation loss ({UNITS[sides[0].y]})")
     known = dict(zip(*reversed(ax.get_legend_handles_labels())))
-    columns = 2 * len(panels) - 1
-    fig.legend(known.values(), known, loc="outside lower center", ncols=columns, frameon=False)
+    fig.legend(known.values(), known, loc="outside lower center", ncols=2 * n - 1, frameon=False)
     return fig
 
 
-def gains_by(runs, knob):
-    """{parameters: {value of the knob: Interval of the final loss minus the baseline's of that size}}."""
-    y, sizes = measure_of(runs), {}
+BASELINE = ("bag_size", "1")
+
+
+def points_of(runs, knobs):
+    """{point: final losses of its seeds}. A point is ((knob, value), ...) and holds the bag size; a baseline
+    has no other knobs of superposition."""
+    points, y = {}, measure_of(runs)
     for run in runs:
         facts = run["facts"]
-        try:
-            at = None if facts["bag_size"] == "1" else float(facts[knob])  # None: a baseline
-        except (KeyError, ValueError):
-            raise UserError(f"--by={knob} is not a number in {run['name']}") from None
-        sides = sizes.setdefault(int(facts["parameters"]), {None: []})
-        sides.setdefault(at, []).append(final(run["rows"])[y])
-    gains = {}
-    for size, sides in sorted(sizes.items()):
-        if not (baseline := sides.pop(None)):
-            raise UserError(f"--by={knob}: there is no baseline of {size:,} parameters")
-        gains[size] = {at: difference(sides[at], baseline) for at in sorted(sides)}
-    return gains
+        if is_baseline(facts):
+            facts = {k: v for k, v in facts.items() if k not in BAGS} | dict([BASELINE])
+        known = [knob for knob in dict.fromkeys([*knobs, "bag_size"]) if knob in facts]
+        point = tuple((knob, facts[knob]) for knob in known)
+        points.setdefault(point, []).append(final(run["rows"])[y])
+    return points
 
 
-def draw_by(gains, knob):
-    """A figure of what gains_by gives, a line for each size."""
-    fig, ax = new_figure((7, 4.6), without="--no_plot prints the numbers alone")
-    ax.axhline(0, color=COLORS[0], lw=1.3, label="baseline")
-    for i, (size, sides) in enumerate(gains.items()):
-        x = [at + 0.08 * (i - (len(gains) - 1) / 2) for at in sides]  # so that no bar hides another
-        half = [gain.high - gain.value for gain in sides.values()]  # NaN, so no bar, without seeds
-        values, label = [gain.value for gain in sides.values()], f"{size / 1e6:.2g}M parameters"
-        look = dict(color=COLORS[1 + i % 6], fmt=f"{MARKERS[i % len(MARKERS)]}-", capsize=3)
-        ax.errorbar(x, values, half, label=label, **look)
-    ax.set_xticks(sorted({at for sides in gains.values() for at in sides}))
-    ax.set(xlabel=knob, ylabel="final validation loss minus the baseline's")
-    ax.set_title("bars: 95 % confidence intervals where there are several seeds", fontsize=9)
+def gains_of(points):
+    """{point: Interval of its loss minus that of the baseline with the same other knobs}"""
+    other = lambda point: tuple(pair for pair in point if pair[0] not in BAGS)
+    baselines = {other(point): losses for point, losses in points.items() if BASELINE in point}
+    bagged = [point for point in points if BASELINE not in point and other(point) in baselines]
+    return {point: difference(points[point], baselines[other(point)]) for point in bagged}
+
+
+def points_table(points):
+    """A line for each point as markdown, the lowest of those with the most seeds in bold."""
+    knobs = [knob for knob, _ in max(points, key=len)]
+    gains, most = gains_of(points), max(map(len, points.values()))
+    whole = [point for point, losses in points.items() if len(losses) == most]
+    best = min(whole, key=lambda point: np.mean(points[point]))
+    cells = [[*knobs, "val loss", "minus baseline"]]
+    for point, losses in points.items():
+        loss = f"**{seeds_text(losses)}**" if point == best else seeds_text(losses)
+        values = [dict(point).get(knob, "-") for knob in knobs]
+        cells.append([*values, loss, gains[point].text() if point in gains else "-"])
+    losses = "Final validation loss in nats per token (bits per byte if tokenizers differ)"
+    what = f"{losses}, mean ± standard deviation (seeds); the lowest in bold"
+    return f"{markdown_table(cells)}\n\n{what}. Differences with 95 % confidence intervals."
+
+
+def draw_points(points):
+    """A figure over the first knob, a line for each combination of the others: differences from the baselines
+    (bars: 95 %) if it is a knob of superposition, else losses (bars: standard deviation)."""
+    fig, ax = new_figure((7, 4.6))
+    x, what, lines = max(points, key=len)[0][0], "final validation loss", {}
+    sd = lambda losses: np.std(losses, ddof=1) if len(losses) > 1 else 0
+    values = {point: (np.mean(losses), sd(losses)) for point, losses in points.items()}
+    if x in BAGS and (gains := gains_of(points)):
+        values = {point: (gain.value, gain.high - gain.value) for point, gain in gains.items()}
+        ax.axhline(0, color=COLORS[0], ls="--", label="baseline")
+        what += " minus the baseline's"
+    for point, (value, bar) in values.items():
+        name = ", ".join(f"{knob} {v}" for knob, v in point if knob != x) or "TST"
+        lines.setdefault(name, []).append((dict(point).get(x, "-"), value, bar))
+    ax.xaxis.update_units([dict(point).get(x, "-") for point in values])  # sets their order
+    for i, (name, dots) in enumerate(lines.items(), 1):
+        look = dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], capsize=3)
+        ax.errorbar(*zip(*dots), label=name, **look)
+    ax.set(xlabel=x, ylabel=what)
     ax.legend(frameon=False)
     tidy(ax)
     return fig
@@ -302,16 +328,16 @@ def main(config):
     for run, label in zip(runs, labels):
         run["label"] = label
     if config.by:
-        gains = gains_by(runs, config.by)
-        for size, sides in gains.items():
-            said = (f"{config.by} {at:g}: {gain.text()}" for at, gain in sides.items())
-            print(f"{size:,} parameters: {'; '.join(said)}")
-            alike = [run for run in runs if run["facts"]["parameters"] == str(size)]
-            print("\n".join(notes_on_differences(alike)))
+        try:
+            runs.sort(key=lambda run: float(run["facts"][config.by]))
+        except (KeyError, ValueError):
+            raise UserError(f"--by={config.by} is not a number in all runs") from None
+        points = points_of(runs, [config.by, "parameters"])
+        print("\n\n".join([points_table(points), *notes_on_differences(runs)]))
     else:
         print(table(runs))
     if not config.no_plot:
-        save_picture(draw_by(gains, config.by) if config.by else draw(runs, panels), config.out)
+        save_picture(draw_points(points) if config.by else draw(runs, panels), config.out)
         print(f"\nwrote {config.out}")
 
 

@@ -1,13 +1,15 @@
 """Trains many runs of train.py side by side. tools/sweep.py and tools/compare.py use it.
 
-Each run has a folder with its settings (sweep.json) and what it printed (log.txt). Finished runs are skipped,
-interrupted ones resumed, failed ones tried again.
+Each run has a folder, which also holds what it printed (log.txt), and is known by its knobs in config.json.
+Finished runs are skipped, interrupted ones resumed, failed ones tried again.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,12 +21,11 @@ import torch
 
 import train
 from nanotst import UserError
-from nanotst.configurator import read_file, typed
-from nanotst.files import write_safely
-from tools.runs import BAGS, FREE, load_metrics, renamed
+from nanotst.configurator import parse
+from tools.picture import save_picture
+from tools.runs import BAGS, ENDS, FREE, is_baseline, load_metrics, read_runs, renamed, write_table
 
 TRAINER = train.__file__
-KNOBS = {field.name: field for field in dataclasses.fields(train.Config)}
 COMMAS = {"dataset", "reinit_at_switch"}  # one value of these may hold commas
 SHORT = dict(bag_size="s", superposition_ratio="r", learning_rate="lr", seed="seed")  # in names
 
@@ -33,24 +34,19 @@ SHORT = dict(bag_size="s", superposition_ratio="r", learning_rate="lr", seed="se
 class Member:
     """One run among several."""
 
-    name: str
     point: dict  # the knobs that tell it from the others
     settings: dict  # all knobs that change what is learned
     arguments: list  # for train.py
     folder: Path
 
-    def rows(self):
-        """Its log so far; nothing if that is damaged, which train.py says when it resumes."""
-        try:
-            return load_metrics(self.folder)
-        except UserError:
-            return []
-
     def end(self):
         """The last row of a finished run, else None."""
-        last = self.rows()[-1:]
-        finished = last and last[0]["step"] >= self.settings["max_steps"] and "val_loss" in last[0]
-        return last[0] if finished else None
+        try:
+            rows = load_metrics(self.folder)
+        except UserError:  # none yet, or a damaged one, as train.py says when it resumes
+            return None
+        finished = rows and rows[-1]["step"] >= self.settings["max_steps"]
+        return rows[-1] if finished and "val_loss" in rows[-1] else None
 
 
 def places(argv, config):
@@ -60,84 +56,62 @@ def places(argv, config):
     return [arg[2:] if arg.startswith("--") and not is_own(arg) else arg for arg in argv]
 
 
-def alternatives(key, text):
-    """The values in "a,b,c", or in "a;b,c;d" if one value may hold commas."""
-    return text.removesuffix(";").split(";") if key in COMMAS or ";" in text else text.split(",")
-
-
-def read_arguments(arguments, own):
-    """(settings, config files, grid): all knobs as the config files set them, and {knob: values given}. `own`
-    is the tool's dataclass, for suggestions where a knob is misspelt."""
-    known = {field.name: field for field in dataclasses.fields(own)} | KNOBS
-    settings, files, grid = {name: field.default for name, field in KNOBS.items()}, [], {}
+def read_grid(arguments):
+    """(config files, {knob: its values as text}), from "a,b,c", or "a;b,c;d" if one value may hold commas."""
+    files, grid = [arg for arg in arguments if arg.endswith(".py")], {}
     for arg in arguments:
-        if arg.endswith(".py"):
-            files.append(arg)
-            for key, value in read_file(arg).items():
-                settings[key] = typed(KNOBS.get(key), key, value, arg, KNOBS)
-            continue
-        key, equals, text = arg.partition("=")
-        key, where = key.replace("-", "_"), f"--{arg}"
-        values = alternatives(key, text) if equals else [True]
-        grid[key] = list(dict.fromkeys(typed(KNOBS.get(key), key, v, where, known) for v in values))
-    return settings, files, grid
+        if arg not in files:
+            key, equals, text = arg.partition("=")
+            key, separator = key.replace("-", "_"), ";" if key in COMMAS or ";" in text else ","
+            values = text.removesuffix(";").split(separator) if equals else ["True"]
+            grid[key] = list(dict.fromkeys(values))
+    return files, grid
 
 
-def is_ordinary(settings):
-    """Whether a run is a baseline: it has no superposition."""
-    return settings["bag_size"] == 1 or settings["superposition_ratio"] == 0
-
-
-def make_member(settings, files, chosen, varied, out_dir):
-    """The run with the knobs `chosen` over `settings`, named by those in `varied`. A baseline has no knobs of
+def make_member(files, chosen, varied, out_dir):
+    """The run with the knobs `chosen`, named by those in `varied`. A baseline has no knobs of
     superposition."""
-    full = {k: v for k, v in (settings | chosen).items() if k not in FREE}
-    ordinary = {"bag_size": 1} if is_ordinary(full) else {}
-    if ordinary:
-        full = {k: v for k, v in full.items() if k not in BAGS} | ordinary
-        chosen = {k: v for k, v in chosen.items() if k not in BAGS}
-    point = ordinary if BAGS & set(varied) else {}
-    point = point | {k: chosen[k] for k in varied if k in chosen}
-    last = lambda value: as_text(value).rstrip("/").rpartition("/")[2]  # of a path
-    name = "_".join(f"{SHORT.get(k, k + '=')}{last(v)}" for k, v in point.items())
+    arguments = lambda: [*files, *(f"--{knob}={value}" for knob, value in chosen.items())]
+    settings = vars(parse(train.Config, arguments()))
+    point = {knob: settings[knob] for knob in varied}
+    if is_baseline(settings):
+        one = {"bag_size": 1}
+        drop = lambda knobs: {knob: v for knob, v in knobs.items() if knob not in BAGS}
+        settings, chosen = drop(settings) | one, drop(chosen) | one
+        point = (one if BAGS & point.keys() else {}) | drop(point)
+    settings = {knob: value for knob, value in settings.items() if knob not in FREE}
+    name = "_".join(f"{SHORT.get(knob, knob + '=')}{value}" for knob, value in point.items())
     name = re.sub(r"[^\w.+=-]", "-", name) or "run"
-    arguments = [*files, *(f"--{k}={v}" for k, v in (chosen | ordinary).items())]
-    return Member(name, point, full, arguments, Path(out_dir) / name)
+    return Member(point, settings, arguments(), Path(out_dir) / name)
 
 
-def as_text(value):
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def plan(arguments, out_dir):
+    """(members, varied): the distinct runs of a grid, and the knobs with several values, the seed last."""
+    files, grid = read_grid(arguments)
+    varied = sorted((k for k, values in grid.items() if len(values) > 1), key=lambda k: k == "seed")
+    if free := [knob for knob in varied if knob in FREE]:
+        raise UserError(f"--{free[0]} takes one value: it does not change what is learned")
+    distinct = {}
+    for values in itertools.product(*grid.values()):
+        member = make_member(files, dict(zip(grid, values)), varied, out_dir)
+        distinct.setdefault(tuple(member.settings.items()), member)
+    find_folders(distinct.values(), out_dir)
+    return list(distinct.values()), varied
 
 
 def find_folders(members, out_dir):
     """Give each member the folder in out_dir that holds its settings, if there is one. UserError if another
     run is in its way."""
-    there = {}
-    for path in sorted(Path(out_dir).glob("*/sweep.json")):
-        settings = renamed(json.loads(path.read_text()))
-        # a knob that is younger than a run had its default
-        there[path.parent] = {k: f.default for k, f in KNOBS.items() if k not in FREE} | settings
+    there = {}  # folder: settings, where a knob that is younger than the run has its default
+    for path in sorted(Path(out_dir).glob("*/config.json")):
+        there[path.parent] = vars(train.Config()) | renamed(json.loads(path.read_text())["config"])
     for member in members:
-        now = member.settings
-        old = {f: {k: settings[k] for k in now} for f, settings in there.items()}
-        if same := [folder for folder, settings in old.items() if settings == now]:
+        own = member.settings.items()
+        if same := [folder for folder, settings in there.items() if own <= settings.items()]:
             member.folder = same[0]
-        elif member.folder in there or (member.folder / "metrics.jsonl").exists():
-            was = old.get(member.folder, {})
-            differ = ", ".join(f"{k} {was[k]} instead of {now[k]}" for k in was if was[k] != now[k])
-            what = f"{member.folder} holds another run" + (f", with {differ}" if differ else "")
-            raise UserError(f"{what}: give another --out_dir, or move it away")
-
-
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def find_gpus():
-    """Values for CUDA_VISIBLE_DEVICES: the GPUs that this process may use."""
-    if own := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return own.split(",")
-    return [str(i) for i in range(torch.cuda.device_count())]
+        elif (member.folder / "metrics.jsonl").exists():
+            todo = "give another --out_dir, or move it away"
+            raise UserError(f"{member.folder} holds a run with other knobs: {todo}")
 
 
 def start(member, threads, gpu):
@@ -150,40 +124,32 @@ def start(member, threads, gpu):
         command.append("--resume")
     elif (folder / "metrics.jsonl").exists():  # interrupted before its first checkpoint
         command.append("--overwrite")
-    settings = json.dumps(member.settings, indent=1)
-    write_safely(folder / "sweep.json", lambda path: Path(path).write_text(settings))
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    env |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    env = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": gpu, "PYTHONUNBUFFERED": "1"}
     with open(folder / "log.txt", "a") as log:
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
         output = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        return subprocess.Popen(command, env=env, start_new_session=True, **output)
-
-
-def reason(failed):
-    """Why the first of the runs that failed did, as the end of a message."""
-    return "".join(f": {why}" for why in list(failed.values())[:1])
-
-
-def interrupt(number, frame):
-    raise KeyboardInterrupt
+        return subprocess.Popen(command, env=os.environ | env, start_new_session=True, **output)
 
 
 def run_members(members, jobs=0, threads=0):
-    """Train the members that are not done, `jobs` at a time (0: one per GPU, or one). Returns {name: why} of
-    those that failed."""
+    """Train the members that are not done, `jobs` at a time (0: one per GPU, or one). Returns why each that
+    failed did."""
     waiting = [member for member in members if member.end() is None]
-    done, gpus = len(members) - len(waiting), find_gpus() or [None]
-    if done:
+    if done := len(members) - len(waiting):
         print(f"{done} of {len(members)} runs are done already")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    gpus = gpus or [""]  # the CPU
+    linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
     jobs = max(1, min(jobs or len(gpus), len(waiting)))
-    threads = threads or max(1, cores() // jobs)
+    threads = threads or max(1, cores // jobs)
     free = [gpus[i % len(gpus)] for i in range(jobs)]
-    running, failed = {}, {}  # member: (process, GPU); name: why
+    running, failed = {}, []  # member: (process, GPU)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, interrupt)
+            signal.signal(number, signal.default_int_handler)
     try:
         while waiting or running:
             while waiting and free:
@@ -193,20 +159,15 @@ def run_members(members, jobs=0, threads=0):
             for member in [member for member in running if running[member][0].poll() is not None]:
                 process, gpu = running.pop(member)
                 free.append(gpu)
+                name, log = member.folder.name, member.folder / "log.txt"
                 if (end := member.end()) and not process.returncode:
                     done += 1
-                    loss, count = (
-                        f"val loss {end['val_loss']:.4f}",
-                        f"{done} of {len(members)} done",
-                    )
-                    print(f"{member.name}: {loss}; {count}", flush=True)
+                    said = f"val loss {end['val_loss']:.4f}; {done} of {len(members)} done"
+                    print(f"{name}: {said}", flush=True)
                 else:
-                    log = member.folder / "log.txt"
-                    failed[member.name] = why = (
-                        log.read_text(errors="replace").strip().splitlines()[-1]
-                    )
-                    said = f"{member.name} failed (exit {process.returncode}, {log}): {why}"
-                    print(said, flush=True)
+                    failed.append(log.read_text(errors="replace").strip().splitlines()[-1])
+                    said = f"failed (exit {process.returncode}, {log}): {failed[-1]}"
+                    print(f"{name} {said}", flush=True)
     finally:
         if running:
             print(f"\nstopping {len(running)} runs at a checkpoint", flush=True)
@@ -215,3 +176,32 @@ def run_members(members, jobs=0, threads=0):
         for process, _ in running.values():
             process.wait()
     return failed
+
+
+def finished(members, failed):
+    """The finished ones, as tools/runs.py reads them. UserError if there are none."""
+    done = [member for member in members if member.end()]
+    if not done:
+        raise UserError(f"none of {len(members)} runs is done: {failed[0]}")
+    runs = read_runs([member.folder for member in done])
+    for run, member in zip(runs, done):
+        run["facts"] |= {k: str(v) for k, v in member.point.items()}
+    return runs
+
+
+def write_results(tool, config, text, members, draw, failed):
+    """Print `text` and write it as table.md, the ends of the members as runs.csv, and the figure that draw()
+    makes as TOOL.png. UserError, after all that: some runs failed."""
+    out_dir, keys = Path(config.out_dir), ("step", *ENDS)
+    print(text)
+    command = f"python -m tools.{tool} {shlex.join(sys.argv[1:])}"
+    (out_dir / "table.md").write_text(f"{text}\n\n`{command}`\n", encoding="utf-8")
+    knobs = dict.fromkeys(k for member in members for k in member.point)
+    lines = [{"run": m.folder.name} | m.point | (m.end() or {}) for m in members]
+    write_table(out_dir / "runs.csv", ["run", *knobs, *keys], lines)
+    if config.plot:
+        save_picture(draw(), out_dir / f"{tool}.png")
+    print(f"\nwrote {out_dir}/table.md, runs.csv{f', {tool}.png' * config.plot}")
+    if failed:
+        said = f"{len(failed)} of {len(members)} runs failed"
+        raise UserError(f"{said}; the same command tries them again")

@@ -35,8 +35,8 @@ def renamed(values):
 def load_metrics(folder):
     """Rows (dicts, ascending step) of a run folder.
 
-    Where a resumed run repeats steps, the later rows count. A torn last line (of a killed process) is skipped
-    with a note. UserError: no such run, or a bad line, as file:line.
+    A torn last line (of a killed process) is skipped with a note. UserError: no such run, or a bad line, as
+    file:line.
     """
     path, rows = Path(folder) / "metrics.jsonl", []
     if not path.exists():
@@ -45,13 +45,10 @@ def load_metrics(folder):
     for n, line in enumerate(lines, 1):
         try:
             row = {k: v for k, v in renamed(json.loads(line)).items() if v is not None}
-            step = row["step"]
-            while rows and rows[-1]["step"] >= step:
-                rows.pop()
-            if not all(type(row.get(key, 0)) in (int, float) for key in NUMBERS):
+            if "step" not in row or {type(row.get(k, 0)) for k in NUMBERS} - {int, float}:
                 raise TypeError
             rows.append(row)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError):
             if n < len(lines) or line.endswith("}"):
                 raise UserError(f"{path}:{n}: not a row of train.py: {line[:40]!r}") from None
             print(f"note: {path}:{n}: torn last line skipped", file=sys.stderr)
@@ -63,8 +60,8 @@ def describe(folder):
     path = Path(folder) / "config.json"
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-        facts = renamed(described["config"]) | {key: described.get(key) for key in MODEL}
-        facts |= {key: described["data"].get(key) for key in CORPUS}
+        facts = {key: described["data"].get(key) for key in CORPUS}
+        facts |= {key: described.get(key) for key in MODEL} | renamed(described["config"])
         facts["max_steps"] = int(facts["max_steps"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is missing or damaged, so how it was made is not known") from None
@@ -72,17 +69,19 @@ def describe(folder):
 
 
 def read_table(path):
-    """The rows of runs.csv or curves.csv as dicts of text, without empty cells."""
+    """The rows of runs.csv or curves.csv as dicts of text, without empty cells; none if there is no file."""
+    if not path.exists():
+        return []
     with open(path, newline="", encoding="utf-8") as f:
         return [renamed({k: v for k, v in line.items() if v}) for line in csv.DictReader(f)]
 
 
 def write_table(path, columns, lines):
-    """Write a CSV file of lines, dicts of text."""
+    """Write a CSV file with these columns of lines, dicts."""
 
     def write(path):
         with open(path, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, columns, lineterminator="\n")
+            writer = csv.DictWriter(f, columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(lines)
 
@@ -95,11 +94,23 @@ def numbers(line, keys):
     return {key: int(v) if v.isdigit() else float(v) for key, v in known.items()}
 
 
-def read_kept(folder, wanted="*"):
+def read_folder(path):
+    """The run in a run folder. If it has no config.json, what its rows tell of it."""
+    rows = load_metrics(path)
+    if (path / "config.json").exists():
+        facts = describe(path)[0]
+    else:
+        print(f"note: {path} has no config.json and is taken for finished", file=sys.stderr)
+        most = lambda key: str(max((row.get(key, 1) for row in rows), default=1))
+        facts = {"max_steps": most("step"), "bag_size": most("bag_size")}
+    return dict(name=path.resolve().name, label=None, rows=rows, facts=facts, path=str(path))
+
+
+def read_kept(folder, wanted):
     """Runs that tools/keep.py kept in `folder` and whose name or label matches the pattern `wanted`. The rows
     of a run without a curve are its last one alone."""
-    rows = {}  # by run
-    for line in read_table(folder / "curves.csv") if (folder / "curves.csv").exists() else ():
+    rows, runs = {}, []
+    for line in read_table(folder / "curves.csv"):
         rows.setdefault(line.pop("run"), []).append(numbers(line, line))
     for line in read_table(folder / "runs.csv"):
         if not {"label", "steps", "max_steps", "bag_size"} <= line.keys():
@@ -108,7 +119,10 @@ def read_kept(folder, wanted="*"):
         name, label = line["run"], line["label"]
         if fnmatch(name, wanted) or fnmatch(label, wanted):
             last = {"step": int(line["steps"])} | numbers(line, ENDS)
-            yield dict(name=name, label=label, rows=rows.get(name, [last]), facts=line)
+            runs.append(dict(name=name, label=label, rows=rows.get(name, [last]), facts=line))
+    if not runs:
+        raise UserError(f"{folder}: no run of the name or label {wanted} is kept there")
+    return runs
 
 
 def read_runs(paths):
@@ -116,21 +130,10 @@ def read_runs(paths):
     runs = []
     for path in map(Path, paths):
         kept = next((p for p in (path, *path.parents) if (p / "runs.csv").exists()), None)
-        if not kept or (path / "metrics.jsonl").exists():
-            run = dict(name=path.resolve().name, label=None, rows=load_metrics(path))
-            if (Path(path) / "config.json").exists():
-                facts = describe(path)[0]
-            else:  # all that its rows tell
-                print(f"note: {path} has no config.json and is taken for finished", file=sys.stderr)
-                bag_size = max((row.get("bag_size", 1) for row in run["rows"]), default=1)
-                last = max((row["step"] for row in run["rows"]), default=0)
-                facts = {"max_steps": str(last), "bag_size": str(bag_size)}
-            runs.append(run | dict(facts=facts, path=str(path)))
-            continue
-        wanted = "*" if path == kept else path.relative_to(kept).as_posix()
-        runs += (found := list(read_kept(kept, wanted)))
-        if not found:
-            raise UserError(f"{kept}: no run of the name or label {wanted} is kept there")
+        if kept and not (path / "metrics.jsonl").exists():
+            runs += read_kept(kept, "*" if path == kept else path.relative_to(kept).as_posix())
+        else:
+            runs.append(read_folder(path))
     names = [run["name"] for run in runs]
     for run in runs:
         if names.count(run["name"]) > 1:
@@ -138,6 +141,11 @@ def read_runs(paths):
         if not any("val_loss" in row for row in run["rows"]):
             raise UserError(f"{run['name']}: no validation rows")
     return runs
+
+
+def is_baseline(facts):
+    """Whether a run with these knobs has no superposition."""
+    return str(facts["bag_size"]) == "1" or float(facts.get("superposition_ratio", 1)) == 0
 
 
 def final(rows):
@@ -152,12 +160,8 @@ def tokenizers_of(runs):
 
 def measure_of(runs):
     """The loss by which runs compare: val_loss, or val_bpb if their tokenizers differ."""
-    if len(tokenizers_of(runs)) == 1:
-        return "val_loss"
-    for run in runs:
-        if "val_bpb" not in final(run["rows"]):
-            raise UserError(f"{run['name']} has no val_bpb, by which different tokenizers compare")
-    return "val_bpb"
+    known = all("val_bpb" in final(run["rows"]) for run in runs)
+    return "val_bpb" if known and len(tokenizers_of(runs)) > 1 else "val_loss"
 
 
 def notes_on_differences(runs):
