@@ -159,7 +159,7 @@ def test_another_shape_names_the_knob(knob, value, exported):
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_parameters.*rope_scaling"),
         ({"rope_theta": 4000.0}, "4000.0.*5000.0"),
         ({"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, "window"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "some layers only"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
         ({"model_type": "gpt2"}, "model_type gpt2"),
         ({"hidden_size": "x"}, "hidden_size|n_embd=x"),
     ],
@@ -297,13 +297,13 @@ def test_what_may_be_replaced(tmp_path):
     """An earlier export, if asked; nothing that holds anything else."""
     model, folder = build(DENSE), tmp_path / "hf"
     export.save_hf(model, str(folder), files={"tokenizer.json": {}})
-    with pytest.raises(UserError, match="holds an earlier export"):
+    with pytest.raises(UserError, match="holds config.json; choose another folder, or --overwrite"):
         export.save_hf(model, str(folder))
     export.save_hf(model, str(folder), overwrite=True)
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
     (folder / "last.pt").write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="holds last.pt, which no export wrote"):
+        with pytest.raises(UserError, match="holds last.pt; choose another folder"):
             export.save_hf(model, str(folder), overwrite=overwrite)
     assert (folder / "last.pt").read_text() == "precious"
 
