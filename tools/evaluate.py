@@ -51,7 +51,7 @@ class Config:
     dataset: str = ""  # a corpus with the same vocabulary; empty: the first checkpoint's
     by_position: bool = False  # show the loss by tokens of context, too
     eval_positions: int = 2**19  # positions to evaluate, spread over the validation split
-    out: str = ""  # picture of the loss by context; its ending sets the format
+    out: str = ""  # picture of the difference by context; its ending sets the format
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
@@ -137,20 +137,18 @@ def tables(losses, bag_sizes, buckets, bytes_per_token):
 
 
 def draw(losses, buckets, title):
-    """A figure: loss by context, its difference to the first side, and two standard errors."""
-    fig, axes = new_figure((11, 4.6), 1, 2, "leave --out away without it")
+    """A figure: loss by context minus the first side's, with two standard errors."""
+    fig, ax = new_figure((7, 4.6), without="leave --out away without it")
     baseline, x = next(iter(losses)), [math.sqrt(first * last) for first, last in buckets]
-    whats = "validation loss", f"difference to {baseline}"
-    for ax, what, base in zip(axes, whats, (None, losses[baseline])):
-        for i, (label, side) in enumerate(losses.items()):
-            y, error = (values[:-1] for values in mean_and_error(side, base))
-            look = dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)])
-            ax.errorbar(x, y, 2 * error, label=label, **look)
-        ax.set_xscale("log", base=2)
-        ax.set(xlabel="tokens of context", ylabel=f"{what} (nats per token)")
-        tidy(ax)
-        ax.legend(frameon=False)
-    fig.suptitle(title, fontsize=11)
+    for i, (label, side) in enumerate(losses.items()):
+        y, error = (values[:-1] for values in mean_and_error(side, losses[baseline]))
+        look = dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)])
+        ax.errorbar(x, y, 2 * error, label=label, **look)
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="tokens of context", title=title)
+    ax.set_ylabel(f"validation loss minus {baseline} (nats per token)")
+    tidy(ax)
+    ax.legend(frameon=False)
     return fig
 
 

@@ -26,7 +26,6 @@ from nanotst.mixture import open_mixture
 from tools.bench import VOCAB_SIZES
 from tools.runs import markdown_table
 
-ENOUGH = 8192  # positions of a micro-batch that fill a GPU; where they fit, nothing is recomputed
 MARGIN = 1.05  # free memory wanted for each byte planned
 PARTS = "weights", "moments", "gathered", "gradients", "activations", "loss"  # of memory
 
@@ -144,28 +143,27 @@ def plan(c, argv):
     print(f"{flops:.3g} FLOPs: {days:.2f} days of {c.gpus} {c.gpu} at an MFU of {c.mfu:g}")
     print(f"{tokens / 1e9:.4g} billion tokens, {tokens / positions:.2f} x the baseline's\n")
     rank_rows = c.total_batch // c.block_size // c.gpus
-    cells, fitting = [["GB of a GPU", "rows", *PARTS, "total", ""]], {}
-    for way in ways:
+    cells, found = [["GB of a GPU", "rows", *PARTS, "total", ""]], None
+    for way in ways:  # the first that fits is recommended
         rows, parts, fits = largest(c, gpt, way, rank_rows)
-        if fits:
-            fitting[way] = rows
+        found = found or fits and (way, rows)
         parts["total"] = sum(parts.values()) + c.reserve * 1e9
         sizes = [f"{size / 1e9:.1f}" for size in parts.values()]
         cells.append([str(way), str(rows), *sizes, "" if fits else "too much"])
     print(markdown_table(cells))
-    if not fitting:
+    if not found:
         print("\nnothing fits; take more GPUs, or a shorter block_size")
         return
-    enough = min(rank_rows, ENOUGH / c.block_size)
-    best = max(fitting, key=lambda way: min(fitting[way], enough))  # the first that has enough
-    rows = fitting[best]
-    print(f"\nrecommended: {best}, {rank_rows // rows} micro-steps of {rows} rows")
-    print(command(c, argv, best, rows))
+    way, rows = found
+    print(f"\nrecommended: {way}, {rank_rows // rows} micro-steps of {rows} rows")
+    print(command(c, argv, way, rows))
 
 
 def command(c, argv, way, rows):
     """The command line that starts the run."""
-    start = f"torchrun --standalone --nproc_per_node={c.gpus} train.py"
+    start = "python train.py"
+    if c.gpus > 1:
+        start = f"torchrun --standalone --nproc_per_node={c.gpus} train.py"
     if c.gpus > 8:
         start = f"sbatch --nodes={c.gpus // 8} examples/slurm.sh"
     own = Config.__annotations__  # without those of train.py
@@ -173,7 +171,7 @@ def command(c, argv, way, rows):
     parallel = "fsdp" if way.parallel == "FSDP" else c.parallel
     chosen = dict(batch_size=rows, checkpoint_activations=way.recompute, parallel=parallel)
     given += [f"--{key}={value}" for key, value in chosen.items() if getattr(c, key) != value]
-    return " ".join(["python train.py" if c.gpus == 1 else start, *given])
+    return " ".join([start, *given])
 
 
 if __name__ == "__main__":
