@@ -203,8 +203,6 @@ def test_the_index_decides_where_a_tensor_is(exported, tmp_path):
     assert torch.equal(model(torch.arange(9)[None]), other(torch.arange(9)[None]))
     (tmp_path / "b").unlink()
     assert f"{tmp_path}/b" in refused(other, tmp_path)
-    index.write_text("{}")
-    refused(other, tmp_path)
 
 
 def test_damaged_weights_are_refused(exported, tmp_path):
@@ -218,13 +216,9 @@ def test_damaged_weights_are_refused(exported, tmp_path):
         ({norm: torch.ones(48).to(torch.float8_e4m3fn)}, "float8"),
     ):
         assert said in refused(model, copy_of(folder, tmp_path, tensors | changes))
-    less = {name: t for name, t in tensors.items() if name != norm}
-    assert f"lacks {norm}" in refused(model, copy_of(folder, tmp_path, less))
+    del tensors[norm]
+    assert f"lacks {norm}" in refused(model, copy_of(folder, tmp_path, tensors))
     (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    refused(model, tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    assert "model.safetensors" in refused(model, tmp_path)
-    (tmp_path / "config.json").write_text("[1]")
     refused(model, tmp_path)
     assert "none/config.json" in refused(model, tmp_path / "none")
 
@@ -282,15 +276,6 @@ def test_a_fork_that_computes_something_else_is_refused(fork, monkeypatch, tmp_p
         export.save_hf(build(DENSE), str(folder), overwrite=True)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert os.listdir(tmp_path) == ["hf"]
-
-
-def test_balance_bias_is_exported_only_while_it_is_zero(tmp_path):
-    model = build(QWEN3_MOE | {"balance_bias": True})
-    export.save_hf(model, str(tmp_path / "zero"))
-    model.blocks[0].mlp.bias[0] += 2
-    with pytest.raises(UserError, match="does not compute the same"):
-        export.save_hf(model, str(tmp_path / "moved"))
-    assert os.listdir(tmp_path) == ["zero"]
 
 
 def test_what_may_be_replaced(tmp_path):
@@ -394,7 +379,6 @@ def test_command_line(run, tmp_path, capsys):
 
 def test_a_missing_package_is_one_line(exported, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r'pip install "transformers>=4.57,<6"'):
-        command(tmp_path / "last.pt", tmp_path)
-    with pytest.raises(UserError, match=r'pip install "transformers>=4.57,<6"'):
-        load_hf(None, str(tmp_path))
+    for start in (lambda: command(tmp_path / "last.pt", tmp_path), lambda: load_hf(None, "")):
+        with pytest.raises(UserError, match=r'pip install "transformers>=4.57,<6"'):
+            start()

@@ -74,14 +74,6 @@ def test_independent_tokens_share_nothing_and_few_kinds_of_pairs_are_left_as_cou
         assert abs(corrected - plain).max() < 1e-3
 
 
-def test_grassbergers_entropy_by_hand():
-    g = -np.euler_gamma - math.log(2)  # G(1) = -gamma - log 2, G(2) = G(1) + 2
-    better, plain = fit_mi.entropies(np.array([0, 2**22, 2**22]))  # three tokens, one of them twice
-    assert better == pytest.approx(math.log(3) - (g + 2 * (g + 2)) / 3)
-    assert plain == pytest.approx(math.log(3) - 2 * math.log(2) / 3)
-    assert fit_mi.entropies(np.array([0, 3, 3])) == pytest.approx([better, plain])  # by a table
-
-
 def test_pairs_do_not_reach_from_one_block_into_the_next():
     """Ten blocks that hold one token each: a pair across them would be an eleventh."""
     blocks = np.repeat(np.arange(10), 50).reshape(10, -1)

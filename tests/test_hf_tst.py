@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -122,12 +121,3 @@ def test_a_model_that_changes_its_embeddings_is_refused(text, llama, tmp_path):
     transformers.Gemma3TextConfig(**size, **heads).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="Gemma3ForCausalLM changes its embeddings"):
         example(text, str(tmp_path), from_scratch=True)
-
-
-def test_help_needs_no_transformers(monkeypatch, capsys, llama):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SystemExit, match="0"):
-        parse(hf_tst.Config, ["--help"])
-    assert "--superposition_ratio" in capsys.readouterr().out
-    with pytest.raises(UserError, match='pip install "transformers'):
-        example("text", llama)
