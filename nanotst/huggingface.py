@@ -171,10 +171,9 @@ def fill(model, folder, say):
         for name, target in zip(table[ours], parts(model.config, ours, whole)):
             source = read(name)
             source = source[: len(target)] if name in heads else source  # without the padding
-            if source.shape != target.shape:
-                shapes = f"{tuple(source.shape)}, its config.json implies {tuple(target.shape)}"
-                raise ValueError(f"its {name} is {shapes}")
-            if not source.is_floating_point() or source.itemsize < 2 or not all_finite([source]):
-                raise ValueError(f"its {name} is quantized ({source.dtype}) or not finite")
+            exact = source.is_floating_point() and source.itemsize > 1 and all_finite([source])
+            if source.shape != target.shape or not exact:
+                found = f"its {name} is {source.dtype} {tuple(source.shape)}"
+                raise ValueError(f"{found}; needed are finite floats {tuple(target.shape)}")
             target.copy_(source)
         copy_part(p, whole)

@@ -154,42 +154,42 @@ def test_mixtures_have_the_active_parameters_of_the_dense_model_but_for_their_ro
         assert row["active parameters"] == rows[0]["active parameters"] + 2 * 128 * n_expert
 
 
-# Prints what theirs prints, or ours, and takes 4 ms a step, or 2
-TRAINER = """
-import json, os, sys
-ours = any(arg.startswith("--max_steps") for arg in sys.argv)
-with open("arguments.txt", "a") as f:
-    f.write(json.dumps([*sys.argv[1:], os.environ.get("GOMP_SPINCOUNT")]) + "\\n")
-for i in range(41):
-    ms = 900 if i < 9 else 2 if ours else 4
-    print(f"step {i}/40 | s 1 | {ms}.0 ms |" if ours else f"iter {i}: loss 5.5, time {ms}.00ms, mfu 1%")
-"""
-
-
-def test_trainers_are_compared_by_their_later_steps_in_the_users_environment(
-    figures, monkeypatch, tmp_path
+@pytest.mark.parametrize(
+    "line", ["step {}/40 | s 1 | {}.0 ms |", "iter {}: loss 5.5, time {}.00ms, mfu 1%"]
+)
+def test_a_trainer_is_timed_by_its_later_steps_in_the_users_environment(
+    line, monkeypatch, tmp_path
 ):
-    folders = [tmp_path / "theirs", tmp_path / "ours"]
-    for folder in folders:
-        folder.mkdir()
-        (folder / "train.py").write_text(TRAINER)
-    (tmp_path / "theirs" / "configurator.py").touch()
-    (tmp_path / "ours" / "config").symlink_to(ROOT / "config")
-    monkeypatch.setattr(bench, "ROOT", tmp_path / "ours")
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # as nanotst may set it in its own process
     monkeypatch.delitem(bench.USERS_ENVIRONMENT, "GOMP_SPINCOUNT", raising=False)
-    found = figures(parts="nanogpt", rows=2, repeats=3, nanogpt=str(tmp_path / "theirs"))
+    steps = f"for i in range(41): print({line!r}.format(i, 900 if i < 9 else 2))"
+    (tmp_path / "train.py").write_text(f"import os\n{steps}\nos.environ['GOMP_SPINCOUNT']")
+    with pytest.raises(UserError, match="gave no times: .*KeyError: 'GOMP_SPINCOUNT'"):
+        bench.time_trainer(tmp_path, "")
+    (tmp_path / "train.py").write_text(steps)
+    assert bench.time_trainer(tmp_path, "") == 2
+
+
+def test_nanogpt_gets_the_same_model_and_batch(figures, monkeypatch, tmp_path):
+    calls = {"ours": [], "theirs": []}
+
+    def time_trainer(folder, arguments):
+        ours = folder == bench.ROOT
+        calls["ours" if ours else "theirs"].append(arguments.split())
+        return 2 if ours else 4
+
+    monkeypatch.setattr(bench, "time_trainer", time_trainer)
+    (tmp_path / "configurator.py").touch()
+    found = figures(parts="nanogpt", rows=2, repeats=3, nanogpt=str(tmp_path))
     ((title, (theirs, ours)),) = found.items()
     assert title == "against nanoGPT's train.py, curves, 2 rows of 128"
     assert (theirs["trainer"], theirs["ms"], theirs["tokens/s"]) == ("nanoGPT", 4, 2 * 128 * 250)
     assert (ours["trainer"], ours["ms"], ours["tokens/s"]) == ("nanoTST", 2, 2 * 128 * 500)
     assert (theirs["tokens/s / nanoGPT"], ours["tokens/s / nanoGPT"]) == (1, 2)
-    logs = [(folder / "arguments.txt").read_text().splitlines() for folder in folders]
-    theirs, ours = ([json.loads(line) for line in log] for log in logs)
-    assert len(theirs) == len(ours) == 3
-    assert {call.pop() for call in theirs + ours} == {bench.USERS_ENVIRONMENT.get("GOMP_SPINCOUNT")}
-    assert {"--batch_size=2", "--n_layer=2", "--n_embd=64"} <= set(theirs[0])
-    c = parse(train.Config, [str(ROOT / ours[0][0]), *ours[0][1:]])
+    assert len(calls["ours"]) == len(calls["theirs"]) == 3
+    assert {"--batch_size=2", "--n_layer=2", "--n_embd=64"} <= set(calls["theirs"][0])
+    config, *knobs = calls["ours"][0]
+    c = parse(train.Config, [str(ROOT / config), *knobs])
     assert (c.total_batch, c.max_steps, c.bag_size, c.dtype) == (256, 40, 1, "float32")
     train.check(c, 1)
 

@@ -16,7 +16,7 @@ import train
 from model import GPT, GPTConfig
 from nanotst import kernels
 from nanotst.machine import Machine
-from tst import LOSSES, bags_and_labels, embed_bags, multi_hot_cross_entropy
+from tst import LOSSES, bags_and_labels, multi_hot_cross_entropy
 
 # before CUDA starts, for --deterministic
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -55,7 +55,7 @@ def with_gradients(f, *tensors):
     return value, *(t.grad for t in tensors)
 
 
-# ----------------------------------------------------------------------- losses and bag embedding
+# ----------------------------------------------------------------------------------------- losses
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -91,25 +91,6 @@ def test_other_losses_by_chunks(name):
     wanted = with_gradients(plain, hidden.double(), weight.double())
     assert found[0].item() == pytest.approx(wanted[0].item(), rel=1e-3)
     assert distance(found[1], wanted[1]) < 1e-2 and distance(found[2], wanted[2]) < 1e-2
-
-
-@pytest.mark.parametrize(
-    "V, s, compiled", [(256, 1, False), (50304, 4, False), (256, 4, True), (50304, 16, True)]
-)
-def test_bag_embedding(V, s, compiled):
-    """Mean, and mean of the own document's tokens, against a look-up in float64."""
-    embed = GPT(GPTConfig(V, 64, 1, 1, 64)).to(DEVICE).embed
-    bags, share = words(V, 4, 64, s), torch.rand(4, 64, s, device=DEVICE).softmax(-1)  # (B, L, s)
-    grad = torch.randn(4, 64, 64, device=DEVICE)  # (B, L, C)
-    run = torch.compile(embed) if compiled else embed
-    for weights in (None, share):
-        embed.weight.grad = None
-        x = run(bags, weights)  # (B, L, C)
-        x.backward(grad)
-        table = embed.weight.detach().double().requires_grad_()
-        wanted = embed_bags(bags, table, None if weights is None else weights.double())
-        wanted.backward(grad.double())
-        assert distance(x, wanted) < 1e-6 and distance(embed.weight.grad, table.grad) < 1e-5
 
 
 # ----------------------------------------------------------------------------------- whole models
