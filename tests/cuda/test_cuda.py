@@ -146,25 +146,6 @@ def losses(rows):
     return [row["loss"] for row in rows] + [row["val_loss"] for row in rows if "val_loss" in row]
 
 
-@pytest.mark.parametrize(
-    "knobs", [{}, dict(n_expert=4, top_k=2, qk_norm=True)], ids=["dense", "mixture"]
-)
-def test_as_many_graphs_as_kinds_of_step(run, monkeypatch, knobs):
-    """One for bags, one for ordinary steps, one for evaluation, and none after the warm-up."""
-    graphs = torch._dynamo.utils.counters["stats"]
-    after_warm_up, compile_model = [], Machine.compile
-
-    def compile_and_count(*args):
-        compiled = compile_model(*args)
-        after_warm_up.append(graphs["unique_graphs"])
-        return compiled
-
-    monkeypatch.setattr(Machine, "compile", compile_and_count)
-    graphs.clear()
-    run(device=DEVICE, dtype="bfloat16", compile="on", n_layer=2, **knobs)
-    assert after_warm_up == [3] and graphs["unique_graphs"] == 3
-
-
 def test_deterministic_runs_are_bit_equal_and_so_is_a_resumed_one(run, tmp_path, monkeypatch):
     knobs = dict(device=DEVICE, dtype="bfloat16", compile="on", deterministic=True, n_embd=64)
     first = run(**knobs, out_dir=str(tmp_path / "first"))
