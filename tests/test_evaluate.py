@@ -118,7 +118,9 @@ def test_errors_are_those_of_independent_blocks_and_of_seeds():
 def test_the_loss_is_the_one_that_training_logs(runs, said):
     _, paths, losses = runs
     text = said(*paths, "--labels=plain,plain,TST,TST", "--eval_positions=480")
-    assert "30 rows of 16 tokens" in text and "context" not in text  # unless --by_position
+    assert (
+        "30 validation rows of 16 tokens" in text and "context" not in text
+    )  # unless --by_position
     means = {"plain": sum(losses[:2]) / 2, "TST": sum(losses[2:]) / 2}
     for label, mean in means.items():
         _, seeds, _, nats, bits, difference = cells(text, label)
@@ -149,7 +151,7 @@ def test_a_mixture_is_evaluated_by_its_parts_and_what_differs_in_training_is_sai
     text = said(mixed, runs[1][2], "--eval_positions=480")
     assert "learning_rate 0.02 (mixed), 0.01 (s3_1)" in text
     for name in ("text", "other"):
-        part = text[text.index(f"{name}: 30 rows") :]
+        part = text[text.index(f"{name}: 30 validation rows") :]
         loss = number(cells(part, "mixed")[3])
         assert loss == pytest.approx(row[f"val_loss_{name}"], abs=1e-4)
 

@@ -99,7 +99,8 @@ def read_checkpoints(c):
     runs = []
     for path, label in zip(paths, labels):
         saved = load_checkpoint(path)
-        facts = {key: str(value) for key, value in (saved["meta"] | saved["config"]).items()}
+        known = (saved["meta"] | saved["config"]).items()
+        facts = {key: str(value) for key, value in known if value != ""}
         runs.append(dict(name=path, label=label, saved=saved, facts=facts))
     return runs
 
@@ -166,9 +167,7 @@ def main(c):
         for run in runs:
             losses[run["label"]].append(losses_of(run, rows, device))
         losses = {label: np.stack(seeds) for label, seeds in losses.items()}
-        title = (
-            f"{name or spec}: {len(rows):,} rows of {block_size:,} tokens of its validation split"
-        )
+        title = f"{name or spec}: {len(rows):,} validation rows of {block_size:,} tokens"
         whole, parts = tables(losses, bag_sizes, buckets, corpus.bytes_per_token)
         print(f"{title}\n\n{whole}\n" + f"\n{parts}\n" * c.by_position)
         if c.out and corpus is text.parts[0][1]:
