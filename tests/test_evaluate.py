@@ -14,6 +14,8 @@ import train
 from model import GPT, GPTConfig
 from nanotst import UserError
 from nanotst.configurator import parse
+from nanotst.corpus import open_corpus
+from nanotst.stream import validation_rows
 from tools import evaluate
 
 
@@ -118,9 +120,7 @@ def test_errors_are_those_of_independent_blocks_and_of_seeds():
 def test_the_loss_is_the_one_that_training_logs(runs, said):
     _, paths, losses = runs
     text = said(*paths, "--labels=plain,plain,TST,TST", "--eval_positions=480")
-    assert (
-        "30 validation rows of 16 tokens" in text and "context" not in text
-    )  # unless --by_position
+    assert "30 validation rows of 16 tokens" in text and "context" not in text
     means = {"plain": sum(losses[:2]) / 2, "TST": sum(losses[2:]) / 2}
     for label, mean in means.items():
         _, seeds, _, nats, bits, difference = cells(text, label)
@@ -156,17 +156,16 @@ def test_a_mixture_is_evaluated_by_its_parts_and_what_differs_in_training_is_sai
         assert loss == pytest.approx(row[f"val_loss_{name}"], abs=1e-4)
 
 
-def test_the_picture_shows_the_table(runs, said, tmp_path, monkeypatch):
-    drawn, draw = [], evaluate.draw
-    monkeypatch.setattr(evaluate, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
-    picture = tmp_path / "by_position.png"
-    labels = "--labels=plain,plain,TST,TST"
-    text = said(*runs[1], labels, "--by_position", f"--out={picture}")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    (ax,) = drawn[0].axes
+def test_the_loss_by_context_is_the_mean_of_all_seeds(runs, said):
+    corpus, paths, _ = runs
+    text = said(*paths, "--labels=plain,plain,TST,TST", "--by_position", "--eval_positions=480")
+    rows = validation_rows(open_corpus(corpus).val, 480, 16)  # (n, 17)
+    saved = evaluate.read_checkpoints(evaluate.Config(paths))
+    losses = [evaluate.losses_of(run, rows, "cpu").mean(0) for run in saved]
+    plain, tst = sum(losses[:2]) / 2, sum(losses[2:]) / 2
     for i, context in enumerate(("1", "2", "3-4", "5-8", "9-16")):
-        zero, y = (line.get_ydata()[i] for line in ax.lines)
-        assert zero == 0 and number(cells(text, context)[-1]) == pytest.approx(y, abs=1e-4)
+        found = [number(cell) for cell in cells(text, context)[1:]]
+        assert found == pytest.approx([plain[i], tst[i], tst[i] - plain[i]], abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from nanotst.kernels import use_twins
 from nanotst.machine import Machine, pick_device
 from nanotst.mixture import open_mixture
 from nanotst.stream import validation_rows
-from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
 from tools.runs import markdown_table, notes_on_differences
 
 BLOCKS = 50  # blocks of neighbouring rows, whose means count as independent
@@ -38,7 +37,7 @@ spread of seeds only for sides with several. With one seed, a difference may be 
 class Config:
     """Usage: python -m tools.evaluate CHECKPOINT [CHECKPOINT ...] [--key=value ...]
 
-    python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --by_position --out=positions.png
+    python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --by_position
     python -m tools.evaluate b1/best.pt b2/best.pt t1/best.pt t2/best.pt --labels=baseline,baseline,TST,TST
     python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --dataset=english
 
@@ -51,7 +50,6 @@ class Config:
     dataset: str = ""  # a corpus with the same vocabulary; empty: the first checkpoint's
     by_position: bool = False  # show the loss by tokens of context, too
     eval_positions: int = 2**19  # positions to evaluate, spread over the validation split
-    out: str = ""  # picture of the difference by context; its ending sets the format
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
@@ -137,22 +135,6 @@ def tables(losses, bag_sizes, buckets, bytes_per_token):
     return markdown_table(whole), markdown_table(parts)
 
 
-def draw(losses, buckets, title):
-    """A figure: loss by context minus the first side's, with two standard errors."""
-    fig, ax = new_figure((7, 4.6), without="leave --out away without it")
-    baseline, x = next(iter(losses)), [math.sqrt(first * last) for first, last in buckets]
-    for i, (label, side) in enumerate(losses.items()):
-        y, error = (values[:-1] for values in mean_and_error(side, losses[baseline]))
-        look = dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)])
-        ax.errorbar(x, y, 2 * error, label=label, **look)
-    ax.set_xscale("log", base=2)
-    ax.set(xlabel="tokens of context", title=title)
-    ax.set_ylabel(f"validation loss minus {baseline} (nats per token)")
-    tidy(ax)
-    ax.legend(frameon=False)
-    return fig
-
-
 def main(c):
     device, runs = pick_device(c.device), read_checkpoints(c)
     spec = c.dataset or runs[0]["saved"]["config"]["dataset"]
@@ -167,12 +149,9 @@ def main(c):
         for run in runs:
             losses[run["label"]].append(losses_of(run, rows, device))
         losses = {label: np.stack(seeds) for label, seeds in losses.items()}
-        title = f"{name or spec}: {len(rows):,} validation rows of {block_size:,} tokens"
         whole, parts = tables(losses, bag_sizes, buckets, corpus.bytes_per_token)
-        print(f"{title}\n\n{whole}\n" + f"\n{parts}\n" * c.by_position)
-        if c.out and corpus is text.parts[0][1]:
-            save_picture(draw(losses, buckets, title), c.out)
-            print(f"wrote {c.out}")
+        print(f"{name or spec}: {len(rows):,} validation rows of {block_size:,} tokens\n")
+        print(f"{whole}\n" + f"\n{parts}\n" * c.by_position)
     print(ABOUT_ERRORS)
     print(*notes_on_differences(runs), sep="\n")
 
