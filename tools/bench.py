@@ -265,9 +265,8 @@ def time_trainer(folder, arguments):
     steps = re.findall(r"^(?:iter|step) +(\d+)[:/].* ([\d.]+) ?ms\b", out.stdout, re.M)
     found = [float(ms) for step, ms in steps if int(step) > 8]
     if not found or out.returncode:
-        raise UserError(
-            f"train.py in {folder} gave no times: {' '.join(out.stderr.split())[-300:]}"
-        )
+        said = " ".join(out.stderr.split())[-300:]
+        raise UserError(f"train.py in {folder} gave no times: {said}")
     return statistics.median(found)
 
 
