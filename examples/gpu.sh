@@ -36,17 +36,13 @@ sweep() { # NAME KNOBS: runs that several parts want are trained once; a table f
     name=$1 folder=$out/${runs:-runs}; shift
     "$python" -m tools.sweep config/gpu.py --dataset="$dataset" --out_dir="$folder" --jobs="$jobs" \
         --plot=no "$@" $tiny || failed="$failed $name"
-    for ending in md csv; do
-        for written in "$folder/table.$ending" "$folder/runs.$ending"; do
-            [ ! -e "$written" ] || mv "$written" "$out/$name.$ending"
-        done
-    done
+    [ ! -e "$folder/table.md" ] || mv "$folder/table.md" "$out/$name.md"
+    [ ! -e "$folder/runs.csv" ] || mv "$folder/runs.csv" "$out/$name.csv"
 }
 measure() { # NAME KNOBS: figures that are there are kept
     name=$1; shift
-    [ ! -e "$out/$name.json" ] || return 0
-    "$python" -m tools.bench "$@" $bench --json="$out/$name.part" || { failed="$failed $name"; return 0; }
-    mv "$out/$name.part" "$out/$name.json"
+    [ -e "$out/$name.json" ] || "$python" -m tools.bench "$@" $bench --json="$out/$name.json" ||
+        failed="$failed $name"
 }
 
 checks() { NANOTST_CUDA_DRY_RUN=$dry "$python" -m pytest -q tests/cuda || failed="$failed checks"; }

@@ -8,7 +8,6 @@ row may replace TokenStream. Dimensions: B rows, L positions, s bag size, C widt
 
 import sys
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python examples/hf_tst.py
@@ -52,48 +51,43 @@ class Config:
 def load(c):
     """The model in float32, its tokenizer, and the tokens of the text: (N,) int64."""
     hf = import_transformers()
-    try:
-        tokenizer = hf.AutoTokenizer.from_pretrained(c.model)
-        auto, shape = hf.AutoModelForCausalLM, hf.AutoConfig.from_pretrained(c.model)
-        if c.from_scratch:
-            model = auto.from_config(shape, dtype=torch.float32)
-        else:
-            model = auto.from_pretrained(c.model, dtype=torch.float32)
-        text = Path(c.text).read_text(encoding="utf-8")
-    except (OSError, ValueError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"cannot load --model={c.model} and --text={c.text}: {reason}") from None
+    tokenizer = hf.AutoTokenizer.from_pretrained(c.model)
+    if c.from_scratch:
+        shape = hf.AutoConfig.from_pretrained(c.model)
+        model = hf.AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    else:
+        model = hf.AutoModelForCausalLM.from_pretrained(c.model, dtype=torch.float32)
+    text = Path(c.text).read_text(encoding="utf-8")
     tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return model, tokenizer, np.array(tokens, np.int64)
 
 
-def main(config):
+@torch.no_grad()
+def check_embeddings(model, table, tokens):
+    """Raise UserError unless embeddings as inputs, of tokens (1, L), give what the model does by itself."""
+    theirs = model(tokens).logits  # (1, L, V)
+    ours = model(inputs_embeds=embed_bags(tokens[..., None], table)).logits
+    if not torch.allclose(ours, theirs, atol=1e-3 * theirs.abs().max().item()):
+        raise UserError(f"{type(model).__name__} changes its embeddings before it uses them")
+
+
+def main(c):
     """Train, save to c.out, and return the loss of each step in nats per token."""
-    c = config
     torch.manual_seed(c.seed)
     model, tokenizer, tokens = load(c)
     device = pick_device(c.device)
-    model.to(device)
+    model.to(device).eval()
     table = model.get_input_embeddings().weight  # (V, C)
-    try:
-        phases = phase_list(c.max_steps, [c.bag_size], c.superposition_ratio)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    sources, rows = [(tokens, Fraction(1))], range(c.batch_size)  # one corpus gives all rows
-    stream = TokenStream(sources, c.block_size, phases, c.batch_size, rows, c.seed, device)
-    first = torch.from_numpy(tokens[None, : c.block_size]).to(device)  # (1, L)
-    with torch.no_grad():  # s = 1 must be what the model does by itself
-        model.eval()
-        theirs = model(first).logits  # (1, L, V)
-        ours = model(inputs_embeds=embed_bags(first[..., None], table)).logits
-    if not torch.allclose(ours, theirs, atol=1e-3 * theirs.abs().max().item()):
-        raise UserError(f"{type(model).__name__} changes its embeddings before it uses them")
+    check_embeddings(model, table, torch.from_numpy(tokens[None, : c.block_size]).to(device))
     model.train()
+    phases = phase_list(c.max_steps, [c.bag_size], c.superposition_ratio)
+    rows = range(c.batch_size)  # of each step, all on this machine
+    stream = TokenStream([(tokens, 1)], c.block_size, phases, len(rows), rows, c.seed, device)
 
+    norms = [p for p in model.parameters() if p.dim() < 2]  # without weight decay
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]  # norms, without weight decay
-    optimizer = torch.optim.AdamW(matrices, c.learning_rate, (0.9, 0.95), weight_decay=0.1)
-    optimizer.add_param_group({"params": vectors, "weight_decay": 0.0})
+    groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, c.learning_rate, (0.9, 0.95), weight_decay=0.1)
     decay = max(1, round(0.1 * c.max_steps))  # warmup, constant, linear decay
     rate = lambda i: min(1, (i + 1) / max(1, c.warmup_steps), (c.max_steps - i) / decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)

@@ -85,7 +85,7 @@ checkpoints() { # of bag size $1
 positions() { # loss by tokens of context, and on other text
     labels=$({ checkpoints 1 | sed 's/.*/baseline/'; checkpoints 2 | sed 's/.*/TST/'; } | paste -sd, -)
     evaluate="$python -m tools.evaluate $(checkpoints 1) $(checkpoints 2) --labels=$labels"
-    $evaluate --dataset="$dataset" --by_position --out="$out/positions.png" | tee "$out/positions.md"
+    $evaluate --dataset="$dataset" --by_position | tee "$out/positions.md"
     $evaluate --dataset="${OTHER:-english}" --eval_positions=262144 | tee "$out/other_text.md"
 }
 tasks() { # lm-eval; see examples/lm_eval_local

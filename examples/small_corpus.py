@@ -20,7 +20,6 @@ class Config:
     corpus: str  # prepared corpus, in data/ or elsewhere
     folder: str  # folder to write to
     tokens: int = 1_000_000  # tokens of the training split
-    overwrite: bool = False  # whether another corpus in the folder may be replaced
 
 
 def main(config):
@@ -29,7 +28,7 @@ def main(config):
     size, apart = n // BLOCKS, len(corpus.train) // BLOCKS
     if not 0 < size <= apart:
         raise UserError(f"--tokens must lie in {BLOCKS}..{apart * BLOCKS}, got {n}")
-    if prepared(config.folder, knobs, config.overwrite):
+    if prepared(config.folder, knobs):
         return
     ranks = os.path.join(corpus.folder, "tokenizer.model")
     known = meta["encoding"], meta["vocab_size"], meta["separator"], None, None

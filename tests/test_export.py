@@ -6,7 +6,6 @@ import math
 import os
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -159,7 +158,7 @@ def test_another_shape_names_the_knob(knob, value, exported):
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_parameters.*rope_scaling"),
         ({"rope_theta": 4000.0}, "4000.0.*5000.0"),
         ({"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, "window"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "some layers only"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
         ({"model_type": "gpt2"}, "model_type gpt2"),
         ({"hidden_size": "x"}, "hidden_size|n_embd=x"),
     ],
@@ -203,8 +202,6 @@ def test_the_index_decides_where_a_tensor_is(exported, tmp_path):
     assert torch.equal(model(torch.arange(9)[None]), other(torch.arange(9)[None]))
     (tmp_path / "b").unlink()
     assert f"{tmp_path}/b" in refused(other, tmp_path)
-    index.write_text("{}")
-    refused(other, tmp_path)
 
 
 def test_damaged_weights_are_refused(exported, tmp_path):
@@ -212,19 +209,15 @@ def test_damaged_weights_are_refused(exported, tmp_path):
     tensors, norm = load_file(f"{folder}/model.safetensors"), "model.norm.weight"
     for changes, said in (
         ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, "q_proj.bias"),
-        ({norm: torch.ones(49)}, f"{norm} is (49,)"),
-        ({norm: torch.full((48,), math.nan)}, "not finite"),
+        ({norm: torch.ones(49)}, f"{norm} is torch.float32 (49,)"),
+        ({norm: torch.full((48,), math.nan)}, "finite floats (48,)"),
         ({norm: torch.ones(48, dtype=torch.int8)}, "int8"),
         ({norm: torch.ones(48).to(torch.float8_e4m3fn)}, "float8"),
     ):
         assert said in refused(model, copy_of(folder, tmp_path, tensors | changes))
-    less = {name: t for name, t in tensors.items() if name != norm}
-    assert f"lacks {norm}" in refused(model, copy_of(folder, tmp_path, less))
+    del tensors[norm]
+    assert f"lacks {norm}" in refused(model, copy_of(folder, tmp_path, tensors))
     (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    refused(model, tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    assert "model.safetensors" in refused(model, tmp_path)
-    (tmp_path / "config.json").write_text("[1]")
     refused(model, tmp_path)
     assert "none/config.json" in refused(model, tmp_path / "none")
 
@@ -284,26 +277,17 @@ def test_a_fork_that_computes_something_else_is_refused(fork, monkeypatch, tmp_p
     assert os.listdir(tmp_path) == ["hf"]
 
 
-def test_balance_bias_is_exported_only_while_it_is_zero(tmp_path):
-    model = build(QWEN3_MOE | {"balance_bias": True})
-    export.save_hf(model, str(tmp_path / "zero"))
-    model.blocks[0].mlp.bias[0] += 2
-    with pytest.raises(UserError, match="does not compute the same"):
-        export.save_hf(model, str(tmp_path / "moved"))
-    assert os.listdir(tmp_path) == ["zero"]
-
-
 def test_what_may_be_replaced(tmp_path):
     """An earlier export, if asked; nothing that holds anything else."""
     model, folder = build(DENSE), tmp_path / "hf"
     export.save_hf(model, str(folder), files={"tokenizer.json": {}})
-    with pytest.raises(UserError, match="holds an earlier export"):
+    with pytest.raises(UserError, match="holds config.json; choose another folder, or --overwrite"):
         export.save_hf(model, str(folder))
     export.save_hf(model, str(folder), overwrite=True)
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
     (folder / "last.pt").write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="holds last.pt, which no export wrote"):
+        with pytest.raises(UserError, match="holds last.pt; choose another folder"):
             export.save_hf(model, str(folder), overwrite=overwrite)
     assert (folder / "last.pt").read_text() == "precious"
 
@@ -354,11 +338,6 @@ def test_transformers_gives_the_same_ids(name, tmp_path, monkeypatch):
     assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.separator
 
 
-def test_unknown_vocabularies_have_no_tokenizer():
-    with pytest.raises(UserError, match="rules of cl100k_base are not known"):
-        export.tokenizer_files(replace(get_tokenizer("bytes"), name="cl100k_base"), 9)
-
-
 # ----------------------------------------------------------------------------------------------- command line
 
 
@@ -394,7 +373,6 @@ def test_command_line(run, tmp_path, capsys):
 
 def test_a_missing_package_is_one_line(exported, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r'pip install "transformers>=4.57,<6"'):
-        command(tmp_path / "last.pt", tmp_path)
-    with pytest.raises(UserError, match=r'pip install "transformers>=4.57,<6"'):
-        load_hf(None, str(tmp_path))
+    for start in (lambda: command(tmp_path / "last.pt", tmp_path), lambda: load_hf(None, "")):
+        with pytest.raises(UserError, match=r'pip install "transformers>=4.57,<6"'):
+            start()

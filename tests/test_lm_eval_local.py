@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from examples.lm_eval_local import make_tasks
 from model import GPT, GPTConfig
 from nanotst import UserError
-from nanotst.configurator import parse
 from nanotst.tokenizer import get_tokenizer
 from tools import export
 
@@ -47,12 +46,9 @@ def held_out(tmp_path_factory):
 
 def make(corpus, folder, **knobs):
     """Run the command -> {task: its items}."""
-    knobs = {"dataset": corpus, "out_dir": folder} | knobs
-    make_tasks.main(parse(make_tasks.Config, [f"--{key}={value}" for key, value in knobs.items()]))
-    tasks = {}
-    for path in folder.glob("*.jsonl"):
-        tasks[path.stem] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return tasks
+    make_tasks.main(make_tasks.Config(str(corpus), str(folder), **knobs))
+    files = {path.stem: path.read_text().splitlines() for path in folder.glob("*.jsonl")}
+    return {task: [json.loads(line) for line in lines] for task, lines in files.items()}
 
 
 def test_the_items_are_of_held_out_text(held_out, tmp_path):

@@ -41,8 +41,15 @@ def config(*words):
     return parse(Config, [word if word.endswith(".py") else f"--{word}" for word in words])
 
 
-def text_of(*words):
-    return plan(config(*words), [f"--{word}" if "=" in word else word for word in words])
+@pytest.fixture
+def text_of(capsys):
+    """text_of(WORDS ...) is what the command prints."""
+
+    def printed(*words):
+        plan(config(*words), [f"--{word}" if "=" in word else word for word in words])
+        return capsys.readouterr().out
+
+    return printed
 
 
 def shape(c, vocab_size=128256):
@@ -61,7 +68,7 @@ def test_planned_memory_is_within_15_percent_of_the_measured(knobs, vocab_size, 
     assert sum(parts.values()) / 1e6 == pytest.approx(measured, rel=0.15)
 
 
-def test_the_3b_model_as_counted_by_hand():
+def test_the_3b_model_as_counted_by_hand(text_of):
     c, n = config("config/dense_3b.py"), 3_337_766_912
     ways = Way("DDP"), Way("FSDP", 8), Way("FSDP", 64)
     ddp, fsdp, wide = (memory(c, shape(c), 1, way, 128) for way in ways)
@@ -90,7 +97,7 @@ def test_muon_keeps_one_moment_of_matrices_alone():
     "name, gpus, way",
     [("dense_270m", 8, "DDP"), ("dense_3b", 8, "FSDP"), ("moe_10b_a1b", 64, "FSDP")],
 )
-def test_ddp_where_the_states_fit_and_fsdp_where_they_do_not(name, gpus, way):
+def test_ddp_where_the_states_fit_and_fsdp_where_they_do_not(name, gpus, way, text_of):
     text = text_of(f"config/{name}.py", f"gpus={gpus}", "learning_rate=1e-4")
     assert f"recommended: {way}, " in text
     start, *words = text.splitlines()[-1].split()
@@ -100,17 +107,17 @@ def test_ddp_where_the_states_fit_and_fsdp_where_they_do_not(name, gpus, way):
     train.check(c, gpus)
 
 
-def test_the_largest_micro_batch_fits_and_the_next_one_does_not():
+def test_the_largest_micro_batch_fits_and_the_next_one_does_not(text_of):
     words = "config/dense_600m.py", "gpu_memory=40"
-    c, rows = config(*words), int(re.search(r"^DDP +(\d+)", text_of(*words), re.M)[1])
+    c, rows = config(*words), int(re.search(r"\| +DDP \| +(\d+)", text_of(*words))[1])
     parts = [memory(c, shape(c), n, Way("DDP"), 128 // n) for n in (rows, 2 * rows)]
     small, large = (sum(each.values()) for each in parts)
     assert small <= (40 - c.reserve) * 1e9 / 1.05 < large
 
 
-def test_what_fits_nowhere_is_said_and_muon_is_not_sharded():
+def test_what_fits_nowhere_is_said_and_muon_is_not_sharded(text_of):
     assert "too much" in (text := text_of("config/moe_10b_a1b.py", "gpus=1"))
-    assert text.endswith("nothing fits; take more GPUs, or a shorter block_size")
+    assert text.endswith("nothing fits; take more GPUs, or a shorter block_size\n")
     text = text_of("config/dense_270m.py", "optimizer=muon")  # works on whole matrices
     assert "DDP" in text and "FSDP" not in text
 
@@ -121,11 +128,10 @@ def test_what_fits_nowhere_is_said_and_muon_is_not_sharded():
         ("gpu=abacus", "gpu must be one of .*H100"),
         ("gpus=7", "must be a multiple of .* x 7 ranks"),  # train.check
         ("gpus=12", "a multiple of 8"),
-        ("shard_size=3", "shard_size must divide the 8 GPUs"),
-        ("mfu=40", "mfu above 0 and at most 1"),
-        ("dataset=nowhere", "nowhere.*give --vocab_size"),
+        ("shard_size=3", "a multiple of 8, and of shard_size"),
+        ("dataset=nowhere", "nowhere"),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(words, said):
+def test_what_cannot_be_planned_is_one_line(words, said, text_of):
     with pytest.raises(UserError, match=said):
         text_of("config/dense_3b.py", words)

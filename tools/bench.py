@@ -5,13 +5,12 @@
     python -m tools.bench --parts=nanogpt --nanogpt=FOLDER     against a clone of karpathy/nanoGPT
 
 The variants of a part take turns, so a machine whose speed drifts slows all of them alike; medians are shown.
-Memory is the peak above what was held before the call: of the allocator on CUDA, of the process on Linux.
+Memory is the peak that PyTorch's allocators hold above what they held before the call.
 """
 
-import contextlib
-import ctypes
 import itertools
 import json
+import os
 import pickle
 import re
 import statistics
@@ -46,6 +45,7 @@ from tools.runs import markdown_table
 from tst import bags_and_labels, multi_hot_cross_entropy, phase_list
 
 ROOT = Path(train.__file__).parent
+os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler need not report its stages
 
 
 @dataclass
@@ -56,8 +56,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # dtype of matrix products
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto is on for cuda
-    plain: bool = False  # only the plain code of model.py and tst.py, without faster twins
-    shape: str = ""  # step, nanogpt: a file of config/; empty: gpt2_124m, for nanogpt curves
+    shape: str = ""  # step, nanogpt: a file of config/; empty: gpt2_124m on cuda, else curves
     rows: int = 0  # step, moe, nanogpt: rows of a micro-batch; 0: the config's
     bag_sizes: str = "1,2,4,8,16"  # step: bag sizes
     positions: int = 0  # loss: positions; 0: 8192 on cuda, else 4096
@@ -81,6 +80,8 @@ class Bench:
         self.wait = torch.cuda.synchronize if self.cuda else lambda: None
         self.dtype = getattr(torch, self.machine.dtype)
         self.compiled = c.compile == "on" or c.compile == "auto" and self.cuda
+        self.shape = c.shape or ("gpt2_124m" if self.cuda else "curves")
+        self.bag_sizes = [int(s) for s in c.bag_sizes.split(",")]
         self.figures = self.machine.versions() | {"compiled": self.compiled, "command": sys.argv}
         print(", ".join(f"{key} {value}" for key, value in self.figures.items()))
 
@@ -100,29 +101,29 @@ class Bench:
                 times[name].append((time.perf_counter() - start) / calls)
         return {name: statistics.median(ts) for name, ts in times.items()}
 
-    def extra_memory(self, variant):
-        """Peak bytes that a variant needs above what is held before it; 0 where this is unknown."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            variant()
-            return torch.cuda.max_memory_allocated() - before
-        status = Path("/proc/self/status")
-        read = lambda key: 1024 * int(re.search(rf"{key}:\s*(\d+)", status.read_text())[1])
-        with contextlib.suppress(OSError, AttributeError):  # not Linux, or another C library
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory freed before would hide the growth
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-            before = read("VmRSS")
-            variant()
-            return read("VmHWM") - before
-        return 0
-
     def table(self, title, rows):
         """Print rows, dicts of column to number or text, under a title, and keep them as figures."""
         self.figures[title] = rows
         text = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
         cells = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
         print(f"\n{title}\n\n{markdown_table(cells)}")
+
+
+def extra_memory(variant):
+    """The most bytes that a call has allocated and not yet freed."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        variant()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
+
+
+def busy_seconds(variant):
+    """Seconds that the GPU's kernels take in a call."""
+    with torch.profiler.profile() as profiler:
+        variant()
+        torch.cuda.synchronize()
+    on_gpu = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.time_range.elapsed_us() for e in on_gpu if not e.is_user_annotation) / 1e6
 
 
 def roofline(b):
@@ -155,30 +156,25 @@ def loss(b):
         "plain MCE": lambda labels: multi_hot_cross_entropy(logits(), labels),
         "fused MCE": lambda labels: linear_multi_hot_cross_entropy(hidden, weight, labels),
     }
-    variants = {}
+    variants, rows = {}, []
     for (name, f), s in itertools.product(kinds.items(), (1, 8, 16)):
         # the paper's loop keeps a softmax for each label
         if f != cross_entropies or s == 1 or (s + 10) * 4 * N * V < 0.8 * b.machine.memory:
             f = torch.compile(f, dynamic=False) if b.compiled else f
             variants[name, s] = partial(once, f, torch.randint(V, (N, s), device=b.device))
-    t, rows = b.seconds(variants), []
-    for (name, s), variant in variants.items():
+    for (name, s), seconds in b.seconds(variants).items():
         hidden.grad = weight.grad = None  # or the gradients before would be freed in this call
-        row = {"loss": name, "s": s, "ms": t[name, s] * 1e3, "MB": b.extra_memory(variant) / 1e6}
+        mb = extra_memory(variants[name, s]) / 1e6
+        row = {"loss": name, "s": s, "ms": seconds * 1e3, "MB": mb}
         first = rows[0] if rows else row
-        row["time / first"] = row["ms"] / first["ms"]
-        row["MB / first"] = row["MB"] / (first["MB"] or 1)
-        rows.append(row)
+        rows.append(row | {"time / first": row["ms"] / first["ms"], "MB / first": mb / first["MB"]})
     b.table(f"loss alone, N {N}, V {V}, C {C}", rows)
 
 
 def read_shape(b, name, **changes):
-    """(GPTConfig, rows of a micro-batch, knobs) of config/NAME.py with `changes`. On a CPU a context longer
-    than 256 is cut to one row of that."""
+    """(GPTConfig, rows of a micro-batch, knobs) of config/NAME.py with `changes`."""
     knobs = replace(parse(train.Config, [str(ROOT / "config" / f"{name}.py")]), **changes)
     rows = b.c.rows or knobs.batch_size or knobs.total_batch // knobs.block_size
-    if not b.cuda and knobs.block_size > 256:
-        knobs, rows = replace(knobs, block_size=256), b.c.rows or 1
     return model_config(vars(knobs), {"vocab_size": VOCAB_SIZES.get(knobs.dataset)}), rows, knobs
 
 
@@ -191,13 +187,11 @@ class Step:
         torch.manual_seed(0)
         with torch.device(b.device):
             self.model = self.net = GPT(shape)
-        if not b.c.plain:
-            use_twins(self.model, b.machine, [(s, s) for s in map(int, b.c.bag_sizes.split(","))])
-        if b.compiled and not (shape.n_expert and b.dtype == torch.float32):  # as in train.py
+        use_twins(self.model, b.machine, [(s, s) for s in b.bag_sizes])
+        if b.compiled and not (shape.n_expert and b.dtype == torch.float32):  # which cannot compile
             self.net = torch.compile(self.model, dynamic=False, fullgraph=True)
         self.optimizer = make_optimizer(self.model, knobs, b.machine.device_type)
         self.positions = self.rows * shape.block_size
-        self.n_micro = max(1, knobs.total_batch // self.positions)  # on one device
 
     def __call__(self, s):
         self.optimizer.zero_grad()
@@ -214,43 +208,29 @@ class Step:
         self.optimizer.step()
 
 
-def busy_seconds(events):
-    """Seconds that the GPU's kernels take, from the profiler's events."""
-    on_gpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(e.time_range.elapsed_us() for e in on_gpu if not e.is_user_annotation) / 1e6
-
-
 def time_steps(b, title, variants):
-    """Table of {name: (Step, s)}. MFU is that of one micro-step, then of as many as the config takes on one
-    device; `busy` is the time of the GPU's kernels over the time of a step."""
+    """Table of {name: (Step, s)}. A config's step has several micro-steps, but a single update."""
     runs = {name: partial(step, s) for name, (step, s) in variants.items()}
-    t = b.seconds(runs | {step: step.update for step, _ in variants.values()})
-    peak, table = b.machine.peak_flops, []
+    t, table = b.seconds(runs | {step: step.update for step, _ in variants.values()}), []
     for name, (step, _) in variants.items():
         seconds, flops = t[name], step.positions * step.model.flops_per_position()
         row = {"": name, "active parameters": step.model.n_params(active=True)}
         row |= {"ms": seconds * 1e3, "ms of update": t[step] * 1e3}
         row["time / first"] = row["ms"] / table[0]["ms"] if table else 1.0
         row |= {"positions/s": round(step.positions / seconds), "TFLOP/s": flops / seconds / 1e12}
-        if peak:
-            n = step.n_micro
-            row["MFU"] = flops / seconds / peak
-            row[f"at {n} micro-steps"] = n * flops / (n * seconds - (n - 1) * t[step]) / peak
+        if b.machine.peak_flops:
+            row["MFU"] = flops / seconds / b.machine.peak_flops
         if b.cuda:
-            with torch.profiler.profile() as profiler:
-                runs[name]()
-                b.wait()
-            row["busy"] = busy_seconds(profiler.events()) / seconds
+            row["busy"] = busy_seconds(runs[name]) / seconds  # share of the time, of its kernels
         table.append(row)
     b.table(title, table)
 
 
 def step(b):
     """A training step at several bag sizes."""
-    name = b.c.shape or "gpt2_124m"
-    one = Step(b, name)
-    title = f"training step, {name}, {one.rows} rows of {one.model.config.block_size}"
-    time_steps(b, title, {f"s {s}": (one, int(s)) for s in b.c.bag_sizes.split(",")})
+    one = Step(b, b.shape)
+    title = f"training step, {b.shape}, {one.rows} rows of {one.model.config.block_size}"
+    time_steps(b, title, {f"s {s}": (one, s) for s in b.bag_sizes})
 
 
 def moe(b):
@@ -273,8 +253,8 @@ def loader(b):
     for s in (1, 4, 16):
         stream = TokenStream([(tokens, 1)], L, phase_list(10**6, [s], 1.0), rows, range(rows))
         reads[s] = map(stream.read, range(10**6)).__next__
-    rates = {s: rows * L * s / t / 1e6 for s, t in b.seconds(reads).items()}
-    table = [{"s": s, "million tokens/s": rate} for s, rate in rates.items()]
+    times = b.seconds(reads).items()
+    table = [{"s": s, "million tokens/s": rows * L * s / t / 1e6} for s, t in times]
     b.table(f"loader, {rows} rows of {L}, uint16", table)
 
 
@@ -285,7 +265,7 @@ def time_trainer(folder, arguments):
     steps = re.findall(r"^(?:iter|step) +(\d+)[:/].* ([\d.]+) ?ms\b", out.stdout, re.M)
     found = [float(ms) for step, ms in steps if int(step) > 8]
     if not found or out.returncode:
-        said = " ".join((out.stderr or out.stdout).split())[-300:]
+        said = " ".join(out.stderr.split())[-300:]
         raise UserError(f"train.py in {folder} gave no times: {said}")
     return statistics.median(found)
 
@@ -293,33 +273,33 @@ def time_trainer(folder, arguments):
 def nanogpt(b):
     """train.py against nanoGPT's own, in turn: same layers, heads, width, context, batch and text, which is
     random, with words as frequent as in a language (Zipf's law)."""
-    if not b.c.nanogpt or not Path(b.c.nanogpt, "train.py").exists():
+    if not Path(b.c.nanogpt, "configurator.py").exists():
         raise UserError("--nanogpt must name a clone of karpathy/nanoGPT")
-    name = b.c.shape or "curves"
-    shape, rows, _ = read_shape(b, name)
+    shape, rows, _ = read_shape(b, b.shape)
     L, V, times = shape.block_size, shape.vocab_size, {"nanoGPT": [], "nanoTST": []}
+    words = (V ** np.random.default_rng(0).random(4_000_000) - 1).astype(np.uint16)
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "val"):
-            words = V ** np.random.default_rng(0).random(4_000_000) - 1
-            words.astype(np.uint16).tofile(f"{folder}/{split}.bin")
+            words.tofile(f"{folder}/{split}.bin")
         Path(folder, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": V}))
         common = f"--dataset={folder} --block_size={L} --device={b.machine.device_type}"
         common += f" --eval_interval=100000 --log_interval=1 --out_dir={folder}/out"
         theirs = f"{common} --batch_size={rows} --n_layer={shape.n_layer} --n_head={shape.n_head}"
         theirs += f" --n_embd={shape.n_embd} --gradient_accumulation_steps=1"
         theirs += f" --max_iters=40 --eval_iters=1 --compile={b.cuda and b.compiled}"
-        ours = f"config/{name}.py {common} --overwrite --bag_size=1 --total_batch={rows * L}"
+        ours = f"config/{b.shape}.py {common} --overwrite --bag_size=1 --total_batch={rows * L}"
         ours += " --batch_size=0 --max_steps=40 --eval_positions=1 --save_interval=0"
-        ours += f" --dtype={b.c.dtype} --compile={b.c.compile} --plain={b.c.plain}"
+        ours += f" --dtype={b.c.dtype} --compile={b.c.compile}"
         for _ in range(min(3, b.c.repeats)):
             times["nanoGPT"].append(time_trainer(b.c.nanogpt, theirs))
             times["nanoTST"].append(time_trainer(ROOT, ours))
-    medians, table = {trainer: statistics.median(ts) for trainer, ts in times.items()}, []
-    for trainer, ms in medians.items():
+    table = []
+    for trainer, runs in times.items():
+        ms = statistics.median(runs)
         row = {"trainer": trainer, "ms": ms, "tokens/s": round(rows * L / ms * 1e3)}
-        row |= {"tokens/s / nanoGPT": medians["nanoGPT"] / ms, "runs": str(times[trainer])}
-        table.append(row)
-    b.table(f"against nanoGPT's train.py, {name}, {rows} rows of {L}", table)
+        first = table[0] if table else row
+        table.append(row | {"tokens/s / nanoGPT": first["ms"] / ms, "runs": str(runs)})
+    b.table(f"against nanoGPT's train.py, {b.shape}, {rows} rows of {L}", table)
 
 
 PARTS = {part.__name__: part for part in (roofline, loss, step, moe, loader, nanogpt)}
@@ -329,17 +309,10 @@ def main(c):
     parts = c.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         raise UserError(f"parts are {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    if c.repeats < 1 or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){,7}", c.bag_sizes):
-        raise UserError("repeats must be at least 1, and bag_sizes up to 8 numbers such as 1,8,16")
     b = Bench(c)
     for part in parts:
         torch.compiler.reset()  # its limit of 8 graphs counts all models together
-        try:
-            PARTS[part](b)
-        except (RuntimeError, MemoryError) as e:  # torch.OutOfMemoryError; the CPU's has no class
-            if not re.search("MemoryError|allocate memory", f"{type(e).__name__} {e}"):
-                raise
-            raise UserError(f"{part}: out of memory; give fewer --rows or --positions") from None
+        PARTS[part](b)
         if c.json:  # after each part, for a run that is cut short
             Path(c.json).write_text(json.dumps(b.figures, indent=1))
 

@@ -5,10 +5,9 @@ loss for each amount of context, on the same rows of the validation split for al
 position p (from 0) predicts the next one from p + 1 tokens of context.
 """
 
-import dataclasses
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/evaluate.py
@@ -26,7 +25,6 @@ from nanotst.kernels import use_twins
 from nanotst.machine import Machine, pick_device
 from nanotst.mixture import open_mixture
 from nanotst.stream import validation_rows
-from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
 from tools.runs import markdown_table, notes_on_differences
 
 BLOCKS = 50  # blocks of neighbouring rows, whose means count as independent
@@ -39,7 +37,7 @@ spread of seeds only for sides with several. With one seed, a difference may be 
 class Config:
     """Usage: python -m tools.evaluate CHECKPOINT [CHECKPOINT ...] [--key=value ...]
 
-    python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --by_position --out=positions.png
+    python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --by_position
     python -m tools.evaluate b1/best.pt b2/best.pt t1/best.pt t2/best.pt --labels=baseline,baseline,TST,TST
     python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --dataset=english
 
@@ -51,9 +49,7 @@ class Config:
     labels: str = ""  # a label for each checkpoint, comma-separated; empty: their folders
     dataset: str = ""  # a corpus with the same vocabulary; empty: the first checkpoint's
     by_position: bool = False  # show the loss by tokens of context, too
-    block_size: int = 0  # positions of a row; 0: as in training
     eval_positions: int = 2**19  # positions to evaluate, spread over the validation split
-    out: str = ""  # picture of the loss by context; its ending sets the format
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
@@ -76,13 +72,6 @@ def position_losses(model, rows, device):
     return torch.cat(out)
 
 
-def bucket_losses(losses, buckets):
-    """Mean loss of each row in each bucket and, last, over all positions: (n, L) -> (n, len(buckets) + 1)."""
-    losses = losses.double().numpy()
-    parts = [losses[:, first - 1 : last].mean(1) for first, last in buckets]
-    return np.stack([*parts, losses.mean(1)], axis=1)
-
-
 def mean_and_error(side, base=None):
     """Mean loss of a side, or its difference to a baseline, and the standard error: (K,) each.
 
@@ -97,97 +86,74 @@ def mean_and_error(side, base=None):
     return paired.mean(0), np.sqrt(np.square(errors).sum(0))
 
 
-def read_sides(c):
-    """{label: [(path, checkpoint), ...]}, in the order given."""
+def read_checkpoints(c):
+    """A dict for each: name (its path), label, saved (the checkpoint), facts (knobs and corpus as text)."""
     paths = [find_checkpoint(path) for path in c.checkpoints]
     folders = [Path(path).resolve().parent.name for path in paths]
     labels = folders if len(set(folders)) == len(folders) else paths
     labels = c.labels.split(",") if c.labels else labels
-    if len(labels) != len(c.checkpoints):
-        raise UserError(f"--labels has {len(labels)} labels for {len(c.checkpoints)} checkpoints")
-    sides = {}
-    for label, path in zip(labels, paths):
-        sides.setdefault(label, []).append((path, load_checkpoint(path)))
-    return sides
+    if len(labels) != len(paths):
+        raise UserError(f"--labels has {len(labels)} labels for {len(paths)} checkpoints")
+    runs = []
+    for path, label in zip(paths, labels):
+        saved = load_checkpoint(path)
+        known = (saved["meta"] | saved["config"]).items()
+        facts = {key: str(value) for key, value in known if value != ""}
+        runs.append(dict(name=path, label=label, saved=saved, facts=facts))
+    return runs
 
 
-def losses_of(path, checkpoint, rows, buckets, device):
-    """Losses of a checkpoint on the rows (n, L+1): (n, len(buckets) + 1)."""
-    shape = model_config(checkpoint["config"], checkpoint["meta"])
-    model = GPT(dataclasses.replace(shape, block_size=rows.size(1) - 1))
-    load_weights(model, checkpoint["model"], path)
+def losses_of(run, rows, device):
+    """Mean loss on each row (n, L+1) by bucket and, last, over all positions: (n, K+1)."""
+    shape = model_config(run["saved"]["config"], run["saved"]["meta"])
+    model = GPT(replace(shape, block_size=rows.size(1) - 1))
+    load_weights(model, run["saved"]["model"], run["name"])
     use_twins(model, Machine(device, "float32"))
-    return bucket_losses(position_losses(model.to(device).eval(), rows, device), buckets)
+    losses = position_losses(model.to(device).eval(), rows, device).double().numpy()  # (n, L)
+    parts = [losses[:, first - 1 : last].mean(1) for first, last in buckets_of(losses.shape[1])]
+    return np.stack([*parts, losses.mean(1)], axis=1)
 
 
-def tables(losses, sides, buckets, bytes_per_token):
-    """Markdown: the loss over all positions, and by tokens of context."""
+def tables(losses, bag_sizes, buckets, bytes_per_token):
+    """Markdown: the loss of each side over all positions, and by tokens of context."""
 
     def cell(label, i, base=None):
         loss, error = (x[i] for x in mean_and_error(losses[label], base))
         return f"{loss:{'' if base is None else '+'}.4f}" + f" ± {error:.4f}" * bool(error)
 
-    baseline, *others = sides
+    baseline, *others = losses
     whole = [["", "seeds", "bag size", "nats per token", "bits per byte", f"minus {baseline}"]]
-    for label, side in sides.items():
-        bits = losses[label][..., -1].mean() / math.log(2) / (bytes_per_token or math.nan)
-        bag_size = str(side[0][1]["config"]["bag_size"])
-        row = [label, str(len(side)), bag_size, cell(label, -1), f"{bits:.4f}"]
+    for label, side in losses.items():
+        bits = side[..., -1].mean() / math.log(2) / (bytes_per_token or math.nan)
+        row = [label, str(len(side)), bag_sizes[label], cell(label, -1), f"{bits:.4f}"]
         whole.append([*row, cell(label, -1, losses[baseline]) if label != baseline else ""])
-    parts = [["context", *sides, *(f"{label} - {baseline}" for label in others)]]
+    parts = [["context", *losses, *(f"{label} - {baseline}" for label in others)]]
     for i, (first, last) in enumerate(buckets):
         differences = [cell(label, i, losses[baseline]) for label in others]
         context = f"{first:,}-{last:,}" if first < last else f"{first}"
-        parts.append([context, *(cell(label, i) for label in sides), *differences])
+        parts.append([context, *(cell(label, i) for label in losses), *differences])
     return markdown_table(whole), markdown_table(parts)
 
 
-def draw(losses, buckets, title):
-    """A figure: loss by context, its difference to the first side, and two standard errors."""
-    fig, axes = new_figure((11, 4.6), 1, 2)
-    baseline, x = next(iter(losses)), [math.sqrt(first * last) for first, last in buckets]
-    whats = "validation loss", f"difference to {baseline}"
-    for ax, what, base in zip(axes, whats, (None, losses[baseline])):
-        for i, (label, side) in enumerate(losses.items()):
-            y, error = (values[:-1] for values in mean_and_error(side, base))
-            look = dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)])
-            ax.errorbar(x, y, 2 * error, label=label, **look)
-        ax.set_xscale("log", base=2)
-        ax.set(xlabel="tokens of context", ylabel=f"{what} (nats per token)")
-        tidy(ax)
-        ax.legend(frameon=False)
-    fig.suptitle(title, fontsize=11)
-    return fig
-
-
 def main(c):
-    if c.block_size < 0 or c.eval_positions < 1:
-        raise UserError("block_size must not be negative, and eval_positions at least 1")
-    device, sides = pick_device(c.device), read_sides(c)
-    saved = [(label, path, one) for label, side in sides.items() for path, one in side]
-    block_size = c.block_size or min(one["config"]["block_size"] for *_, one in saved)
-    spec, buckets = c.dataset or saved[0][2]["config"]["dataset"], buckets_of(block_size)
-    text = open_mixture(spec)
-    for _, path, one in saved:
-        check_vocabulary(text, one["meta"], path)
+    device, runs = pick_device(c.device), read_checkpoints(c)
+    spec = c.dataset or runs[0]["saved"]["config"]["dataset"]
+    block_size = min(run["saved"]["config"]["block_size"] for run in runs)
+    text, buckets = open_mixture(spec), buckets_of(block_size)
+    bag_sizes = {run["label"]: run["facts"]["bag_size"] for run in runs}
+    for run in runs:
+        check_vocabulary(text, run["saved"]["meta"], run["name"])
     for name, corpus, _ in text.parts:  # several if the checkpoints read a mixture
         rows = validation_rows(corpus.val, c.eval_positions, block_size)  # (n, L+1)
-        of_side = lambda side, rows=rows: [losses_of(*one, rows, buckets, device) for one in side]
-        losses = {label: np.stack(of_side(side)) for label, side in sides.items()}
-        what = f"{name or spec}: {len(rows):,} rows of {block_size:,} tokens"
-        title = f"{what} of its validation split"
-        whole, parts = tables(losses, sides, buckets, corpus.bytes_per_token)
-        print(f"{title}\n\n{whole}\n" + f"\n{parts}\n" * c.by_position)
-        if c.out and corpus is text.parts[0][1]:
-            save_picture(draw(losses, buckets, title), c.out)
-            print(f"wrote {c.out}")
+        losses = {label: [] for label in bag_sizes}
+        for run in runs:
+            losses[run["label"]].append(losses_of(run, rows, device))
+        losses = {label: np.stack(seeds) for label, seeds in losses.items()}
+        whole, parts = tables(losses, bag_sizes, buckets, corpus.bytes_per_token)
+        print(f"{name or spec}: {len(rows):,} validation rows of {block_size:,} tokens\n")
+        print(f"{whole}\n" + f"\n{parts}\n" * c.by_position)
     print(ABOUT_ERRORS)
-    other = {label for label, _, one in saved if one["meta"].get("fingerprint") != text.fingerprint}
-    if other:
-        print(f"Trained on another corpus than {spec}: {', '.join(sorted(other))}.")
-    facts = lambda one: {key: str(value) for key, value in one["config"].items() if value != ""}
-    named = [dict(name=label, label=label, facts=facts(one)) for label, _, one in saved]
-    print(*notes_on_differences(named), sep="\n")
+    print(*notes_on_differences(runs), sep="\n")
 
 
 if __name__ == "__main__":

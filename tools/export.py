@@ -18,7 +18,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/ex
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/export.py
 from nanotst import UserError
 from nanotst.checkpoint import load_model
 from nanotst.configurator import entry_point
@@ -79,16 +78,13 @@ def save_hf(model, folder, dtype="float32", overwrite=False, files=(), **options
 
     folder, c, tensors = Path(folder).resolve(), model.config, {}
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if others := there - FILES:
-        raise UserError(f"{folder} holds {min(others)}, which no export wrote; choose another")
-    if there and not overwrite:
-        raise UserError(f"{folder} holds an earlier export; choose another folder or --overwrite")
+    if there - FILES or there and not overwrite:
+        what = f"{folder} holds {min(there - FILES or there)}; choose another folder"
+        raise UserError(f"{what}, or --overwrite one that holds an earlier export alone")
     for p in model.parameters():
         p.copy_(p.to(getattr(torch, dtype)))
-    state, table = model.state_dict(), tensor_table(c)
-    if missing := table.keys() - state.keys():
-        raise UserError(f"this model has no {min(missing)}, which {model_type_of(c)} needs")
-    for ours, names in table.items():
+    state = model.state_dict()
+    for ours, names in tensor_table(c).items():
         for name, part in zip(names, parts(c, ours, state[ours])):
             tensors[name] = part.to(getattr(torch, dtype), copy=True).contiguous()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -157,16 +153,12 @@ def tokenizer_files(tokenizer, block_size):
     return {"tokenizer.json": json.loads(theirs.to_str()), "tokenizer_config.json": settings}
 
 
-def main(config):
-    c = config
+def main(c):
     import_transformers().utils.logging.disable_progress_bar()
     model, saved = load_model(c.checkpoint)
     files, length = {}, model.config.block_size
     try:
-        tokenizer = tokenizer_of(c.checkpoint, saved, c.data)
-        files = tokenizer_files(tokenizer, length)
-        if tokenizer.vocab_size not in (50257, 128256):
-            print("llama.cpp does not know this vocabulary: no GGUF file can be made of this model")
+        files = tokenizer_files(tokenizer_of(c.checkpoint, saved, c.data), length)
     except UserError as e:  # such as a rank file that has moved
         print(f"exported without a tokenizer: {e}")
     separator, coef = saved["meta"].get("separator"), saved["config"].get("balance_coef", 0.0)

@@ -48,8 +48,8 @@ class Config:
 def entropies(keys):
     """Nats of the distribution of keys, by Grassberger's estimate and the plain one: (2,)."""
     few = keys.max() < 2**22  # a table of counts is faster than sorting
-    counts = np.bincount(keys) if few else np.unique(keys, return_counts=True)[1]
-    n = counts[counts > 0]
+    n = np.bincount(keys) if few else np.unique(keys, return_counts=True)[1]
+    n = n[n > 0]
     # G(2m) = G(2m+1) = digamma(m + 1/2) + log 2
     g = torch.digamma(torch.from_numpy(n // 2 + 0.5)).numpy() + math.log(2)
     return math.log(len(keys)) - np.array([n @ g, n @ np.log(n)]) / len(keys)
@@ -85,20 +85,16 @@ def fit(distances, values):
             c0, a = 0.0, (power @ y) / (power @ power)
         return ((c0 + a * power - y) ** 2).sum(), c0, a, k
 
-    ks = np.linspace(-6, -0.02, 300)
-    while (step := ks[1] - ks[0]) > 1e-10:
-        best = min(ks, key=solve)
-        ks = np.linspace(max(best - step, -6), min(best + step, -0.02), 21)
-    return solve(best)[1:]
+    return min(map(solve, np.arange(-6, -0.02, 1e-3)))[1:]
 
 
 def main(c):
     corpus = open_corpus(c.dataset)
-    n = min(c.tokens, len(corpus.train))
-    if c.max_distance < 4 or n < 100 * c.max_distance:
-        raise UserError(f"max_distance must be at least 4 and at most a hundredth of {n:,} tokens")
-    starts = np.linspace(0, len(corpus.train) - n // 10, 10).astype(int)
-    blocks = np.stack([corpus.train[i : i + n // 10] for i in starts])
+    n = min(c.tokens, len(corpus.train)) // 10
+    if c.max_distance < 4 or n < 10 * c.max_distance:
+        raise UserError(f"max_distance must be at least 4 and at most a tenth of a block, {n:,}")
+    starts = np.linspace(0, len(corpus.train) - n, 10).astype(int)
+    blocks = np.stack([corpus.train[i : i + n] for i in starts])
     distances = list(range(1, c.max_distance + 1))
     corrected, plain = mutual_information(blocks, corpus.vocab_size, distances)
     c0, a, k = map(float, fit(distances, corrected))
@@ -106,8 +102,8 @@ def main(c):
     result |= {"information": corrected.tolist(), "plain": plain.tolist(), "tokens": blocks.size}
     result |= {"dataset": corpus.folder, "fingerprint": corpus.fingerprint, "command": sys.argv}
     print("   d  information  as counted")
-    for d in (d for d in distances if d & (d - 1) == 0):  # powers of two; the file has all
-        print(f"{d:4}  {corrected[d - 1]:11.4f}  {plain[d - 1]:10.4f}")
+    for row in zip(distances, corrected, plain):
+        print("{:4}  {:11.4f}  {:10.4f}".format(*row))
     print(f"fit: {c0:.4f} + {a:.4f} d^{k:.4f}")
     Path(c.out).parent.mkdir(parents=True, exist_ok=True)
     Path(c.out).write_text(json.dumps(result, indent=1) + "\n")

@@ -24,8 +24,8 @@ from nanotst.configurator import entry_point
 from nanotst.machine import PEAK_FLOPS
 from nanotst.mixture import open_mixture
 from tools.bench import VOCAB_SIZES
+from tools.runs import markdown_table
 
-ENOUGH = 8192  # positions of a micro-batch that fill a GPU; where they fit, nothing is recomputed
 MARGIN = 1.05  # free memory wanted for each byte planned
 PARTS = "weights", "moments", "gathered", "gradients", "activations", "loss"  # of memory
 
@@ -58,58 +58,54 @@ def kept_by_block(c, m, n):
 
     Compiled code keeps the inputs of matrix products and what attention saves. Eager code also keeps a norm's
     input and quotient in float32, the sigmoid and a product in SwiGLU."""
-    e, eager, cpu = 4 if c.dtype == "float32" else 2, c.compile == "off", c.device == "cpu"
+    e, eager = 4 if c.dtype == "float32" else 2, c.compile == "off"
     q, kv = m.n_head * m.head_dim, m.n_kv_head * m.head_dim
-    norm = 8 if eager else e  # per channel
+    norm = m.n_embd * (8 if eager else e)
     attention = 3 * e * (q + kv)  # queries, keys and values, some of them twice, and the result
-    if cpu and m.block_size <= 512:  # the CPU's own attention keeps its softmax
+    if c.device == "cpu" and m.block_size <= 512:  # the CPU's own attention keeps its softmax
         attention = e * (4 * q + m.n_head * m.block_size)
-    attention += norm * (q + kv) * (m.qk_norm and eager)
+    attention += 8 * (q + kv) * (m.qk_norm and eager)
     mlp = e * (m.n_embd + (5 if eager else 3) * m.ff_dim)
     if m.n_expert:  # on a CPU each expert has empty rows, up to a multiple of 64
-        rows = m.top_k + 63 * min(m.n_expert, n * m.top_k) / n * cpu
+        rows = m.top_k + 63 * min(m.n_expert, n * m.top_k) / n * (c.device == "cpu")
         mlp = rows * (mlp + e * m.n_embd) + 4 * m.n_embd * eager
-    return attention + (norm + e) * m.n_embd, mlp + norm * m.n_embd
+    return attention + norm + e * m.n_embd, mlp + norm
 
 
 def memory(c, gpt, rows, way, micro_steps):
-    """{part: bytes} of one GPU at the worst moment of a step: the loss, the backward pass of the last and of
-    the first block, its end, or the optimizer. rows: of a micro-batch; micro_steps: of a GPU."""
+    """{part: bytes} of one GPU at the worst moment of a step: the loss, or the backward pass of the last or
+    the first block. rows: of a micro-batch; micro_steps: of a GPU."""
     m, e, n = gpt.config, 4 if c.dtype == "float32" else 2, rows * gpt.config.block_size
-    eager, cpu, fsdp = c.compile == "off", c.device == "cpu", way.parallel == "FSDP"
+    cpu, fsdp = c.device == "cpu", way.parallel == "FSDP"
     block = sum(p.numel() for p in gpt.blocks[0].parameters())
     params, table, C = sum(p.numel() for p in gpt.parameters()), gpt.embed.weight.numel(), m.n_embd
-    matrices = [p.numel() for _, p, init in gpt.inits() if init.kind == "matrix"]
-    muon = c.optimizer == "muon"  # one moment for matrices, and copies of the one it works on
-    moments = 8 * params - 4 * sum(matrices) * muon
+    matrices = sum(p.numel() for _, p, init in gpt.inits() if init.kind == "matrix")
+    moments = 8 * params - 4 * matrices * (c.optimizer == "muon")  # of which Muon has one
     gathered = (4 * e + 4) * max(block, table) * fsdp  # two units, and gradients to be summed
 
-    inputs, cast = e * n * C, e == 2 and not fsdp  # cast: autocast copies the weights
     attention, mlp = (n * kept for kept in kept_by_block(c, m, n))
-    attention += 2 * block * cast
+    inputs = e * n * C
     each = inputs if way.recompute else attention + mlp
     inside = attention + mlp + 2 * e * n * (m.ff_dim + C) * max(1, m.top_k)  # gradients, too
     if cpu and m.block_size <= 512:
         inside = max(inside, attention + 12 * n * m.n_head * m.block_size)
+    chunk = min(n * table // C, 2**26 if cpu else 2**29)  # logits that the fused loss holds at once
+    by_parts = cpu and 16 * table <= n * (table / C + C)  # how the head's gradient is summed
+    loss = e * chunk + (1 + 16 * by_parts) * (4 if e == 4 else 6) * table
 
     # Float32 gradients come during the backward pass, unless micro-steps are summed or DDP has its buckets;
     # with both there are two of each. A compiled graph returns them all at its end.
     total = 4 * params / way.shards
     held = total * ((micro_steps > 1) + (way.parallel == "DDP"))
-    at_end = held + 4 * (params - table) * (not eager and not fsdp) if held else total
-    chunk = min(n * table // C, 2**26 if cpu else 2**29)  # logits that the fused loss holds at once
-    by_parts = cpu and 16 * table <= n * (table / C + C)  # how the head's gradient is summed
-    of_head = (1 + 16 * by_parts) * (4 if e == 4 else 6) * table + 2 * table * cast
-    loss = e * chunk + 4 * min(chunk, 2**20) * eager + of_head + 2 * inputs
-    early, late = held or 4 * table / way.shards, held or total - 4 * (block + table) / way.shards
-    moments_of_step = [
-        (held, m.n_layer * each + 3 * inputs, loss),
-        (early, (m.n_layer - 1) * each + inside, 0),
-        (late, inside, 0),
-        (at_end, inputs + 12 * max(matrices) * muon, 0),
-    ]
+    last = held + total * (c.compile != "off" and not fsdp) if held else total
     states = 4 * params / way.shards, moments / way.shards, gathered
-    return dict(zip(PARTS, (*states, *max(moments_of_step, key=sum))))
+    worst = max(
+        (held, m.n_layer * each + 5 * inputs, loss),
+        (held, (m.n_layer - 1) * each + inside, 0),
+        (last, inside, 0),
+        key=sum,
+    )
+    return dict(zip(PARTS, (*states, *worst)))
 
 
 def largest(c, gpt, way, rank_rows):
@@ -123,17 +119,15 @@ def largest(c, gpt, way, rank_rows):
 
 
 def plan(c, argv):
-    """The plan as text. c: the knobs in argv. Raises UserError where train.py would."""
-    if c.gpus < 1 or c.gpus > 8 and c.gpus % 8 or not 0 < c.mfu <= 1:
-        raise UserError("gpus must be 1 to 8 or a multiple of 8, mfu above 0 and at most 1")
-    if c.gpus % (c.shard_size or 1):
-        raise UserError(f"shard_size must divide the {c.gpus} GPUs, got {c.shard_size}")
+    """Print the plan. c: the knobs in argv. Raises UserError where train.py would."""
+    if c.gpus < 1 or c.gpus > 8 and c.gpus % 8 or c.gpus % (c.shard_size or 1):
+        raise UserError("gpus must be 1 to 8 or a multiple of 8, and of shard_size")
     phases = train.check(replace(c, batch_size=0), c.gpus)  # batch_size is chosen below
     try:
         vocab_size = c.vocab_size or open_mixture(c.dataset).meta["vocab_size"]
-    except UserError as e:
+    except UserError:
         if c.dataset not in VOCAB_SIZES:
-            raise UserError(f"{e}; or give --vocab_size=") from None
+            raise
         vocab_size = VOCAB_SIZES[c.dataset]
     with torch.device("meta"):
         gpt = GPT(model_config(vars(c), {"vocab_size": vocab_size}))
@@ -145,34 +139,33 @@ def plan(c, argv):
     tokens = sum((p.stop - p.start) * p.n_in for p in phases) * c.total_batch
     flops = gpt.flops_per_position() * positions
     days = flops / (c.mfu * PEAK_FLOPS[c.gpu] * c.gpus) / 86400
-    lines = [
-        f"{gpt.n_params():,} parameters, {gpt.n_params(active=True):,} active",
-        f"{flops:.3g} FLOPs: {days:.2f} days of {c.gpus} {c.gpu} at an MFU of {c.mfu:g}",
-        f"{tokens / 1e9:.4g} billion tokens, {tokens / positions:.2f} x the baseline's\n",
-        " " * 20 + f"rows {' '.join(PARTS)} total, GB of a GPU",
-    ]
-    fitting, rank_rows = {}, c.total_batch // c.block_size // c.gpus
-    for way in ways:
+    print(f"{gpt.n_params():,} parameters, {gpt.n_params(active=True):,} active")
+    print(f"{flops:.3g} FLOPs: {days:.2f} days of {c.gpus} {c.gpu} at an MFU of {c.mfu:g}")
+    print(f"{tokens / 1e9:.4g} billion tokens, {tokens / positions:.2f} x the baseline's\n")
+    rank_rows = c.total_batch // c.block_size // c.gpus
+    cells, found = [["GB of a GPU", "rows", *PARTS, "total", ""]], None
+    for way in ways:  # the first that fits is recommended
         rows, parts, fits = largest(c, gpt, way, rank_rows)
-        if fits:
-            fitting[way] = rows
-        cells = " ".join(f"{size / 1e9:{len(part)}.1f}" for part, size in parts.items())
-        total = f"{sum(parts.values()) / 1e9 + c.reserve:5.1f}" + " too much" * (not fits)
-        lines.append(f"{way!s:20}{rows:4} {cells} {total}")
-    if not fitting:
-        return "\n".join([*lines, "\nnothing fits; take more GPUs, or a shorter block_size"])
-    enough = min(rank_rows, ENOUGH / c.block_size)
-    best = max(fitting, key=lambda way: min(fitting[way], enough))  # the first that has enough
-    rows = fitting[best]
-    lines.append(f"\nrecommended: {best}, {rank_rows // rows} micro-steps of {rows} rows")
-    return "\n".join([*lines, command(c, argv, best, rows)])
+        found = found or fits and (way, rows)
+        parts["total"] = sum(parts.values()) + c.reserve * 1e9
+        sizes = [f"{size / 1e9:.1f}" for size in parts.values()]
+        cells.append([str(way), str(rows), *sizes, "" if fits else "too much"])
+    print(markdown_table(cells))
+    if not found:
+        print("\nnothing fits; take more GPUs, or a shorter block_size")
+        return
+    way, rows = found
+    print(f"\nrecommended: {way}, {rank_rows // rows} micro-steps of {rows} rows")
+    print(command(c, argv, way, rows))
 
 
 def command(c, argv, way, rows):
     """The command line that starts the run."""
-    start = f"torchrun --standalone --nproc_per_node={c.gpus} train.py"
-    start = "python train.py" if c.gpus == 1 else start
-    start = f"sbatch --nodes={c.gpus // 8} examples/slurm.sh" if c.gpus > 8 else start
+    start = "python train.py"
+    if c.gpus > 1:
+        start = f"torchrun --standalone --nproc_per_node={c.gpus} train.py"
+    if c.gpus > 8:
+        start = f"sbatch --nodes={c.gpus // 8} examples/slurm.sh"
     own = Config.__annotations__  # without those of train.py
     given = [a for a in argv if a[2:].split("=")[0].replace("-", "_") not in own]
     parallel = "fsdp" if way.parallel == "FSDP" else c.parallel
@@ -182,4 +175,4 @@ def command(c, argv, way, rows):
 
 
 if __name__ == "__main__":
-    entry_point(lambda c: print(plan(c, sys.argv[1:])), Config)
+    entry_point(lambda c: plan(c, sys.argv[1:]), Config)

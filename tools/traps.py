@@ -17,7 +17,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/tr
 import torch
 import torch.nn.functional as F
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/traps.py
 from nanotst import UserError
 from nanotst.configurator import entry_point
 
@@ -42,23 +41,21 @@ class Config:
 
 def check_loss(loss):
     labels, log_v = distinct(4), math.log(V)
-    least = weights_of(loss, labels).gather(1, labels).min()
-    yield "each label counts at its position", least > 1e-3, "not so", "Bag labels flattened"
+    own = weights_of(loss, labels).gather(1, labels)  # (N, 4)
+    yield "each label counts at its position", own.min() > 1e-3, "not so", "Bag labels flattened"
     for s in (2, 4, 8, 1):
         value = float(loss(torch.zeros(N, V), distinct(s)))
         known = {"Labels summed": s * log_v, "Divided by s twice": log_v / s}
         known["The log of the summed"] = log_v - math.log(s)
         rows = [row for row, x in known.items() if math.isclose(value, x, rel_tol=1e-3)]
         yield numbers(f"s = {s}: zero logits cost log V,", value, log_v, [*rows, "Another loss"][0])
-    z, labels = torch.randn(N, V), distinct(1)
-    right = F.cross_entropy(z, labels[:, 0])
-    yield numbers("s = 1 is cross-entropy,", loss(z, labels), right, "s = 1 is a second")
-    labels = distinct(4)
-    right = weights_of(loss, labels).gather(1, labels)[0, :2].sum()
+    z, one = torch.randn(N, V), distinct(1)
+    right = F.cross_entropy(z, one[:, 0])
+    yield numbers("s = 1 is cross-entropy,", loss(z, one), right, "s = 1 is a second")
     labels[:, 1] = labels[:, 0]
     value = weights_of(loss, labels)[0, labels[0, 0]]
-    yield numbers("a label twice in a bag has weight", value, right, "Labels as a set")
-    z, labels = torch.randn(N, V), distinct(3)
+    yield numbers("a label twice in a bag has weight", value, own[0, :2].sum(), "Labels as a set")
+    labels = distinct(3)
     own = weights_of(loss, labels).gather(1, labels).mean(0)  # (3,)
     right = sum(own[i] * F.cross_entropy(z[: N - i], labels[: N - i, i]) for i in (0, 1))
     labels[N - 1, 1], labels[:, 2] = -100, -100
@@ -117,13 +114,16 @@ def weights_of(loss, labels):
     return z.detach().softmax(-1) - N * gradient
 
 
+CHECKS = {"loss": check_loss, "split": check_split, "embed": check_embed}
+
+
 def check(**functions):
     """Try the functions, any of loss=, split= and embed=, and print a line for each check. Returns whether
     all hold."""
     torch.manual_seed(0)
-    checks, all_hold = {"loss": check_loss, "split": check_split, "embed": check_embed}, True
+    all_hold = True
     for kind, function in functions.items():
-        for what, right, found, row in checks[kind](function):
+        for what, right, found, row in CHECKS[kind](function):
             if not right:
                 print(f"TRAP  {what}; yours: {found}. TRAPS.md: {row} ...")
                 all_hold = False
@@ -132,17 +132,15 @@ def check(**functions):
     return all_hold
 
 
-def main(config):
-    path = Path(config.file)
-    names = {k: getattr(config, k) for k in ("loss", "split", "embed") if getattr(config, k)}
+def main(c):
+    path, names = Path(c.file), {kind: getattr(c, kind) for kind in CHECKS if getattr(c, kind)}
     if not path.is_file() or not names:
         raise UserError(f"{path} is not a file, or --loss=, --split= and --embed= are missing")
     sys.path.insert(0, str(path.parent))  # for what the file imports
     there = runpy.run_path(str(path))
     if missing := names.values() - there.keys():
         raise UserError(f"{path} has no function {min(missing)}")
-    if not check(**{kind: there[name] for kind, name in names.items()}):
-        sys.exit(1)
+    sys.exit(not check(**{kind: there[name] for kind, name in names.items()}))
 
 
 if __name__ == "__main__":

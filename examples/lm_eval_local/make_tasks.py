@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # for python examples/lm_eval_local/make_tasks.py
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # for python .../make_tasks.py
+
 from nanotst import UserError
 from nanotst.configurator import entry_point
 from nanotst.corpus import open_corpus
@@ -85,13 +84,12 @@ def main(c):
         raise UserError("the validation split has nothing for one of the tasks; raise --max_bytes")
     folder = Path(c.out_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    place = json.dumps(folder.as_posix(), ensure_ascii=False)[1:-1]  # the same quotes in YAML
     for name, items in (("last_word", passages), ("swapped_words", sentences)):
         chosen = random.Random(SEED).sample(list(items.values()), min(c.n_items, len(items)))
-        lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in chosen)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
-        task = (Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")
-        (folder / f"{name}.yaml").write_text(task.replace("$folder", place), encoding="utf-8")
+        lines = "".join(json.dumps(item) + "\n" for item in chosen)
+        (folder / f"{name}.jsonl").write_text(lines)
+        task = (Path(__file__).parent / f"{name}.yaml").read_text("utf-8")
+        (folder / f"{name}.yaml").write_text(task.replace("$folder", folder.as_posix()), "utf-8")
         print(f"{name}: {len(chosen):,} of {len(items):,} items in {folder}")
 
 
