@@ -8,7 +8,6 @@ Opening a corpus checks the sizes of its files, their headers, and, up to 1 GB o
 sha256 in meta.json. The fingerprint, which a resumed run compares, covers 1024 blocks of a larger corpus."""
 
 import bisect
-import functools
 import hashlib
 import os
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from nanotst.formats import AGAIN, find, readable, sha256_of
 
 LARGE = 2**30  # bytes of tokens
 BLOCK, N_BLOCKS = 4096, 1024  # of the fingerprint of a large corpus: tokens in a block, blocks
-OPEN_FILES = 100  # of a split; each takes a file descriptor
 HEADER = 256 * 4  # bytes
 
 
@@ -30,7 +28,6 @@ class Corpus:
     meta: dict  # plain values, for a checkpoint
     train: "Tokens"
     val: "Tokens"
-    note: str = ""  # a line for people about what was guessed
 
     vocab_size = property(lambda self: self.meta["vocab_size"])
     bytes_per_token = property(lambda self: self.meta["bytes_per_token"])  # of val; None if unknown
@@ -53,19 +50,15 @@ def open_corpus(name):
         if sha256_of(path := os.path.join(found.folder, name)) != sha256:
             raise UserError(f"{path} is damaged: its sha256 is not the one in meta.json; {AGAIN}")
     meta["fingerprint"] = fingerprint(*splits, meta["vocab_size"], large)
-    return Corpus(found.folder, meta, *splits, found.note)
+    return Corpus(found.folder, meta, *splits)
 
 
 def check_same(corpus, saved, where):
     """UserError unless `saved`, the meta of the checkpoint `where`, describes the same tokens."""
-    if corpus.fingerprint != saved.get("fingerprint"):
+    if differing(corpus.meta, saved, ("fingerprint", "separator")):
         keys = ("vocabulary", "vocab_size", "train_tokens", "val_tokens", "separator")
         what = differing(corpus.meta, saved, keys) or "as many tokens, but others"
         raise UserError(f"{corpus.folder} does not hold the corpus of {where}: {what}")
-    if what := differing(corpus.meta, saved, ("separator",)):  # of documents, which bags may heed
-        raise UserError(
-            f"meta.json in {corpus.folder} has changed since {where}: {what}; restore it"
-        )
 
 
 def check_vocabulary(corpus, saved, where):
@@ -95,7 +88,6 @@ def fingerprint(train, val, vocab_size, large):
         for start in starts:
             digest.update(tokens[start : start + length].astype(dtype, copy=False))
         parts.append(digest.hexdigest())
-        tokens.map.cache_clear()  # or all that was read would count as memory in use
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -110,22 +102,19 @@ class Tokens:
 
     def __init__(self, paths, dtype, header, vocab_size):
         self.paths, self.dtype, self.vocab_size = paths, dtype, vocab_size
-        self.offset, self.stops = HEADER if header else 0, [0]
-        self.states = [size_and_time(path) for path in paths]
-        for path, (size, _) in zip(paths, self.states):
+        self.offset, self.states, self.stops = HEADER if header else 0, [], [0]
+        for path in paths:
+            with readable(path), open(path, "rb") as f:
+                self.states.append(size_and_time(f))
+                says = np.fromfile(f, "<i4", 3).tolist()
+            size = self.states[-1][0]
             n, rest = divmod(size - self.offset, dtype.itemsize)
             if rest or n <= 0:
                 raise UserError(f"{path} is cut short: {size:,} bytes of {dtype.name}; {AGAIN}")
-            says = np.fromfile(path, "<i4", 3).tolist()
             if header and says != [*header, n]:
                 what = f"its header (magic, version, tokens) is {says}, not {[*header, n]}"
                 raise UserError(f"{path}: {what}; fetch it again")
             self.stops.append(self.stops[-1] + n)
-        self.map = functools.lru_cache(OPEN_FILES)(self._map)
-
-    def _map(self, i):
-        with readable(self.paths[i]):
-            return np.asarray(np.memmap(self.paths[i], self.dtype, "r", self.offset))
 
     def __len__(self):
         return self.stops[-1]
@@ -141,20 +130,20 @@ class Tokens:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def _read(self, i, start, stop):
-        """[start:stop] of the split, which lies in file i."""
+        """[start:stop] of the split, which lies in file i. It is opened each time, since a large corpus has
+        more files than a process may keep open."""
         path, start, stop = self.paths[i], start - self.stops[i], stop - self.stops[i]
-        if size_and_time(path) != self.states[i]:  # reading beyond its end would kill the process
-            raise UserError(f"{path} has changed while it was in use; start again")
-        ids = self.map(i)[start:stop]
+        with readable(path), open(path, "rb") as f:
+            if size_and_time(f) != self.states[i]:
+                raise UserError(f"{path} has changed while it was in use; start again")
+            f.seek(self.offset + start * self.dtype.itemsize)
+            ids = np.frombuffer(f.read((stop - start) * self.dtype.itemsize), self.dtype)
         if ids.max() >= self.vocab_size:
-            what = f"id {ids.max()} among tokens {start:,} to {stop:,}"
-            raise UserError(
-                f"{path}: {what} is beyond the vocabulary of {self.vocab_size:,}; {AGAIN}"
-            )
+            what = f"{path}: id {ids.max()} among tokens {start:,} to {stop:,}"
+            raise UserError(f"{what} is beyond the vocabulary of {self.vocab_size:,}; {AGAIN}")
         return ids
 
 
-def size_and_time(path):
-    with readable(path):
-        status = os.stat(path)
+def size_and_time(file):
+    status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns

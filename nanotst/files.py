@@ -1,7 +1,6 @@
 """Atomic file writes: after a kill or on a full disk, a file is either complete or still the old one."""
 
 import contextlib
-import errno
 import os
 
 from nanotst import UserError
@@ -23,11 +22,8 @@ def write_safely(path, write):
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        # torch.save wraps an OSError in a RuntimeError
-        cause = e if isinstance(e, OSError) else e.__context__ or e
-        full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = getattr(cause, "strerror", None) or f"{type(e).__name__} {e}"
-        reason = "the disk is full; make room" if full else " ".join(reason.split())[:200]
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides it
+        reason = getattr(cause, "strerror", None) or e
         old = "; the old one is untouched" * os.path.exists(path)
         raise UserError(f"cannot write {path}: {reason}{old}") from None
 

@@ -1,5 +1,6 @@
 """corpus.py and formats.py on corpora that are written here by other means, whole and damaged."""
 
+import errno
 import hashlib
 import json
 import os
@@ -100,14 +101,12 @@ def test_nanogpt_tokens_and_characters(tmp_path):
     c = open_corpus(nanogpt(tmp_path / "x", TRAIN + 49000))
     assert c.train[:].tolist() == (TRAIN + 49000).tolist() and c.val[:].tolist() == VAL.tolist()
     assert dict(encoding="gpt2", bytes_per_token=None, **GPT2).items() <= c.meta.items()
-    assert "its tokens are taken for GPT-2's" in c.note
+    assert "its tokens are taken for GPT-2's" in c.meta["source"][0]
     characters = [chr(200 + i) for i in range(300)]
     pickled = {"vocab_size": 300, "itos": dict(enumerate(characters)), "stoi": {}}
     c = open_corpus(nanogpt(tmp_path / "y", pickled=pickled))
     assert c.vocab_size == 300 and c.meta["encoding"] is None and c.bytes_per_token is None
     assert c.meta["characters"] == characters and c.train[:].tolist() == TRAIN.tolist()
-    pickled = {"vocab_size": 2, "itos": {0: "\n", 1: "a"}}
-    assert open_corpus(nanogpt(tmp_path / "z", [0, 1], [1], pickled)).bytes_per_token == 1.0
     c = open_corpus(nanogpt(tmp_path / "w", pickled={"vocab_size": 400}))
     assert "characters" not in c.meta
 
@@ -123,11 +122,9 @@ def test_llm_c_shards_are_in_order_of_their_numbers(tmp_path):
     assert wanted.items() <= c.meta.items()
 
 
-def test_threads_share_a_corpus_and_few_files_stay_open(tmp_path, monkeypatch, large):
-    monkeypatch.setattr(corpus, "OPEN_FILES", 3)
+def test_threads_share_a_corpus_and_no_file_stays_open(tmp_path, large):
     c, wrong = open_corpus(ours(tmp_path / "x", cuts=list(range(10, 1000, 10)))), []
-    assert c.train.map.cache_info().currsize == 0  # what the fingerprint read is closed again
-    first = c.train[20:25]
+    opened = len(os.listdir("/proc/self/fd"))
 
     def read(seed):
         for start in np.random.default_rng(seed).integers(0, 970, 300):
@@ -137,12 +134,10 @@ def test_threads_share_a_corpus_and_few_files_stay_open(tmp_path, monkeypatch, l
     threads = [threading.Thread(target=read, args=(i,)) for i in range(3)]
     [t.start() for t in threads]
     [t.join() for t in threads]
-    assert not wrong and c.train.map.cache_info().currsize == 3
-    assert first.tolist() == TRAIN[20:25].tolist()  # a slice outlives its file
+    assert not wrong and len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_a_file_that_changes_while_it_is_in_use_is_one_line(tmp_path):
-    """Reading beyond the new end of a file would end the process by a signal."""
     c = open_corpus(ours(tmp_path / "x", cuts=[300, 600]))
     path = tmp_path / "x" / "train_00001.bin"
     assert c.train[299:301].tolist() == TRAIN[299:301].tolist()
@@ -325,7 +320,7 @@ def test_ids_of_a_large_corpus_are_checked_when_they_are_read(tmp_path, large):
 
 WRONG = [{"vocab_size": x} for x in (None, 0, 300.0, True)]
 WRONG += [{"dtype": x} for x in (None, "float16", ["u2"])] + [{"train_tokens": "1000"}]
-WRONG += [{"separator": x} for x in (-1, 300, "0")] + [{"sha256": {"../a_train.bin": "0" * 64}}]
+WRONG += [{"sha256": {"../a_train.bin": "0" * 64}}]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
@@ -348,7 +343,7 @@ class Code:
 
 PICKLED = [Code(), {"vocab_size": 300, "x": Code()}, {"vocab_size": np.int64(300)}, {}, []]
 PICKLED += [{"vocab_size": n} for n in (None, 0, 2**16 + 1, 300.0)]
-PICKLED += [{"vocab_size": 2, "itos": itos} for itos in ({0: "a"}, {0: "a", 1: 5}, 7)]
+PICKLED += [{"vocab_size": 2, "itos": itos} for itos in ({0: "a"}, 7)]
 
 
 def test_meta_pkl_is_not_trusted(tmp_path, monkeypatch):
@@ -360,7 +355,10 @@ def test_meta_pkl_is_not_trusted(tmp_path, monkeypatch):
     assert not os.path.exists("code_was_run")
 
 
-def test_a_default_corpus_of_other_packages_says_so_each_time(tmp_path):
-    other = "NOT THE PINNED CORPUS: 9,000 Python files of the packages installed here"
-    assert other in open_corpus(ours(tmp_path / "other", source=[other])).note
-    assert not open_corpus(ours(tmp_path / "pinned", source=["12,878 Python files"])).note
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    folder = ours(tmp_path / "x")
+    monkeypatch.setattr(os, "listdir", refuse)
+    refused(folder, f"cannot read {folder}: Permission denied")
