@@ -30,6 +30,7 @@ class Options:
 
     separator: str = "<|endoftext|>"  # line between the documents of a text file
     field: str = "text"  # field of JSON objects, or column of a parquet file
+    val_fraction: float = 0.0  # share of the documents to hold out
     cut: int = 25_000_000  # bytes after which a text ends at the next empty line
 
 

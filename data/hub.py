@@ -61,8 +61,7 @@ def prepare_from_hub(config, out_dir, repo, suffix, folder=""):
         raise UserError(f"{repo}/{folder} has {len(files)} files *{suffix}, two are needed")
     # the first files are a sample of all
     files.sort(key=lambda f: hashlib.sha256(f"{config.seed} {f.path}".encode()).digest())
-    size = sum(f.size for f in files) / 1e9
-    print(f"{repo}/{folder} at {commit}: {len(files):,} files, {size:,.1f} GB")
+    print(f"{repo}/{folder} at {commit}: {len(files):,} files")
     knobs["commit"] = commit
     out = Writer(out_dir, tokenizer, knobs, knobs["shard_tokens"], config.seed)
     out.source = [f"{repo} at {commit}, seed {config.seed}"]
@@ -72,9 +71,9 @@ def prepare_from_hub(config, out_dir, repo, suffix, folder=""):
         print(f"fetching {name}")
         return ask(f"fetching {name} of {repo}", hub.hf_hub_download, repo, name, **where)
 
-    inputs = [("train" if i else "val", [f.path]) for i, f in enumerate(files)]
-    limits = dict(val=knobs["val_tokens"], train=knobs["tokens"])
-    prepare(inputs, out, Options(), fetch=fetch, limits=limits)
+    inputs = [("val", [files[0].path], knobs["val_tokens"])]
+    inputs += [("train", [f.path], knobs["tokens"]) for f in files[1:]]
+    prepare(inputs, out, Options(), fetch)
 
 
 def ask(doing, function, *args, **kwargs):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data.documents import PIECE, kind, pieces, read_documents
 from nanotst import UserError
 from nanotst.corpus import differing, smallest_dtype
-from nanotst.files import sync_folder, write_safely
+from nanotst.files import write_safely
 from nanotst.formats import sha256_of
 
 UNFINISHED, PROGRESS = "unfinished.tmp", "unfinished.tmp/progress.json"
@@ -37,28 +37,27 @@ AHEAD = 64  # documents that are tokenised ahead of the one being written
 SAID = {"train": "documents for training", "val": "documents held out for validation"}
 
 
-def prepare(inputs, out, options, *, fetch=None, limits=None, val_fraction=0.0):
+def prepare(inputs, out, options, fetch=None):
     """Tokenise `inputs` and write them with the Writer `out`, from where an earlier preparation stopped.
 
-    inputs: [(split, names)]. The split is "train", "val", or "" to choose by a hash of each document. Each
-    input has its own shards. The names are paths, or fetch(name) returns the path of a file, which is removed
-    when its shards are finished. limits: {split: tokens}, 0 for all.
+    inputs: [(split, names, limit)]. The split is "train", "val", or "" to choose by a hash of each document.
+    It gets `limit` tokens at most, or all with 0. Each input has its own shards. The names are paths, or
+    fetch(name) returns the path of a file, which is removed when its shards are finished.
     """
-    limits = limits or {}
-    state = out.resume(inputs=0, documents=0, notes={}, held_out={})
+    state = out.resume()
     notes = state["notes"] = Counter(state["notes"])
     if state["shards"]:
         print(f"resuming after {len(state['shards'])} finished shards in {out.folder}")
     bar = tqdm(unit=" tokens", unit_scale=True, disable=None)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for i in range(state["inputs"], len(inputs)):
-            split, names = inputs[i]
-            limit = limits.get(split) or float("inf")
+            split, names, limit = inputs[i]
+            limit = limit or float("inf")
             if state["tokens"].get(split, 0) >= limit:  # "val" after a kill before the next file
                 state["documents"] = 0
                 continue
             paths = [fetch(name) for name in names] if fetch else names
-            documents = choose(paths, split, options, val_fraction, state["held_out"])
+            documents = choose(paths, split, options, state["held_out"])
             documents = islice(documents, state["documents"], None)
             for place, key, seen, ids, n_bytes in tokenised(documents, out.tokenizer, pool):
                 state["documents"] += 1
@@ -75,13 +74,11 @@ def prepare(inputs, out, options, *, fetch=None, limits=None, val_fraction=0.0):
             out.close_shards()
             for path in paths if fetch else []:
                 os.remove(path)
-    used = [(name, split) for split, names in inputs[: state["inputs"]] for name in names]
-    out.source += [name + ", held out" * (split == "val") for name, split in used[:50]]
     out.publish()
     print(*(f"{n:,} {what}" for what, n in list(notes.items())[:20] if n), sep="\n")
 
 
-def choose(paths, split, options, val_fraction=0.0, held_out=()):
+def choose(paths, split, options, held_out=()):
     """Yield (place, hash, text, what to say) of documents. The place is "train", "val", or the reason why a
     document is left out.
 
@@ -96,7 +93,7 @@ def choose(paths, split, options, val_fraction=0.0, held_out=()):
                 what = f"separators inside lines of {path} taken as text: a separator needs its own line"
                 notes[what] = text.count(options.separator)
             key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
-            place = split or ("val" if int(key, 16) < val_fraction * 2**64 else "train")
+            place = split or ("val" if int(key, 16) < options.val_fraction * 2**64 else "train")
             if split == "train" and key in held_out:
                 place = "copies of held-out documents left out"
             place = place if text.strip() else "empty documents left out"
@@ -163,11 +160,13 @@ class Writer:
         self.open = {"train": [], "val": []}  # documents that are not yet in a file
         self.n_open = {"train": 0, "val": 0}  # tokens in them
         self.state = dict(knobs=knobs, shards={}, tokens={**self.n_open}, bytes={**self.n_open})
+        self.state |= dict(inputs=0, documents=0, notes={}, held_out={})  # that were read
 
-    def resume(self, **state):
-        """Keep the finished shards of a preparation that was stopped. -> where it was, or else `state`."""
+    def resume(self):
+        """Keep the finished shards of a preparation that was stopped. -> the state, where it was."""
         saved = read_json(os.path.join(self.out_dir, PROGRESS))
-        self.state = saved if saved.get("knobs") == self.knobs else self.state | state
+        if saved.get("knobs") == self.knobs:
+            self.state = saved
         return self.state
 
     def add(self, split, ids, n_bytes):
@@ -209,21 +208,11 @@ class Writer:
         # a single shard needs no number
         many = tuple(name[:-10] for name in shards if name.endswith("_00001.bin"))
         names = {s: s if s.startswith(many) else s.replace("_00000", "") for s in shards}
-        n_bytes = self.state["bytes"]
-        meta = {
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": self.dtype.name,
-            "encoding": tokenizer.name,
-            "separator": tokenizer.separator,
-            "train_tokens": n_train,
-            "val_tokens": n_val,
-            "train_bytes": n_bytes["train"] or None,
-            "val_bytes": n_bytes["val"] or None,
-            "bytes_per_token": n_bytes["val"] / n_val or None,
-            "source": self.source,
-            "knobs": self.knobs,
-            "sha256": {names[shard]: digest for shard, digest in shards.items()},
-        }
+        meta = dict(vocab_size=tokenizer.vocab_size, dtype=self.dtype.name, encoding=tokenizer.name)
+        meta |= dict(separator=tokenizer.separator, train_tokens=n_train, val_tokens=n_val)
+        meta |= {f"{split}_bytes": n or None for split, n in self.state["bytes"].items()}
+        meta |= dict(bytes_per_token=(meta["val_bytes"] or 0) / n_val or None, source=self.source)
+        meta |= dict(knobs=self.knobs, sha256={names[s]: digest for s, digest in shards.items()})
         if tokenizer.rank_file:
             copy = os.path.join(self.folder, "tokenizer.model")
             write_safely(copy, lambda path: shutil.copyfile(tokenizer.rank_file, path))
@@ -236,7 +225,6 @@ class Writer:
         for finished, name in names.items():
             with suppress(FileNotFoundError):  # moved before a kill
                 os.replace(os.path.join(self.folder, finished), os.path.join(self.out_dir, name))
-        sync_folder(self.out_dir)
         write_json(os.path.join(self.out_dir, "meta.json"), meta)
         shutil.rmtree(self.folder)
         print(f"{self.out_dir}: {n_train:,} tokens to train on, {n_val:,} to validate on")

@@ -102,7 +102,7 @@ def load_model(path):
 
 def load_weights(model, state, path):
     """Copy the weights of the checkpoint at `path` into a model, sharded or not. Raises UserError if they do
-    not fit or are not finite."""
+    not fit."""
     own = model.state_dict()
     kind = lambda t: f"{t.dtype} {list(t.shape)}" if hasattr(t, "shape") else "missing"
     for name in sorted(own.keys() | state.keys(), key=str):
@@ -111,8 +111,6 @@ def load_weights(model, state, path):
             what = f"its {name!s:.60} is {theirs}, the model's {ours}"
             raise UserError(f"{path} does not fit this model: {what}")
         copy(own[name], state[name])
-    if not all(of_all_ranks(all_finite(own.values()))):
-        raise UserError(f"the weights in {path} are not finite; use another checkpoint")
 
 
 def copy(mine, saved):
@@ -175,9 +173,6 @@ def resume(path, model, optimizer, c, corpus, free):
     try:
         load_moments(optimizer, saved.pop("optimizer"))
         torch.set_rng_state(saved["rng"])
-        shares = saved["shares"] if c.n_expert else torch.empty(c.n_layer, 0)
-        if shares.shape != (c.n_layer, c.n_expert) or not all_finite([shares]):
-            raise ValueError("its shares of experts are others, or not finite")
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
         reason = f"{type(e).__name__}: {e!s:.200}"
         raise UserError(f"{path} cannot be resumed ({reason}); use another checkpoint") from None
@@ -188,7 +183,6 @@ def resume(path, model, optimizer, c, corpus, free):
 def load_moments(optimizer, states):
     """Load what optimizer.state_dict() gave, its tensors whole or Parts, into an optimizer whose parameters
     may be sharded. Raises ValueError and others for the state of another one."""
-    kept = []
     for ours, theirs in zip(optimizer, states):
         parameters = [p for group in ours.param_groups for p in group["params"]]
         for n, moments in theirs["state"].items():  # as state_dict() numbers them
@@ -196,7 +190,4 @@ def load_moments(optimizer, states):
                 # AdamW's number of steps is a scalar
                 moments[key] = torch.zeros_like(parameters[n] if saved.shape else saved)
                 copy(moments[key], saved)
-                kept += [moments[key]] * bool(saved.shape)
     optimizer.load_state_dict(states)
-    if not all(of_all_ranks(all_finite(kept))):
-        raise ValueError("a moment is not finite")

@@ -96,7 +96,7 @@ def smallest_dtype(vocab_size):
 
 
 class Tokens:
-    """The ids of a split, over all its files: len() and [a:b] -> (b-a,), read-only. Threads may share it.
+    """The ids of a split, over all its files: len() and [a:b] -> (b-a,). Threads may share it.
 
     header: the magic and version at the start of each file, or ()."""
 
@@ -120,14 +120,13 @@ class Tokens:
         return self.stops[-1]
 
     def __getitem__(self, span):
-        start, stop, step = span.indices(len(self))
-        assert step == 1, "tokens are read without steps"
-        parts = []
+        start, stop, _ = span.indices(len(self))
+        parts = [np.empty(0, self.dtype)]
         while start < stop:
             i = bisect.bisect_right(self.stops, start) - 1
             parts.append(self._read(i, start, min(stop, self.stops[i + 1])))
             start = self.stops[i + 1]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+        return np.concatenate(parts)
 
     def _read(self, i, start, stop):
         """[start:stop] of the split, which lies in file i. It is opened each time, since a large corpus has

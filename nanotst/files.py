@@ -18,7 +18,10 @@ def write_safely(path, write):
         with open(temporary, "r+b") as f:  # Windows syncs only files that are open for writing
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        sync_folder(folder)
+        if os.name == "posix":  # Windows cannot open a folder
+            fd = os.open(folder, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -26,11 +29,3 @@ def write_safely(path, write):
         reason = getattr(cause, "strerror", None) or e
         old = "; the old one is untouched" * os.path.exists(path)
         raise UserError(f"cannot write {path}: {reason}{old}") from None
-
-
-def sync_folder(folder):
-    """Sync the names in a folder to disk."""
-    if os.name == "posix":  # Windows cannot open a folder
-        fd = os.open(folder, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)

@@ -43,8 +43,8 @@ class Found(NamedTuple):
 
 def find(name):
     """The corpus in the folder `name`, or else in data/`name` -> Found. UserError if there is none."""
-    places = [name, os.path.join(DATA, name)]
-    for folder in places:  # raw text in the working directory doesn't hide data/NAME
+    # raw text in the working directory doesn't hide data/NAME
+    for folder in (name, os.path.join(DATA, name)):
         with readable(folder):
             names = os.listdir(folder) if os.path.isdir(folder) else []
         if "meta.json" in names:
@@ -52,24 +52,22 @@ def find(name):
         # without unfinished.tmp, which a preparation leaves if it is killed at its end
         if any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names:
             return read_foreign(os.path.abspath(folder), names)
-    scripts = [os.path.join(folder, "prepare.py") for folder in (*places, f"{DATA}/text")]
-    script = next(filter(os.path.isfile, scripts), scripts[-1]).removeprefix(os.getcwd() + os.sep)
-    raise UserError(f"no prepared corpus in {name!r} or in data/; run python {script} first")
+    todo = "run its prepare.py, or data/text/prepare.py on your own text"
+    raise UserError(f"no prepared corpus in {name!r} or in data/; {todo}")
 
 
 def shards(folder, names):
     """The token files among `names` -> {"train": names in order, "val": ...}."""
-    found = {}
+    found, number = {}, lambda m: int(m[3] or -2)  # train.bin is the only one
     for split in ("train", "val"):
         files = [m for m in map(TOKEN_FILE.fullmatch, names) if m and m[2] == split]
-        files.sort(key=lambda m: (m[1] or "", int(m[3] or -1)))
+        files.sort(key=lambda m: (m[1] or "", number(m)))
         if not files:
             raise UserError(f"{folder} has no {split}.bin and no shards of it; {AGAIN}")
         first, last = files[0], files[-1]
-        if (first[1], first[3] is None) != (last[1], last[3] is None):
-            raise UserError(f"{folder} holds several corpora, {first[0]} and {last[0]}; keep one")
-        if last[3] and int(last[3]) - int(first[3]) != len(files) - 1:
-            raise UserError(f"{folder} lacks shards between {first[0]} and {last[0]}; add them")
+        if first[1] != last[1] or number(last) - number(first) != len(files) - 1:
+            between = f"{first[0]} and {last[0]}"
+            raise UserError(f"{folder} lacks shards between {between}, or holds several corpora")
         found[split] = [m[0] for m in files]
     return found
 

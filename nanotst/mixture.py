@@ -55,17 +55,11 @@ def open_mixture(spec, say=print):
     names = [os.path.basename(corpus.folder) for corpus in corpora]
     names = names if len(set(names)) == len(names) else map(str, range(len(names)))
     parts = list(zip(names, corpora, shares))
-    return Mixture(parts, meta_of(parts))
-
-
-def meta_of(parts):
-    """The meta of a mixture, with the keys of a corpus."""
-    metas = [corpus.meta for _, corpus, _ in parts]
-    whole = "".join(f"{corpus.fingerprint} {share} " for _, corpus, share in parts)
-    rate = None
+    metas, rate = [corpus.meta for corpus in corpora], None
     if all(meta["bytes_per_token"] for meta in metas):
         rate = sum(float(share) * corpus.bytes_per_token for _, corpus, share in parts)
-    return metas[0] | {
+    whole = "".join(f"{corpus.fingerprint} {share} " for _, corpus, share in parts)
+    meta = first.meta | {
         "fingerprint": hashlib.sha256(whole.encode()).hexdigest()[:32],
         "train_tokens": sum(meta["train_tokens"] for meta in metas),
         "val_tokens": sum(meta["val_tokens"] for meta in metas),
@@ -73,6 +67,7 @@ def meta_of(parts):
         "source": [line for meta in metas for line in meta["source"] or ()],
         "mixture": [{"name": n, "share": str(share), "meta": c.meta} for n, c, share in parts],
     }
+    return Mixture(parts, meta)
 
 
 class Pattern:

@@ -47,15 +47,15 @@ def get_tokenizer(name: str) -> Tokenizer:
         return _byte_tokenizer()
     if os.path.isfile(name):
         return _rank_file_tokenizer(name)
-    known = tiktoken.list_encoding_names()
-    if name not in known:
+    if name not in (known := tiktoken.list_encoding_names()):
         raise UserError(f"no encoding or rank file {name!r}; known: bytes, {', '.join(known)}")
     try:
         bpe = tiktoken.get_encoding(name)
     except Exception as e:  # requests, urllib3, hash and file errors have one remedy
         todo = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes"
-        what = f"the vocabulary of '{name}' could not be fetched ({type(e).__name__})"
-        raise UserError(f"{what}; {todo}") from None
+        raise UserError(
+            f"cannot fetch the vocabulary {name!r} ({type(e).__name__}); {todo}"
+        ) from None
     return _bpe_tokenizer(name, bpe, bpe.eot_token)
 
 

@@ -275,22 +275,6 @@ def test_a_checkpoint_that_cannot_be_resumed_is_one_line(run, folder, change_to,
     assert "\n" not in str(e.value)
 
 
-def test_moments_that_are_not_finite_are_refused(run, folder):
-    states = torch.load(folder / "last.pt", weights_only=True)["optimizer"]
-    states[0]["state"][0]["exp_avg"][0] = float("inf")
-    change(folder, optimizer=states)
-    with pytest.raises(UserError, match="a moment is not finite"):
-        run(resume=True, max_steps=4)
-
-
-def test_shares_of_experts_that_are_not_finite_or_others_are_refused(run, ranks, tmp_path):
-    folder = shutil.copytree(ranks / "whole", tmp_path / "run")
-    for shares in (torch.full((1, 5), float("nan")), torch.ones(1, 4), None):
-        change(folder, shares=shares)
-        with pytest.raises(UserError, match="last.pt cannot be resumed"):
-            run(resume=True, **SHORT)
-
-
 def test_every_flipped_bit_in_a_tensor_is_found(folder):
     path, rng = folder / "last.pt", np.random.default_rng(0)
     whole, weight = path.read_bytes(), load_checkpoint(str(path))["model"]["embed.weight"]
@@ -338,15 +322,6 @@ def test_initial_weights_are_only_of_the_same_vocabulary_and_model(run, folder, 
     Path(text, "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="another vocabulary than .*last.pt"):
         run(init_from=other, out_dir=str(tmp_path / "c"), dataset=text)
-
-
-def test_weights_that_are_not_finite_are_not_trained_on(run, folder):
-    model = torch.load(folder / "last.pt", weights_only=True)["model"]
-    model["norm.weight"][3] = float("nan")
-    change(folder, model=model)
-    for use in (dict(resume=True), dict(init_from=str(folder / "last.pt"), overwrite=True)):
-        with pytest.raises(UserError, match="last.pt are not finite"):
-            run(max_steps=4, **use)
 
 
 def test_a_folder_whose_name_is_not_utf_8(run, corpus, tmp_path):

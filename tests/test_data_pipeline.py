@@ -316,7 +316,7 @@ def test_a_corpus_from_the_hub(tmp_path, hub):
         documents = (tmp_path / "out" / n).read_bytes().decode().split("\0")[:-1]
         assert len({document.split()[3] for document in documents}) == 1
     assert len(shards) > 5
-    assert meta["source"] == [f"{hub.repo} at c1, seed 0", f"{order[0]}, held out", *order[1:]]
+    assert meta["source"] == [f"{hub.repo} at c1, seed 0"]
     # other seeds give other orders
     hub.prepare(tmp_path / "seed", seed=1)
     assert byte_documents(tmp_path / "seed")["train"] != splits["train"]

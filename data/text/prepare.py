@@ -66,8 +66,9 @@ def find_files(arguments):
     return list(dict.fromkeys(map(os.path.abspath, found))), left_out
 
 
-def settle_documents(paths, options, val_fraction):
-    """Set options.cut if the text has hardly any separators. -> the share of documents to hold out"""
+def settle_documents(paths, options):
+    """Set options.cut if the text has hardly any separators, and options.val_fraction if there are few
+    documents."""
 
     def first_hashes():
         chosen = choose(paths, "train", options)
@@ -82,16 +83,15 @@ def settle_documents(paths, options, val_fraction):
         print(f"too few documents ({n}): {what}")
         hashes = first_hashes()
     if not 0 < (n := len(hashes)) < MANY_DOCUMENTS:
-        return val_fraction
-    if val_fraction == Config.val_fraction:
-        val_fraction = min(0.1, FEW_DOCUMENTS / n)
-        print(f"{n:,} documents are few: {val_fraction:.1%} are held out (see --val_fraction)")
-    return max(val_fraction, math.nextafter(min(hashes) / 2**64, 1))  # one at least
+        return
+    if options.val_fraction == Config.val_fraction:
+        options.val_fraction = share = min(0.1, FEW_DOCUMENTS / n)
+        print(f"{n:,} documents are few: {share:.1%} are held out (see --val_fraction)")
+    # one at least
+    options.val_fraction = max(options.val_fraction, math.nextafter(min(hashes) / 2**64, 1))
 
 
 def main(config):
-    if not 0 < config.val_fraction < 1:
-        raise UserError("--val_fraction must lie between 0 and 1")
     val_paths, left_out = find_files([v for v in config.val.split(",") if v])
     found, more = find_files(config.inputs)
     paths = [path for path in found if path not in val_paths]
@@ -110,12 +110,14 @@ def main(config):
         knobs[key] = getattr(config, key)
     if prepared(config.out_dir, knobs, config.overwrite):
         return
-    options, val_fraction = Options(config.separator, config.field), config.val_fraction
-    inputs = [("val", val_paths), ("train", paths)] if val_paths else [("", paths)]
+    options = Options(config.separator, config.field, config.val_fraction)
+    inputs = [("val", val_paths, 0), ("train", paths, 0)]
     if not val_paths:
-        val_fraction = settle_documents(paths, options, val_fraction)
+        inputs = [("", paths, 0)]
+        settle_documents(paths, options)
     out = Writer(config.out_dir, tokenizer, knobs, n_shard)
-    prepare(inputs, out, options, val_fraction=val_fraction)
+    out.source = [*(f"{path}, held out" for path in val_paths), *paths][:50]
+    prepare(inputs, out, options)
 
 
 if __name__ == "__main__":
