@@ -12,8 +12,6 @@ def write_safely(path, write):
     temporary, folder = f"{path}.tmp", os.path.dirname(path) or "."
     try:
         os.makedirs(folder, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)  # left by a killed process, or a link that someone planted
         write(temporary)
         with open(temporary, "r+b") as f:  # Windows syncs only files that are open for writing
             os.fsync(f.fileno())

@@ -378,14 +378,6 @@ def test_a_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     assert done == [("sync", inode), ("name", inode), ("sync", folder)]
 
 
-def test_a_planted_link_is_not_followed(tmp_path):
-    (tmp_path / "precious").write_text("old")
-    (tmp_path / "x.tmp").symlink_to(tmp_path / "precious")
-    files.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("new"))
-    assert (tmp_path / "x").read_text() == "new" and not (tmp_path / "x").is_symlink()
-    assert (tmp_path / "precious").read_text() == "old"
-
-
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     """torch.save hides the system's error in one of its own."""
 

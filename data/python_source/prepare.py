@@ -63,7 +63,7 @@ def fetch_wheels(folder):
     command = [sys.executable, "-m", "pip", *options.split(), str(WHEELS), "--dest", folder]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     said = result.stderr.strip()
-    return [*re.findall("ERROR: (.*)", said), said][0] if result.returncode else ""
+    return [*re.findall("ERROR: (.*)", said), said or "no output"][0] if result.returncode else ""
 
 
 def wheel_files(folder):
