@@ -8,6 +8,7 @@ Opening a corpus checks the sizes of its files, their headers, and, up to 1 GB o
 sha256 in meta.json. The fingerprint, which a resumed run compares, covers 1024 blocks of a larger corpus."""
 
 import bisect
+import functools
 import hashlib
 import os
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from nanotst.formats import AGAIN, find, readable, sha256_of
 
 LARGE = 2**30  # bytes of tokens
 BLOCK, N_BLOCKS = 4096, 1024  # of the fingerprint of a large corpus: tokens in a block, blocks
+OPEN_FILES = 100  # of a split; each takes a file descriptor
 HEADER = 256 * 4  # bytes
 
 
@@ -102,47 +104,46 @@ class Tokens:
 
     def __init__(self, paths, dtype, header, vocab_size):
         self.paths, self.dtype, self.vocab_size = paths, dtype, vocab_size
-        self.offset, self.states, self.stops = HEADER if header else 0, [], [0]
-        for path in paths:
-            with readable(path), open(path, "rb") as f:
-                self.states.append(size_and_time(f))
-                says = np.fromfile(f, "<i4", 3).tolist()
-            size = self.states[-1][0]
+        self.offset, self.stops = HEADER if header else 0, [0]
+        self.states = [size_and_time(path) for path in paths]
+        for path, (size, _) in zip(paths, self.states):
             n, rest = divmod(size - self.offset, dtype.itemsize)
             if rest or n <= 0:
                 raise UserError(f"{path} is cut short: {size:,} bytes of {dtype.name}; {AGAIN}")
+            says = np.fromfile(path, "<i4", 3).tolist()
             if header and says != [*header, n]:
                 what = f"its header (magic, version, tokens) is {says}, not {[*header, n]}"
                 raise UserError(f"{path}: {what}; fetch it again")
             self.stops.append(self.stops[-1] + n)
+        open_file = lambda i: np.asarray(np.memmap(paths[i], dtype, "r", self.offset))
+        self.map = functools.lru_cache(OPEN_FILES)(open_file)
 
     def __len__(self):
         return self.stops[-1]
 
     def __getitem__(self, span):
         start, stop, _ = span.indices(len(self))
-        parts = [np.empty(0, self.dtype)]
+        parts = []
         while start < stop:
             i = bisect.bisect_right(self.stops, start) - 1
             parts.append(self._read(i, start, min(stop, self.stops[i + 1])))
             start = self.stops[i + 1]
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def _read(self, i, start, stop):
-        """[start:stop] of the split, which lies in file i. It is opened each time, since a large corpus has
-        more files than a process may keep open."""
+        """[start:stop] of the split, which lies in file i."""
         path, start, stop = self.paths[i], start - self.stops[i], stop - self.stops[i]
-        with readable(path), open(path, "rb") as f:
-            if size_and_time(f) != self.states[i]:
-                raise UserError(f"{path} has changed while it was in use; start again")
-            f.seek(self.offset + start * self.dtype.itemsize)
-            ids = np.frombuffer(f.read((stop - start) * self.dtype.itemsize), self.dtype)
+        if size_and_time(path) != self.states[i]:  # reading beyond its end would kill the process
+            raise UserError(f"{path} has changed while it was in use; start again")
+        with readable(path):
+            ids = self.map(i)[start:stop]
         if ids.max() >= self.vocab_size:
             what = f"{path}: id {ids.max()} among tokens {start:,} to {stop:,}"
             raise UserError(f"{what} is beyond the vocabulary of {self.vocab_size:,}; {AGAIN}")
         return ids
 
 
-def size_and_time(file):
-    status = os.fstat(file.fileno())
+def size_and_time(path):
+    with readable(path):
+        status = os.stat(path)
     return status.st_size, status.st_mtime_ns

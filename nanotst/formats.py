@@ -126,8 +126,6 @@ def read_pickle(path):
         with open(path, "rb") as f:
             read = PlainUnpickler(f).load()
         n = read["vocab_size"]
-        if type(n) is not int or not 0 < n <= 2**16:
-            raise ValueError(f"vocab_size {n!r:.60} is not a whole number from 1 to 65,536")
         if read.get("itos") is None:
             return dict(vocab_size=n)
         characters = [read["itos"][i] for i in range(n)]

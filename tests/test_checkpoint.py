@@ -285,10 +285,6 @@ def test_every_flipped_bit_in_a_tensor_is_found(folder):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="last.pt is .*damaged: .*checksum"):
             load_checkpoint(str(path))
-    for n in (0, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:n])
-        with pytest.raises(UserError, match="last.pt is .*damaged"):
-            load_checkpoint(str(path))
 
 
 def test_a_checkpoint_from_before_november_2026_resumes(run, folder):

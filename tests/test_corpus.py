@@ -119,10 +119,13 @@ def test_llm_c_shards_are_in_order_of_their_numbers(tmp_path):
     assert wanted.items() <= c.meta.items()
 
 
-def test_a_corpus_of_many_files_keeps_none_open(tmp_path):
+def test_a_corpus_of_many_files_keeps_few_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "OPEN_FILES", 3)
     before = len(os.listdir("/proc/self/fd"))
     c = open_corpus(ours(tmp_path / "x", cuts=list(range(10, 1000, 10))))
-    assert c.train[:].tolist() == TRAIN.tolist() and len(os.listdir("/proc/self/fd")) == before
+    first = c.train[20:25]
+    assert c.train[:].tolist() == TRAIN.tolist() and len(os.listdir("/proc/self/fd")) <= before + 6
+    assert first.tolist() == TRAIN[20:25].tolist()  # a slice outlives its file
 
 
 def test_a_file_that_changes_while_it_is_in_use_is_one_line(tmp_path):
@@ -313,7 +316,6 @@ class Code:
 
 
 PICKLED = [Code(), {"vocab_size": 300, "x": Code()}, {"vocab_size": np.int64(300)}, {}, []]
-PICKLED += [{"vocab_size": n} for n in (None, 0, 2**16 + 1, 300.0)]
 PICKLED += [{"vocab_size": 2, "itos": itos} for itos in ({0: "a"}, 7)]
 
 

@@ -188,7 +188,6 @@ def test_an_unfinished_corpus_of_something_else_is_neither_resumed_nor_lost(
     with pytest.raises(UserError, match="another corpus .val_fraction 0.1 there, 0.2 here"):
         prepare(inputs, tmp_path / "out", val_fraction=0.2)
     assert contents(tmp_path / "out") == before
-    (tmp_path / "out" / "unfinished.tmp" / "progress.json").write_text('{"by": "an older version"}')
     prepare(inputs, tmp_path / "out", val_fraction=0.2, overwrite=True)
     prepare(inputs, tmp_path / "whole", val_fraction=0.2)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
