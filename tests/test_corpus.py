@@ -288,15 +288,6 @@ def test_a_foreign_file_that_is_cut_or_whose_header_lies(tmp_path):
     refused(tmp_path / "x", path.name, "magic 0")
 
 
-def test_ids_of_a_large_corpus_are_checked_when_they_are_read(tmp_path, large):
-    c = open_corpus(llm_c(tmp_path / "x", [TRAIN[:400], [50257], TRAIN[400:]]))
-    assert c.train[300:400].tolist() == TRAIN[300:400].tolist()
-    with pytest.raises(
-        UserError, match="fineweb_train_000002.bin: id 50257 among tokens 0 to 1 is"
-    ):
-        c.train[390:410]
-
-
 WRONG = [{"vocab_size": x} for x in (None, 0, 300.0, True)]
 WRONG += [{"dtype": x} for x in (None, "float16", ["u2"])] + [{"train_tokens": "1000"}]
 WRONG += [{"sha256": {"../a_train.bin": "0" * 64}}]
