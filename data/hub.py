@@ -6,57 +6,74 @@ HF_TOKEN and HF_HOME mean what they always do.
 
 import hashlib
 import os
+from dataclasses import dataclass
 
 from data.documents import Options, needs
-from data.pipeline import prepare, token_count
-from data.writer import PROGRESS, Writer, prepared, read_json
+from data.writer import PROGRESS, Writer, prepare, prepared, read_json, token_count
 from nanotst import UserError
 from nanotst.corpus import differing
 from nanotst.tokenizer import get_tokenizer
 
 
-def prepare_from_hub(repo, suffix, config):
-    """The corpus of a repository on the hub. `config` is the Config of its prepare script."""
-    if config.seed < 0:
-        raise UserError("--seed must be at least 0")
-    knobs = {key: getattr(config, key) for key in ("folder", "revision", "seed", "encoding")}
+@dataclass
+class Config:
+    """A corpus from the Hugging Face hub as tokens, in shards of 100M.
+
+        pip install huggingface_hub pyarrow
+        python data/dclm/prepare.py --tokens=10B [--encoding=path/to/llama-3/tokenizer.model]
+        python data/fineweb_edu/prepare.py --tokens=10B
+
+    Files are removed when their tokens are written. The same command resumes a preparation.
+    """
+
+    tokens: str = "10B"  # tokens to train on; 0 for all there are
+    val_tokens: str = "10M"  # tokens to validate on, from the first file
+    encoding: str = "gpt2"  # bytes, a name that tiktoken knows, or a rank file, split as Llama 3's
+    folder: str = ""  # folder of the repository; empty: all of DCLM, sample/100BT of FineWeb-Edu
+    revision: str = ""  # commit, branch or tag of the repository; the newest if empty
+    seed: int = 0  # seed of the order of files and documents
+    shard_tokens: str = "100M"  # tokens in a file of the corpus
+    overwrite: bool = False  # whether another corpus in out_dir may be replaced
+    out_dir: str = ""  # folder to write to; empty: the one of the script
+
+
+def prepare_from_hub(config, out_dir, repo, suffix, folder=""):
+    """The corpus of the files *`suffix` of a repository on the hub. out_dir, folder: unless `config` has
+    others."""
+    out_dir, folder = config.out_dir or str(out_dir), config.folder or folder
+    knobs = dict(repo=repo, folder=folder, revision=config.revision, seed=config.seed)
     for key in ("tokens", "val_tokens", "shard_tokens"):
         knobs[key] = token_count(getattr(config, key), key)
-    knobs["repo"], tokenizer = repo, get_tokenizer(config.encoding)
-    if prepared(config.out_dir, knobs, config.overwrite):
+    knobs["encoding"], tokenizer = config.encoding, get_tokenizer(config.encoding)
+    if prepared(out_dir, knobs, config.overwrite):
         return
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # two bars at once are unreadable
     needs("pyarrow", repo)  # before anything is fetched
     hub = needs("huggingface_hub", repo)
-    begun = read_json(os.path.join(config.out_dir, PROGRESS)).get("knobs", {})
+    begun = read_json(os.path.join(out_dir, PROGRESS)).get("knobs", {})
     revision = config.revision if differing(knobs, begun, knobs) else begun["commit"]
-    files, knobs["commit"] = list_files(hub, repo, suffix, config, revision)
-    size = sum(f.size for f in files) / 1e9
-    print(f"{repo}/{config.folder} at {knobs['commit']}: {len(files):,} files, {size:,.1f} GB")
-    out = Writer(config.out_dir, tokenizer, knobs, knobs["shard_tokens"], config.seed)
-    out.source = [f"{repo} at {knobs['commit']}, seed {config.seed}"]
-    where = dict(repo_type="dataset", revision=knobs["commit"], local_dir=out.folder)
+    api, listing = hub.HfApi(), f"listing {repo}/{folder}"
+    commit = ask(listing, api.dataset_info, repo, revision=revision or None).sha
+    where = dict(repo_type="dataset", revision=commit)
+    tree = lambda: list(api.list_repo_tree(repo, folder or None, recursive=True, **where))
+    files = [f for f in ask(listing, tree) if f.path.endswith(suffix)]
+    if len(files) < 2:
+        raise UserError(f"{repo}/{folder} has {len(files)} files *{suffix}, two are needed")
+    # the first files are a sample of all
+    files.sort(key=lambda f: hashlib.sha256(f"{config.seed} {f.path}".encode()).digest())
+    print(f"{repo}/{folder} at {commit}: {len(files):,} files")
+    knobs["commit"] = commit
+    out = Writer(out_dir, tokenizer, knobs, knobs["shard_tokens"], config.seed)
+    out.source = [f"{repo} at {commit}, seed {config.seed}"]
+    where["local_dir"] = out.folder
 
     def fetch(name):
         print(f"fetching {name}")
         return ask(f"fetching {name} of {repo}", hub.hf_hub_download, repo, name, **where)
 
-    inputs = [("train" if i else "val", [f.path]) for i, f in enumerate(files)]
-    limits = dict(val=knobs["val_tokens"], train=knobs["tokens"])
-    prepare(inputs, out, Options(), fetch=fetch, limits=limits, workers=config.workers)
-
-
-def list_files(hub, repo, suffix, config, revision):
-    """-> (files of a folder, commit). The order depends on the seed: the first files are a sample of all."""
-    api, doing = hub.HfApi(), f"listing {repo}/{config.folder}"
-    commit = ask(doing, api.dataset_info, repo, revision=revision or None).sha
-    where = dict(recursive=True, revision=commit, repo_type="dataset")
-    tree = ask(doing, lambda: list(api.list_repo_tree(repo, config.folder or None, **where)))
-    files = [f for f in tree if f.path.endswith(suffix)]
-    if len(files) < 2:
-        raise UserError(f"{repo}/{config.folder} has {len(files)} files *{suffix}, two are needed")
-    files.sort(key=lambda f: hashlib.sha256(f"{config.seed} {f.path}".encode()).digest())
-    return files, commit
+    inputs = [("val", [files[0].path], knobs["val_tokens"])]
+    inputs += [("train", [f.path], knobs["tokens"]) for f in files[1:]]
+    prepare(inputs, out, Options(), fetch)
 
 
 def ask(doing, function, *args, **kwargs):
@@ -64,5 +81,5 @@ def ask(doing, function, *args, **kwargs):
     try:
         return function(*args, **kwargs)
     except Exception as e:
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{doing} failed ({type(e).__name__}: {reason})") from e
+        todo = "the same command resumes"
+        raise UserError(f"{doing} failed ({type(e).__name__}: {e!s:.200}); {todo}") from e

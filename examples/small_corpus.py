@@ -33,11 +33,12 @@ def main(config):
     ranks = os.path.join(corpus.folder, "tokenizer.model")
     known = meta["encoding"], meta["vocab_size"], meta["separator"], None, None
     tokenizer = Tokenizer(*known, ranks if os.path.isfile(ranks) else "")
-    with Writer(config.folder, tokenizer, knobs) as out:
-        for i in range(BLOCKS):
-            out.add("train", corpus.train[i * apart : i * apart + size], 0)
-        out.add("val", corpus.val[:], round(len(corpus.val) * (corpus.bytes_per_token or 0)))
-        out.source = [f"{n:,} tokens of {meta['train_tokens']:,}", *(meta.get("source") or [])]
+    out = Writer(config.folder, tokenizer, knobs)
+    for i in range(BLOCKS):
+        out.add("train", corpus.train[i * apart : i * apart + size], 0)
+    out.add("val", corpus.val[:], round(len(corpus.val) * (corpus.bytes_per_token or 0)))
+    out.source = [f"{n:,} tokens of {meta['train_tokens']:,}", *(meta["source"] or [])]
+    out.publish()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ class Corpus:
     meta: dict  # plain values, for a checkpoint
     train: "Tokens"
     val: "Tokens"
-    note: str = ""  # a line for people about what was guessed
 
     vocab_size = property(lambda self: self.meta["vocab_size"])
     bytes_per_token = property(lambda self: self.meta["bytes_per_token"])  # of val; None if unknown
@@ -53,19 +52,15 @@ def open_corpus(name):
         if sha256_of(path := os.path.join(found.folder, name)) != sha256:
             raise UserError(f"{path} is damaged: its sha256 is not the one in meta.json; {AGAIN}")
     meta["fingerprint"] = fingerprint(*splits, meta["vocab_size"], large)
-    return Corpus(found.folder, meta, *splits, found.note)
+    return Corpus(found.folder, meta, *splits)
 
 
 def check_same(corpus, saved, where):
     """UserError unless `saved`, the meta of the checkpoint `where`, describes the same tokens."""
-    if corpus.fingerprint != saved.get("fingerprint"):
+    if differing(corpus.meta, saved, ("fingerprint", "separator")):
         keys = ("vocabulary", "vocab_size", "train_tokens", "val_tokens", "separator")
         what = differing(corpus.meta, saved, keys) or "as many tokens, but others"
         raise UserError(f"{corpus.folder} does not hold the corpus of {where}: {what}")
-    if what := differing(corpus.meta, saved, ("separator",)):  # of documents, which bags may heed
-        raise UserError(
-            f"meta.json in {corpus.folder} has changed since {where}: {what}; restore it"
-        )
 
 
 def check_vocabulary(corpus, saved, where):
@@ -95,7 +90,6 @@ def fingerprint(train, val, vocab_size, large):
         for start in starts:
             digest.update(tokens[start : start + length].astype(dtype, copy=False))
         parts.append(digest.hexdigest())
-        tokens.map.cache_clear()  # or all that was read would count as memory in use
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -104,7 +98,7 @@ def smallest_dtype(vocab_size):
 
 
 class Tokens:
-    """The ids of a split, over all its files: len() and [a:b] -> (b-a,), read-only. Threads may share it.
+    """The ids of a split, over all its files: len() and [a:b] -> (b-a,). Threads may share it.
 
     header: the magic and version at the start of each file, or ()."""
 
@@ -121,18 +115,14 @@ class Tokens:
                 what = f"its header (magic, version, tokens) is {says}, not {[*header, n]}"
                 raise UserError(f"{path}: {what}; fetch it again")
             self.stops.append(self.stops[-1] + n)
-        self.map = functools.lru_cache(OPEN_FILES)(self._map)
-
-    def _map(self, i):
-        with readable(self.paths[i]):
-            return np.asarray(np.memmap(self.paths[i], self.dtype, "r", self.offset))
+        open_file = lambda i: np.asarray(np.memmap(paths[i], dtype, "r", self.offset))
+        self.map = functools.lru_cache(OPEN_FILES)(open_file)
 
     def __len__(self):
         return self.stops[-1]
 
     def __getitem__(self, span):
-        start, stop, step = span.indices(len(self))
-        assert step == 1, "tokens are read without steps"
+        start, stop, _ = span.indices(len(self))
         parts = []
         while start < stop:
             i = bisect.bisect_right(self.stops, start) - 1
@@ -145,12 +135,11 @@ class Tokens:
         path, start, stop = self.paths[i], start - self.stops[i], stop - self.stops[i]
         if size_and_time(path) != self.states[i]:  # reading beyond its end would kill the process
             raise UserError(f"{path} has changed while it was in use; start again")
-        ids = self.map(i)[start:stop]
+        with readable(path):
+            ids = self.map(i)[start:stop]
         if ids.max() >= self.vocab_size:
-            what = f"id {ids.max()} among tokens {start:,} to {stop:,}"
-            raise UserError(
-                f"{path}: {what} is beyond the vocabulary of {self.vocab_size:,}; {AGAIN}"
-            )
+            what = f"{path}: id {ids.max()} among tokens {start:,} to {stop:,}"
+            raise UserError(f"{what} is beyond the vocabulary of {self.vocab_size:,}; {AGAIN}")
         return ids
 
 

@@ -1,7 +1,6 @@
 """Atomic file writes: after a kill or on a full disk, a file is either complete or still the old one."""
 
 import contextlib
-import errno
 import os
 
 from nanotst import UserError
@@ -13,28 +12,18 @@ def write_safely(path, write):
     temporary, folder = f"{path}.tmp", os.path.dirname(path) or "."
     try:
         os.makedirs(folder, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)  # left by a killed process, or a link that someone planted
         write(temporary)
         with open(temporary, "r+b") as f:  # Windows syncs only files that are open for writing
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        sync_folder(folder)
+        if os.name == "posix":  # Windows cannot open a folder
+            fd = os.open(folder, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        # torch.save wraps an OSError in a RuntimeError
-        cause = e if isinstance(e, OSError) else e.__context__ or e
-        full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = getattr(cause, "strerror", None) or f"{type(e).__name__} {e}"
-        reason = "the disk is full; make room" if full else " ".join(reason.split())[:200]
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save hides it
+        reason = getattr(cause, "strerror", None) or e
         old = "; the old one is untouched" * os.path.exists(path)
         raise UserError(f"cannot write {path}: {reason}{old}") from None
-
-
-def sync_folder(folder):
-    """Sync the names in a folder to disk."""
-    if os.name == "posix":  # Windows cannot open a folder
-        fd = os.open(folder, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)

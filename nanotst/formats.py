@@ -39,37 +39,35 @@ class Found(NamedTuple):
     dtype: np.dtype
     header: tuple = ()  # magic and version that each file begins with
     sha256: dict = {}  # name of a token file: its hash
-    note: str = ""  # what was guessed, or is wrong with it
 
 
 def find(name):
     """The corpus in the folder `name`, or else in data/`name` -> Found. UserError if there is none."""
-    places = [name, os.path.join(DATA, name)]
-    for folder in places:  # raw text in the working directory doesn't hide data/NAME
-        names = os.listdir(folder) if os.path.isdir(folder) else []
+    # raw text in the working directory doesn't hide data/NAME
+    for folder in (name, os.path.join(DATA, name)):
+        with readable(folder):
+            names = os.listdir(folder) if os.path.isdir(folder) else []
         if "meta.json" in names:
             return read_ours(os.path.abspath(folder), names)
         # without unfinished.tmp, which a preparation leaves if it is killed at its end
         if any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names:
             return read_foreign(os.path.abspath(folder), names)
-    scripts = [os.path.join(folder, "prepare.py") for folder in (*places, f"{DATA}/text")]
-    script = next(filter(os.path.isfile, scripts), scripts[-1]).removeprefix(os.getcwd() + os.sep)
-    raise UserError(f"no prepared corpus in {name!r} or in data/; run python {script} first")
+    todo = "run its prepare.py, or data/text/prepare.py on your own text"
+    raise UserError(f"no prepared corpus in {name!r} or in data/; {todo}")
 
 
 def shards(folder, names):
     """The token files among `names` -> {"train": names in order, "val": ...}."""
-    found = {}
+    found, number = {}, lambda m: int(m[3] or -2)  # train.bin is the only one
     for split in ("train", "val"):
         files = [m for m in map(TOKEN_FILE.fullmatch, names) if m and m[2] == split]
-        files.sort(key=lambda m: (m[1] or "", int(m[3] or -1)))
+        files.sort(key=lambda m: (m[1] or "", number(m)))
         if not files:
             raise UserError(f"{folder} has no {split}.bin and no shards of it; {AGAIN}")
         first, last = files[0], files[-1]
-        if (first[1], first[3] is None) != (last[1], last[3] is None):
-            raise UserError(f"{folder} holds several corpora, {first[0]} and {last[0]}; keep one")
-        if last[3] and int(last[3]) - int(first[3]) != len(files) - 1:
-            raise UserError(f"{folder} lacks shards between {first[0]} and {last[0]}; add them")
+        if first[1] != last[1] or number(last) - number(first) != len(files) - 1:
+            between = f"{first[0]} and {last[0]}"
+            raise UserError(f"{folder} lacks shards between {between}, or holds several corpora")
         found[split] = [m[0] for m in files]
     return found
 
@@ -82,10 +80,8 @@ def read_ours(folder, names):
         counts = ("vocab_size", "train_tokens", "val_tokens")
         if not all(type(read[key]) is int and read[key] > 0 for key in counts):
             raise ValueError(f"{', '.join(counts)} must be whole numbers above 0")
-        if not 0 <= (read.get("separator") or 0) < read["vocab_size"]:
-            raise ValueError("separator is beyond the vocabulary")
         dtype = np.dtype({"uint8": "u1", "uint16": "<u2", "uint32": "<u4"}[read["dtype"]])
-        keys = ("encoding", "separator", "bytes_per_token", "train_bytes", "val_bytes", "source")
+        keys = ("encoding", "separator", "bytes_per_token", "source")
         meta = {key: read[key] for key in counts} | {key: read.get(key) for key in keys}
         hashes = read.get("sha256") or {}
         sha256 = {name: hashes[name] for name in hashes if TOKEN_FILE.fullmatch(name)}
@@ -96,9 +92,7 @@ def read_ours(folder, names):
     meta["vocabulary"] = vocabulary = meta["encoding"]
     if vocabulary in names or vocabulary in hashes:  # rank files may share a name
         meta["vocabulary"] = f"rank file {sha256_of(os.path.join(folder, vocabulary))[:16]}"
-    source = (meta["source"] or [""])[0]
-    note = f"{folder}: {source}" * source.startswith("NOT THE PINNED CORPUS")
-    return Found(folder, files, meta, dtype, sha256=sha256, note=note)
+    return Found(folder, files, meta, dtype, sha256=sha256)
 
 
 def read_foreign(folder, names):
@@ -107,16 +101,16 @@ def read_foreign(folder, names):
     path = os.path.join(folder, files["train"][0])
     with readable(path), open(path, "rb") as f:
         magic = int.from_bytes(f.read(4), "little")
-    meta = dict.fromkeys(("bytes_per_token", "encoding", "separator", "vocabulary"))
+    meta = dict.fromkeys(("bytes_per_token", "encoding", "separator", "vocabulary", "source"))
     if magic in LLM_C:
         version, dtype, known = LLM_C[magic]
         return Found(folder, files, meta | known, np.dtype(dtype), (magic, version))
     if files["train"] != ["train.bin"]:
         raise UserError(f"{path} has no header of llm.c (magic {magic}), and no meta.json")
-    known, note = GPT2, f"{folder} has no meta.json or meta.pkl: its tokens are taken for GPT-2's"
+    known = GPT2 | {"source": ["no meta.json or meta.pkl: its tokens are taken for GPT-2's"]}
     if "meta.pkl" in names:
-        known, note = read_pickle(os.path.join(folder, "meta.pkl")), ""
-    return Found(folder, files, meta | known, np.dtype("<u2"), note=note)
+        known = read_pickle(os.path.join(folder, "meta.pkl"))
+    return Found(folder, files, meta | known, np.dtype("<u2"))
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -132,17 +126,13 @@ def read_pickle(path):
         with open(path, "rb") as f:
             read = PlainUnpickler(f).load()
         n = read["vocab_size"]
-        if type(n) is not int or not 0 < n <= 2**16:
-            raise ValueError(f"vocab_size {n!r:.60} is not a whole number from 1 to 65,536")
         if read.get("itos") is None:
             return dict(vocab_size=n)
         characters = [read["itos"][i] for i in range(n)]
-        one_byte = all(c.isascii() and len(c) == 1 for c in characters)
     except Exception as e:  # a damaged pickle can raise anything
         raise UserError(f"{path} is not nanoGPT's meta.pkl ({type(e).__name__}: {e})") from None
     name = f"characters {hashlib.sha256(json.dumps(characters).encode()).hexdigest()[:16]}"
-    rate = 1.0 if one_byte else None
-    return dict(vocab_size=n, characters=characters, vocabulary=name, bytes_per_token=rate)
+    return dict(vocab_size=n, characters=characters, vocabulary=name)
 
 
 @contextlib.contextmanager

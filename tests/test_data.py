@@ -163,37 +163,24 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, name, content, message)
     argument = path.parent if name.startswith("empty") else path
     with pytest.raises(UserError, match=message) as e:
         prepare(argument, val_fraction=0.000001, out=tmp_path / "out")
-    assert "\n" not in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
     assert contents(tmp_path / "out") == {}
 
 
-def test_bombs_are_refused_and_never_held_in_memory_as_a_whole(tmp_path, monkeypatch):
-    """Small files of huge documents, and of very many large ones."""
-    monkeypatch.setattr(documents, "LONGEST", 10**6)
-    options = documents.Options(cut=250_000)
-    row = b'{"text": "' + b"a" * 10**7 + b'"}\n'
-    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(row))
-    (tmp_path / "a.parquet").write_bytes(parquet({"text": ["a" * 10**7]}))
-    many = pyarrow.table({"text": ["a" * 10**6] * 99})  # stored once
-    pyarrow.parquet.write_table(many, tmp_path / "many.parquet", dictionary_pagesize_limit=2**21)
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a" * 10**7))  # cut: it is no row
+def test_a_small_file_of_much_text_is_never_in_memory_as_a_whole(tmp_path):
+    path, many = tmp_path / "many.parquet", pyarrow.table({"text": ["a" * 10**6] * 99})
+    pyarrow.parquet.write_table(many, path, dictionary_pagesize_limit=2**21)  # stored once
     del many
-    tracemalloc.start()
-    for name, place in (("a.jsonl.zst", ":1"), ("a.parquet", "")):
-        with pytest.raises(UserError, match=f"{name}{place} is longer than .* split that document"):
-            list(documents.read_documents(str(tmp_path / name), options))
-    for name, n in (("many.parquet", 99), ("a.txt.gz", 10)):
-        found = documents.read_documents(str(tmp_path / name), options)
-        arrow = [pyarrow.total_allocated_bytes() for _ in found]
-        assert len(arrow) == n and max(arrow) < 60e6
-    assert tracemalloc.get_traced_memory()[1] < 40e6
-    tracemalloc.stop()
+    found = documents.read_documents(str(path), documents.Options())
+    arrow = [pyarrow.total_allocated_bytes() for _ in found]
+    assert len(arrow) == 99 and max(arrow) < 60e6
 
 
 @pytest.mark.parametrize("name", ["a.txt.zst", "a.parquet"])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for module in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"{name} needs the package .*: pip install pyarrow$"):
         prepare(tmp_path / name, out=tmp_path / "out")
 
@@ -205,7 +192,7 @@ def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path):
         (tmp_path / f"{n}.txt").write_text(SEPARATOR.join(texts[:n]))
         out = tmp_path / f"out{n}_{len(peaks[n])}"
         tracemalloc.start()
-        prepare(tmp_path / f"{n}.txt", shard_tokens="100k", workers=1, out=out)
+        prepare(tmp_path / f"{n}.txt", shard_tokens="100k", out=out)
         peaks[n].append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert min(peaks[250]) < 1.5 * min(peaks[60]) and len(all_documents(out)) == 250
@@ -230,7 +217,6 @@ def test_what_is_read_and_left_out_is_said(tmp_path, capsys):
     for name in (".hidden.txt", "gone.txt", "linked", "notes.docx", "prepare.py"):
         assert f"{folder / name}" in said
     assert re.search("reading: 4: .*B.TXT, .*a.txt, .*c.md, .*x.csv", said)
-    assert re.search(r"read as plain text: 2: \S*x\.csv, \S*y\.log\n", said)
     assert f"29 separators inside lines of {tmp_path / 'x.csv'} taken as text" in said
     assert "1 documents held out for validation" in said
     read = [f"{name} {i}" for name in ("B.TXT", "a.txt", "sub/c.md") for i in (1, 2)]
@@ -282,14 +268,13 @@ def test_a_hash_of_the_text_decides_what_is_held_out(tmp_path, monkeypatch, caps
         assert set(byte_documents(tmp_path / "one")["val"]) == {min(texts, key=hash_of)}
 
 
-def test_a_rank_file_is_copied_beside_the_tokens(tmp_path, capsys):
+def test_a_rank_file_is_copied_beside_the_tokens(tmp_path):
     ranks, texts, out = write_ranks(tmp_path / "tiny.model"), make_documents(), tmp_path / "out"
     (tmp_path / "a.jsonl").write_text(json_lines(texts))
     prepare(tmp_path / "a.jsonl", encoding=ranks, val_fraction=0.1, out=out)
-    assert "warning: " + get_tokenizer(ranks).note in capsys.readouterr().out
     meta, splits = dataset(out)
     assert (meta["encoding"], meta["dtype"]) == ("tokenizer.model", "uint16")
-    t = get_tokenizer(meta["encoding"], folder=str(out))
+    t = get_tokenizer(str(out / meta["encoding"]))
     decoded = {split: [t.decode(d) for d in splits[split]] for split in splits}
     assert [d for d in texts if d in set(decoded["train"])] == decoded["train"]  # in order
     assert sorted(decoded["train"] + decoded["val"]) == sorted(texts)

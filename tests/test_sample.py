@@ -15,7 +15,7 @@ import train
 from nanotst import UserError
 from nanotst.checkpoint import load_model
 from nanotst.configurator import entry_point, parse
-from nanotst.vocabulary import character_tokenizer
+from nanotst.tokenizer import character_tokenizer
 
 TEXT = b"the cat sat on the mat. " * 300
 
@@ -85,7 +85,6 @@ def test_seed_temperature_and_top_k(checkpoint, capsys):
         (dict(top_k=-1), "top_k must be at least 0"),
         (dict(n_samples=0), "n_samples must be at least 1"),
         (dict(prompt="FILE:no/such/file"), "No such file .*no/such/file"),
-        (dict(data="no/such/folder"), "--data=no/such/folder is no folder"),
     ],
 )
 def test_what_cannot_work_is_one_line(checkpoint, knobs, words):
@@ -158,24 +157,17 @@ def of_rank_file(tmp_path):
     return train_on(tmp_path, list(TEXT), meta, vocab_size=259, max_steps=1, bag_size=1)
 
 
-def test_the_vocabulary_is_found_from_any_folder(of_rank_file, tmp_path, monkeypatch, capsys):
-    """Where the corpus was, or beside the run's folder, whether the path was relative or both have moved."""
+def test_the_vocabulary_is_where_the_corpus_was_or_in_data(
+    of_rank_file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir("/")
-    knobs = dict(prompt="the", n_tokens=3)
-    text = lambda path, **more: say(capsys, checkpoint=str(path), **knobs, **more)[:3] == "the"
-    assert text(of_rank_file)
-    change(of_rank_file, data="corpus")
-    assert text(of_rank_file)
-    new = tmp_path / "new"
-    (new / "out").mkdir(parents=True)
-    (tmp_path / "corpus").rename(new / "corpus")
-    (tmp_path / "run").rename(new / "out" / "run")
-    path = new / "out" / "run" / "last.pt"
-    assert text(path)
-    (new / "corpus").rename(tmp_path / "elsewhere")
+    knobs = dict(checkpoint=str(of_rank_file), prompt="the", n_tokens=3)
+    text = lambda **more: say(capsys, **knobs, **more)[:3] == "the"
+    assert text()
+    (tmp_path / "corpus").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="tokenizer.model, the vocabulary of .*--data=FOLDER"):
-        text(path)
-    assert text(path, data=str(tmp_path / "elsewhere"))
+        text()
+    assert text(data=str(tmp_path / "elsewhere"))
 
 
 def test_another_vocabulary_is_refused(of_rank_file, tmp_path, capsys):

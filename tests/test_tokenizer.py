@@ -1,7 +1,6 @@
 """Vocabularies: bytes, tiktoken's, rank files."""
 
 import base64
-import os
 
 import numpy as np
 import pytest
@@ -35,22 +34,19 @@ def test_rank_file_round_trip(tmp_path):
     ranks = write_ranks(tmp_path / "tiny.model")
     t = get_tokenizer(ranks)
     assert (t.vocab_size, t.separator, t.rank_file) == (265, 264, ranks)
-    assert t.note.startswith(f"{ranks} has 264 ranks, not Llama 3's 128,000")
     ids = t.encode(HARD)
     assert t.decode(ids) == HARD and len(ids) < len(HARD.encode())
     assert t.separator not in ids  # "<|endoftext|>" in the text is ordinary text
     assert t.encode("a\ud800").tolist() == [ord("a"), ord("?")]
     assert t.encode(" the").tolist() == [260] and t.decode([264]) == "<|endoftext|>"
     assert t.decode([97, 300, 98]) == "a\ufffdb"  # a padded row of a model
-    other = get_tokenizer("tiny.model", folder=os.path.dirname(ranks))
-    assert other.encode(HARD).tolist() == ids.tolist()
 
 
 def test_llama3_special_tokens(tmp_path, monkeypatch):
     assert tokenizer.LLAMA3_RANKS == 128_000
     monkeypatch.setattr(tokenizer, "LLAMA3_RANKS", n := 264)
     t = get_tokenizer(write_ranks(tmp_path / "tokenizer.model"))
-    assert (t.vocab_size, t.separator, t.note) == (n + 256, n + 1, "")
+    assert (t.vocab_size, t.separator) == (n + 256, n + 1)
     special = "<|begin_of_text|><|end_of_text|><|start_header_id|><|end_header_id|><|eot_id|>"
     assert t.decode([n, n + 1, n + 6, n + 7, n + 9]) == special
     reserved = [t.decode([n + i]) for i in (2, 5, 8, 10, 255)]

@@ -1,7 +1,6 @@
 """The default corpus: 200 MB of Python source as bytes, the same on every machine. See Config."""
 
 import hashlib
-import os
 import re
 import subprocess
 import sys
@@ -27,7 +26,6 @@ SHA256 = {  # of the corpus that the wheels give. Other wheels or another rule b
     "train.bin": "e8a93dc0041d26c4716a50ef3f865db89740f86d1038295c181cac2ddee11a9b",
     "val.bin": "082c54de40b4e67971c43b74789f8dfdbd5a3bb570058ea38ce8f563086548b1",
 }
-OTHER = "NOT THE PINNED CORPUS: "  # begins meta.json's source if no wheels were read
 MIN_FILE, MAX_FILE = 64, 1_000_000  # bytes: empty __init__.py files, and tables written by programs
 GENERATED = re.compile(
     rb"(?i)auto-?generated|automatically (generated|created)|generated (by|from|using)|do not (edit|modify)"
@@ -50,8 +48,6 @@ class Config:
     pip fetches the wheels that wheels.txt pins (80 MB, some seconds), and the corpus is their .py files.
     Without a network it is the Python packages of this machine, with a warning: losses on them cannot be
     compared with anybody else's, and private packages among them are read, too.
-
-    The hash of its content decides where a file comes, and whether it is held out for validation.
     """
 
     source: Literal["wheels", "installed"] = "wheels"  # pinned wheels, or packages installed here
@@ -60,22 +56,14 @@ class Config:
 
 
 def fetch_wheels(folder):
-    """Have pip fetch the wheels, whose hashes it checks. -> whether there is a network."""
+    """Have pip fetch the wheels, whose hashes it checks. -> why it could not, if so"""
     # with the version, since pip refuses wheels that this Python is too old for
     options = "download --quiet --no-deps --only-binary :all: --platform any --implementation py --abi none"
     options += " --python-version 3.12 --retries 1 --require-hashes --requirement"
     command = [sys.executable, "-m", "pip", *options.split(), str(WHEELS), "--dest", folder]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    said = result.stderr
-    if result.returncode == 0:
-        return True
-    if os.environ.get("PIP_NO_INDEX") or re.search("connection broken|Max retries exceeded", said):
-        return False
-    reason = [*re.findall("ERROR: (.*)", said), *said.strip().splitlines()[-1:], "no output"][0]
-    raise UserError(
-        f"pip cannot fetch the files that {WHEELS.name} pins: {reason[:200]}; look at pip (python -m "
-        "ensurepip installs it) and its package index, or use --source=installed"
-    )
+    said = result.stderr.strip()
+    return [*re.findall("ERROR: (.*)", said), said or "no output"][0] if result.returncode else ""
 
 
 def wheel_files(folder):
@@ -97,7 +85,8 @@ def usable(data):
 
 
 def choose(files):
-    """files: the content of each. -> {"train": documents, "val": documents} in the order of the corpus
+    """files: the content of each. -> {"train": documents, "val": documents} in the order of the corpus. The
+    hash of a file's content decides where it comes, and whether it is held out for validation.
 
     Packages hold files that differ in a few lines only (copied models, generated siblings, pip's _vendor
     folder), which no hash of the content catches. A training file that mostly repeats earlier ones is left
@@ -133,14 +122,15 @@ def main(config):
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         files, made_of = wheel_files(folder), f"the wheels in {WHEELS.name}"
-        if config.source == "wheels" and not fetch_wheels(folder):
-            instead = "the packages of this machine are taken instead: LOSSES WILL DIFFER"
-            print(f"warning: pip reaches no package index; {instead}")
+        if config.source == "wheels" and (problem := fetch_wheels(folder)):
+            print(f"warning: pip cannot fetch the wheels that {WHEELS.name} pins ({problem});")
+            print("the packages of this machine are taken instead: LOSSES WILL DIFFER")
             knobs["source"] = "installed"
         if knobs["source"] == "installed":
             roots = sorted(set(map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))))
             paths = (path for root in roots for path in Path(root).rglob("*.py") if path.is_file())
-            files, made_of = (path.read_bytes() for path in paths), OTHER + ", ".join(roots)
+            files = (path.read_bytes() for path in paths)
+            made_of = f"NOT THE PINNED CORPUS: {', '.join(roots)}"
         chosen = choose(files)
     tokens = {split: b"\0".join([*documents, b""]) for split, documents in chosen.items()}
     sha256 = {f"{split}.bin": hashlib.sha256(data).hexdigest() for split, data in tokens.items()}
@@ -149,10 +139,11 @@ def main(config):
             f"the wheels are the pinned ones, but the corpus has sha256 {sha256} and not {SHA256}. If "
             f"{WHEELS.name} or a rule was changed on purpose, put these into {__file__}"
         )
-    with Writer(config.out_dir, get_tokenizer("bytes"), knobs) as out:
-        for split, data in tokens.items():
-            out.add(split, np.frombuffer(data, np.uint8), len(data))
-        out.source = [made_of, f"{sum(map(len, chosen.values())):,} Python files"]
+    out = Writer(config.out_dir, get_tokenizer("bytes"), knobs)
+    for split, data in tokens.items():
+        out.add(split, np.frombuffer(data, np.uint8), len(data))
+    out.source = [made_of, f"{sum(map(len, chosen.values())):,} Python files"]
+    out.publish()
     print(*out.source, *(f"sha256 of {name}: {value}" for name, value in sha256.items()), sep="\n")
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from data.documents import SUFFIXES, Options, kind  # noqa: E402
-from data.pipeline import choose, prepare, token_count  # noqa: E402
-from data.writer import Writer, prepared  # noqa: E402
+from data.writer import Writer, choose, prepare, prepared, token_count  # noqa: E402
 from nanotst import UserError  # noqa: E402
 from nanotst.configurator import entry_point  # noqa: E402
 from nanotst.tokenizer import get_tokenizer  # noqa: E402
@@ -31,13 +30,13 @@ class Config:
     Files are .txt, .md and .py (a line that holds only the separator ends a document), .jsonl, .ndjson and
     .json (an object with a text field per line), each also as .gz, .xz or .zst, and .parquet (a column of
     text). Folders are searched for these names, except for plain .json; hidden files are left out. A text
-    without separators, such as a book, is cut at empty lines. Documents of JSON or parquet may have 100 MB.
-    Documents keep their order, so shuffle them beforehand if it means something (all of one author, then all
-    of the next). The same command resumes a preparation that was stopped.
+    without separators, such as a book, is cut at empty lines. Documents keep their order, so shuffle them
+    beforehand if it means something (all of one author, then all of the next). The same command resumes a
+    preparation that was stopped.
     """
 
     inputs: list[str]  # files and folders
-    encoding: str = "bytes"  # bytes, a name that tiktoken knows (gpt2), or the path of a rank file
+    encoding: str = "bytes"  # bytes, a name that tiktoken knows, or a rank file, split as Llama 3's
     out_dir: str = str(HERE)  # folder to write to
     overwrite: bool = False  # whether another corpus in out_dir may be replaced
     val: str = ""  # files and folders to validate on, separated by commas
@@ -45,11 +44,10 @@ class Config:
     separator: str = "<|endoftext|>"  # line between documents; an empty line if empty
     field: str = "text"  # field of JSON objects, or column of parquet files
     shard_tokens: str = "100M"  # tokens in a file of the corpus
-    workers: int = 0  # tokenising threads; 0 for one per core
 
 
 def find_files(arguments):
-    """-> ({real path: path} in a fixed order, paths left out)"""
+    """-> (paths in a fixed order, paths left out)"""
     found, left_out = [], []
     for argument in arguments:
         if not os.path.exists(argument):
@@ -65,45 +63,41 @@ def find_files(arguments):
                 left_out.append(str(path))
     if arguments and not found:
         raise UserError(f"no text files in {' '.join(arguments)} (looked for {' '.join(SUFFIXES)})")
-    return {os.path.realpath(path): os.path.abspath(path) for path in found}, left_out
+    return list(dict.fromkeys(map(os.path.abspath, found))), left_out
 
 
-def settle_documents(paths, options, val_fraction):
-    """Set options.cut if the text has hardly any separators. -> the share of documents to hold out"""
-    size = sum(map(os.path.getsize, paths))
+def settle_documents(paths, options):
+    """Set options.cut if the text has hardly any separators, and options.val_fraction if there are few
+    documents."""
+
+    def first_hashes():
+        chosen = choose(paths, "train", options)
+        hashes = (int(key, 16) for place, key, *_ in chosen if place == "train")
+        return list(islice(hashes, MANY_DOCUMENTS))
+
+    hashes, size = first_hashes(), sum(map(os.path.getsize, paths))
     plain = size >= 2 * CUT[0] and all(kind(path) == "text" for path in paths)
-    if plain and (n := len(first_hashes(paths, options, FEW_DOCUMENTS))) < FEW_DOCUMENTS:
+    if plain and (n := len(hashes)) < FEW_DOCUMENTS:
         options.cut = min(max(size // 1000, CUT[0]), CUT[1])
-        print(
-            f"too few documents ({n}): the text is cut after {options.cut:,} bytes, at empty lines"
-        )
-    hashes = first_hashes(paths, options, MANY_DOCUMENTS)
+        what = f"the text is cut after {options.cut:,} bytes, at empty lines"
+        print(f"too few documents ({n}): {what}")
+        hashes = first_hashes()
     if not 0 < (n := len(hashes)) < MANY_DOCUMENTS:
-        return val_fraction
-    if val_fraction == Config.val_fraction:
-        val_fraction = min(0.1, FEW_DOCUMENTS / n)
-        print(f"{n:,} documents are few: {val_fraction:.1%} are held out (see --val_fraction)")
-    return max(val_fraction, math.nextafter(min(hashes) / 2**64, 1))  # one at least
-
-
-def first_hashes(paths, options, n):
-    """-> the hashes of the first n documents"""
-    chosen = choose(paths, "train", options)
-    return list(islice((int(key, 16) for place, key, *_ in chosen if place == "train"), n))
+        return
+    if options.val_fraction == Config.val_fraction:
+        options.val_fraction = share = min(0.1, FEW_DOCUMENTS / n)
+        print(f"{n:,} documents are few: {share:.1%} are held out (see --val_fraction)")
+    # one at least
+    options.val_fraction = max(options.val_fraction, math.nextafter(min(hashes) / 2**64, 1))
 
 
 def main(config):
-    if not 0 < config.val_fraction < 1 or config.workers < 0:
-        raise UserError("--val_fraction must lie between 0 and 1, --workers must be at least 0")
-    held_out, val_left_out = find_files([v for v in config.val.split(",") if v])
-    found, left_out = find_files(config.inputs)
-    val_paths, paths = [*held_out.values()], [found[real] for real in found if real not in held_out]
-    if not paths:
-        raise UserError("all inputs are files to validate on, and nothing is left to train on")
-    said = {"left out, hidden or of another kind": left_out + val_left_out, "reading": paths}
-    plain = [path for path in paths + val_paths if kind(path) == "text"]
-    said["read as plain text"] = [path for path in plain if not path.lower().endswith(SUFFIXES)]
-    for what, names in (said | {"held out": val_paths}).items():
+    val_paths, left_out = find_files([v for v in config.val.split(",") if v])
+    found, more = find_files(config.inputs)
+    paths = [path for path in found if path not in val_paths]
+    said = {"left out, hidden or of another kind": more + left_out, "reading": paths}
+    said["held out"] = val_paths
+    for what, names in said.items():
         if names:
             print(f"{what}: {len(names):,}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
 
@@ -116,12 +110,14 @@ def main(config):
         knobs[key] = getattr(config, key)
     if prepared(config.out_dir, knobs, config.overwrite):
         return
-    options, val_fraction = Options(config.separator, config.field), config.val_fraction
-    inputs = [("val", val_paths), ("train", paths)] if val_paths else [("", paths)]
+    options = Options(config.separator, config.field, config.val_fraction)
+    inputs = [("val", val_paths, 0), ("train", paths, 0)]
     if not val_paths:
-        val_fraction = settle_documents(paths, options, val_fraction)
+        inputs = [("", paths, 0)]
+        settle_documents(paths, options)
     out = Writer(config.out_dir, tokenizer, knobs, n_shard)
-    prepare(inputs, out, options, val_fraction=val_fraction, workers=config.workers)
+    out.source = [*(f"{path}, held out" for path in val_paths), *paths][:50]
+    prepare(inputs, out, options)
 
 
 if __name__ == "__main__":

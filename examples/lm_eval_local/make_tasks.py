@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # for python .../make
 from nanotst import UserError
 from nanotst.configurator import entry_point
 from nanotst.corpus import open_corpus
-from nanotst.vocabulary import tokenizer_of
+from nanotst.tokenizer import tokenizer_of
 
 CLOSING = """["'”’)\\]]*"""  # what may follow a full stop
 LAST_WORD = re.compile(rf"(?<=\S )[^\W\d]\w{{3,}}(?=[.!?]{CLOSING}\s|[^\w\n]*\n)")
