@@ -6,7 +6,6 @@ python sample.py --checkpoint=out/tst --prompt="def main(" --n_tokens=300
 import codecs
 import sys
 from dataclasses import dataclass
-from typing import ClassVar
 
 from nanotst import UserError  # before torch: it says what is missing
 
@@ -33,8 +32,6 @@ class Config:
     seed: int = 1337  # seed of the choices
     data: str = ""  # folder of a corpus that has moved; only a vocabulary in a rank file needs it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-
-    OTHER_NAMES: ClassVar = {"out_dir": "checkpoint", "start": "prompt"}  # nanoGPT's
 
 
 def check(c):
