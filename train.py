@@ -129,17 +129,17 @@ def check(c, world_size):
     counts = "n_layer n_head n_embd block_size total_batch max_steps eval_interval eval_positions"
     sizes = "seed batch_size n_kv_head head_dim ff_dim n_expert top_k warmup_steps save_interval"
     sizes += " threads shard_size weight_decay grad_clip matrix_learning_rate"
-    ranges = [  # from, to, knobs
-        (1, math.inf, counts + " log_interval"),
-        (0, math.inf, sizes),
-        (0, 1, "superposition_ratio decay_ratio min_lr_ratio beta1 beta2"),
-        (1e-30, math.inf, "learning_rate norm_eps rope_theta"),
-    ]
-    for low, high, keys in ranges:
+    shares = "superposition_ratio decay_ratio min_lr_ratio beta1 beta2"
+    ranges = {
+        "at least 1": (counts + " log_interval", lambda x: x >= 1),
+        "at least 0": (sizes, lambda x: x >= 0),
+        "in 0..1": (shares, lambda x: 0 <= x <= 1),
+        "positive": ("learning_rate norm_eps rope_theta", lambda x: x > 0),
+    }
+    for words, (keys, fits) in ranges.items():
         for key in keys.split():
-            if not low <= getattr(c, key) <= high:
-                most = f" and at most {high}" if high < math.inf else ""
-                raise UserError(f"{key} must be at least {low}{most}, got {getattr(c, key)}")
+            if not fits(getattr(c, key)):
+                raise UserError(f"{key} must be {words}, got {getattr(c, key)}")
     parts = set(c.reinit_at_switch.split(",")) if c.reinit_at_switch else set()
     if parts - REINIT.keys():
         raise UserError(f"reinit_at_switch takes {', '.join(REINIT)}, got {c.reinit_at_switch!r}")
@@ -157,9 +157,9 @@ def check(c, world_size):
         raise UserError(f"total_batch {c.total_batch} must be a multiple of {factors}")
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", str(c.bag_size)):
         raise UserError(f"bag_size must be at least 1, or such as 8-4-2, got {c.bag_size!r}")
-    sizes = [int(s) for s in str(c.bag_size).split("-")]
+    bag_sizes = [int(s) for s in str(c.bag_size).split("-")]
     try:
-        return tst.phase_list(c.max_steps, sizes, c.superposition_ratio, c.superposition)
+        return tst.phase_list(c.max_steps, bag_sizes, c.superposition_ratio, c.superposition)
     except ValueError as e:
         raise UserError(f"bag_size={c.bag_size}: {e}") from None
 
@@ -248,10 +248,10 @@ def main(c):
     # The batch is a fact of the run, not of the machine: its rows are dealt out to ranks and micro-batches,
     # so that any number of ranks trains on the same rows in the same step.
     n_rows = c.total_batch // c.block_size
-    first, end = (rank * n_rows // world_size for rank in (machine.rank, machine.rank + 1))
-    rows = range(first, end)  # those of this rank
-    batch_size = c.batch_size or len(rows)
-    micro_steps = len(rows) // batch_size
+    share = n_rows // world_size
+    rows = range(machine.rank * share, (machine.rank + 1) * share)  # those of this rank
+    batch_size = c.batch_size or share
+    micro_steps = share // batch_size
     sources = [(part.train, share) for _, part, share in corpus.parts]
     read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
     stream = TokenStream(sources, c.block_size, phases, **read)

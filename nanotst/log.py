@@ -8,7 +8,6 @@ from pathlib import Path
 
 from nanotst import UserError
 from nanotst.checkpoint import remove
-from nanotst.configurator import typed
 from nanotst.files import write_safely
 from nanotst.machine import one_line
 from nanotst.sharded import of_all_ranks, together
@@ -144,7 +143,7 @@ class RunFolder:
 
 
 def read_json(path):
-    """The object in a file, {} if it is missing or damaged."""
+    """The object in a file, {} if there is none or it is damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     return {}
@@ -155,13 +154,13 @@ def knobs_of_run(c):
     path = os.path.join(c.out_dir, "config.json")
     if not c.resume or not os.path.exists(path):
         return {}
-    of_command = "out_dir", "resume", "allow_changes", "overwrite", "init_from"
-    fields = {f.name: f for f in dataclasses.fields(c) if f.name not in of_command}
     saved = read_json(path).get("config")
     if not isinstance(saved, dict):
         raise UserError(f"{path} is damaged; move it away, and give --resume all knobs")
-    saved.setdefault("router_z_coef", saved.get("z_coef", 0.0))  # its name until November 2026
-    return {k: typed(fields[k], k, saved[k], path, fields) for k in fields if k in saved}
+    if "z_coef" in saved:  # its name until November 2026
+        saved["router_z_coef"] = saved["z_coef"]
+    of_command = "out_dir", "resume", "allow_changes", "overwrite", "init_from"
+    return {key: saved[key] for key in vars(c) if key in saved and key not in of_command}
 
 
 def progress(row, max_steps, seconds_per_step):
@@ -170,8 +169,9 @@ def progress(row, max_steps, seconds_per_step):
     line = f"step {row['step']:>{len(str(max_steps))}}/{max_steps} | s {row['bag_size']}"
     line += f" | loss {row['loss']:.4f}"
     if "val_loss" in row:
-        bits = f" ({row['val_bpb']:.4f} bits/byte)" if "val_bpb" in row else ""
-        line += f" | val {row['val_loss']:.4f}{bits}"
+        line += f" | val {row['val_loss']:.4f}"
+    if "val_bpb" in row:
+        line += f" ({row['val_bpb']:.4f} bits/byte)"
     line += f" | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | {seconds_per_step * 1e3:.1f} ms"
     line += f" | {row['positions_per_second'] / 1e3:.1f}k pos/s"
     if "mfu" in row:

@@ -51,12 +51,14 @@ def pick_device(name, local_rank=0):
     return name
 
 
-def has_fast_bfloat16(device):
-    """Whether matrix products are faster in bfloat16 than in float32."""
+def best_dtype(device):
+    """bfloat16 where matrix products are faster in it than in float32."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    amx_or_avx512 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return device == "cpu" and amx_or_avx512
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        amx_or_avx512 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        fast = device == "cpu" and amx_or_avx512
+    return "bfloat16" if fast else "float32"
 
 
 def keep_freed_memory():
@@ -120,9 +122,9 @@ class Machine:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
             if getattr(c, "deterministic", False):
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for cuBLAS' start
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts
                 torch.use_deterministic_algorithms(True)
-                torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is not
+                torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has no fixed order
         else:
             keep_freed_memory()
         if ranks:
@@ -130,10 +132,9 @@ class Machine:
         if c.threads or ranks and device == "cpu":  # torchrun's own choice is a single thread
             torch.set_num_threads(c.threads or max(1, os.cpu_count() // ranks))
         torch.set_float32_matmul_precision("high")  # TF32 where CUDA still computes in float32
-        best = "bfloat16" if has_fast_bfloat16(device) else "float32"
-        dtype = best if c.dtype == "auto" else c.dtype
-        shards = shard_size or world_size
-        return cls(device, dtype, rank, local_rank, world_size, ranks > 0, parallel, shards)
+        dtype = best_dtype(device) if c.dtype == "auto" else c.dtype
+        shard_size = shard_size or world_size
+        return cls(device, dtype, rank, local_rank, world_size, ranks > 0, parallel, shard_size)
 
     @property
     def master(self):
@@ -148,7 +149,7 @@ class Machine:
         """The device in words."""
         if self.device_type == "cuda":
             return torch.cuda.get_device_name()
-        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
     @property
     def peak_flops(self):
@@ -158,11 +159,12 @@ class Machine:
 
     @property
     def memory(self):
-        """Bytes of one GPU, or a rank's share of main memory; 0 if unknown."""
+        """Bytes of one GPU, or a rank's share of main memory; 0 if unknown, as on Windows."""
         if self.device_type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
-        windows, ranks = not hasattr(os, "sysconf"), launcher()[3] or 1
-        return 0 if windows else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
+        if not hasattr(os, "sysconf"):
+            return 0
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // self.world_size
 
     def versions(self):
         """What results may depend on, as plain values."""
@@ -190,27 +192,27 @@ class Machine:
         """(model, whether it is compiled). wanted: auto (on CUDA), on, off. warm_up(model) runs each graph
         once, so that nothing is compiled later. If compiling fails, training continues without it, except
         when sharded, since the other ranks have gone ahead."""
-        wanted = wanted == "on" or wanted == "auto" and self.device_type == "cuda"
-        if wanted:
-            self.say("compiling, which takes a minute or more; --compile=off starts at once")
-        for retry in (True, False) if wanted else ():
+        if wanted == "off" or wanted == "auto" and self.device_type != "cuda":
+            warm_up(model)
+            return model, False
+        self.say("compiling, which takes a minute or more; --compile=off starts at once")
+        if self.parallel == "fsdp":
+            compile_units(model)
+            warm_up(model)
+            return model, True
+        # a process that was killed while compiling may have left a broken file in the cache
+        missing = "going on without torch.compile; it needs a C++ compiler, on CUDA Triton"
+        for then in ("trying again without its cache", missing):
             try:
-                if self.parallel == "fsdp":
-                    compile_units(model)
-                    compiled = model
-                else:
-                    compiled = torch.compile(model, dynamic=False, fullgraph=True)
+                compiled = torch.compile(model, dynamic=False, fullgraph=True)
                 warm_up(compiled)
                 return compiled, True
+            except (UserError, torch.OutOfMemoryError):
+                raise
             except Exception as e:
-                if self.parallel == "fsdp" or isinstance(e, torch.OutOfMemoryError | UserError):
-                    raise
-                missing = "going on without torch.compile; it needs a C++ compiler, on CUDA Triton"
-                then = "trying again without its cache" if retry else missing
                 self.say(f"torch.compile failed ({type(e).__name__}: {one_line(e)}); {then}")
                 torch.compiler.reset()
                 model.zero_grad()
-                # a process that was killed while compiling may have left a broken file there
                 torch.compiler.config.force_disable_caches = True
         warm_up(model)
         return model, False

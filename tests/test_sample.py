@@ -14,7 +14,7 @@ import sample
 import train
 from nanotst import UserError
 from nanotst.checkpoint import load_model
-from nanotst.configurator import entry_point, parse
+from nanotst.configurator import entry_point
 from nanotst.vocabulary import character_tokenizer
 
 TEXT = b"the cat sat on the mat. " * 300
@@ -92,12 +92,6 @@ def test_what_cannot_work_is_one_line(checkpoint, knobs, words):
     with pytest.raises((UserError, OSError), match=words) as e:
         sample.main(sample.Config(**{"checkpoint": checkpoint, "device": "cpu", **knobs}))
     assert "\n" not in str(e.value)
-
-
-def test_nanogpts_names_get_a_hint():
-    for theirs, ours in (("out_dir", "checkpoint"), ("start", "prompt")):
-        with pytest.raises(UserError, match=f"--{theirs}=x: here this knob is called --{ours}"):
-            parse(sample.Config, [f"--{theirs}=x"])
 
 
 def test_the_defaults_of_train_and_sample_fit_each_other(checkpoint, capsys):
