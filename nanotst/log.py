@@ -41,25 +41,13 @@ class RunFolder:
     def begin(self, resume, overwrite):
         """Lock the folder. Raises UserError, on all ranks, if it holds a run that would be lost, or none to
         resume."""
+        together(lambda: self.machine.master and self._begin(resume, overwrite))
 
-        def check():
-            saved = os.path.exists(self.last)
-            if resume and not saved:
-                start = "start without --resume" + ", but with --overwrite" * bool(self._held())
-                raise UserError(f"there is no checkpoint {self.last}; {start}")
-            os.makedirs(self.out_dir, exist_ok=True)
-            self._lock()  # before looking: another process could finish in between
-            if self._held() and not resume and not overwrite:
-                todo = "resume it (--resume), " * os.path.exists(self.last)
-                todo += "replace it (--overwrite) or choose another --out_dir"
-                raise UserError(f"{self.out_dir} already holds a run: {todo}")
-
-        together(lambda: self.machine.master and check())
-
-    def _held(self):
-        return [p for p in (self.last, self.best, self.metrics) if os.path.exists(p)]
-
-    def _lock(self):
+    def _begin(self, resume, overwrite):
+        if resume and not os.path.exists(self.last):
+            start = "start without --resume" + ", but with --overwrite" * bool(self._held())
+            raise UserError(f"there is no checkpoint {self.last}; {start}")
+        os.makedirs(self.out_dir, exist_ok=True)
         self.lock = open(os.path.join(self.out_dir, "lock"), "a")  # noqa: SIM115 closing unlocks
         try:
             import fcntl
@@ -70,6 +58,13 @@ class RunFolder:
             raise UserError(f"{self.out_dir} is in use by another process; {todo}") from None
         except (ImportError, OSError):
             pass  # Windows, or a file system without locks
+        if self._held() and not resume and not overwrite:
+            todo = "resume it (--resume), " * os.path.exists(self.last)
+            todo += "replace it (--overwrite) or choose another --out_dir"
+            raise UserError(f"{self.out_dir} already holds a run: {todo}")
+
+    def _held(self):
+        return [p for p in (self.last, self.best, self.metrics) if os.path.exists(p)]
 
     def start(self, resume, step, described, wandb_project=""):
         """Training is about to start: everything that can fail was tried. Now remove the run that was to be
@@ -80,12 +75,10 @@ class RunFolder:
             described["wandb_id"] = self._start_wandb(wandb_project, resume, described)
         if resume:
             self._keep_rows(step)
-        else:
-            for path in self._held():
-                remove(path)
+        for path in [] if resume else self._held():
+            remove(path)
         described["torchrun"] = os.environ.get("TORCHELASTIC_RUN_ID")
-        text = json.dumps(described, indent=1, allow_nan=False)
-        write_safely(self.config, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        write_text(self.config, json.dumps(described, indent=1, allow_nan=False))
 
     def _keep_rows(self, step):
         """Drop the rows after `step`, which will be written again, and half a line of a killed process."""
@@ -102,8 +95,7 @@ class RunFolder:
             raise UserError(f"{self.metrics} is damaged; {todo}") from None
         if last != step:
             self.machine.say(f"note: {self.metrics} lacks the rows from step {last} to {step}")
-        text = "".join(kept)
-        write_safely(self.metrics, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        write_text(self.metrics, "".join(kept))
 
     def _start_wandb(self, project, resume, described):
         """Start logging to Weights & Biases -> id of its run, which a resumed run continues."""
@@ -140,6 +132,10 @@ class RunFolder:
     def finish(self):
         if self.wandb:
             self.wandb.finish()
+
+
+def write_text(path, text):
+    write_safely(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def read_json(path):

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
@@ -165,12 +165,9 @@ class TokenStream:
         read = self.tokens_at(step)
         future = [replace(p, start=max(p.start, step)) for p in wanted if p.stop > step]
         future = future or [replace(wanted[-1], start=step, stop=step + 1)]  # a finished run
-        joined = [replace(p, stop=min(p.stop, step)) for p in past if p.start < step]
-        for p in future:
-            if joined and (joined[-1].n_in, joined[-1].n_out) == (p.n_in, p.n_out):
-                joined[-1] = replace(joined[-1], stop=p.stop)
-            else:
-                joined.append(p)
+        both = [replace(p, stop=min(p.stop, step)) for p in past if p.start < step] + future
+        alike = [list(group) for _, group in groupby(both, lambda p: (p.n_in, p.n_out))]
+        joined = [replace(group[0], stop=group[-1].stop) for group in alike]
         if state["cut"] == self.cut:
             with suppress(ValueError):
                 check_phases(joined)

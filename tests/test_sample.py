@@ -15,7 +15,6 @@ import train
 from nanotst import UserError
 from nanotst.checkpoint import load_model
 from nanotst.configurator import entry_point
-from nanotst.vocabulary import character_tokenizer
 
 TEXT = b"the cat sat on the mat. " * 300
 
@@ -79,9 +78,7 @@ def test_seed_temperature_and_top_k(checkpoint, capsys):
         (dict(device="cuda:x"), "cuda:N"),
         (dict(prompt=""), "prompt is empty"),
         (dict(checkpoint="no/such/file"), "no checkpoint"),
-        (dict(checkpoint="tests"), "neither best.pt nor last.pt"),
         (dict(temperature=-1.0), "temperature must be 0"),
-        (dict(temperature=float("nan")), "temperature must be 0"),
         (dict(top_k=-1), "top_k must be at least 0"),
         (dict(n_samples=0), "n_samples must be at least 1"),
         (dict(prompt="FILE:no/such/file"), "No such file .*no/such/file"),
@@ -94,11 +91,8 @@ def test_what_cannot_work_is_one_line(checkpoint, knobs, words):
     assert "\n" not in str(e.value)
 
 
-def test_the_defaults_of_train_and_sample_fit_each_other(checkpoint, capsys):
+def test_the_defaults_of_train_and_sample_fit_each_other():
     assert sample.Config().checkpoint == train.Config().out_dir
-    folder = Path(checkpoint).parent
-    sample.main(sample.Config(str(folder), n_tokens=3, device="cpu"))
-    assert f"using {folder / 'best.pt'}" in capsys.readouterr().err
 
 
 def test_a_prompt_file_is_taken_as_it_is(checkpoint, tmp_path, capsys):
@@ -170,13 +164,9 @@ def test_the_vocabulary_is_found_from_any_folder(of_rank_file, tmp_path, monkeyp
     with pytest.raises(UserError, match="tokenizer.model, the vocabulary of .*--data=FOLDER"):
         text(path)
     assert text(path, data=str(tmp_path / "elsewhere"))
-
-
-def test_another_vocabulary_is_refused(of_rank_file, tmp_path, capsys):
-    """Of equal size, too, which the hash shows."""
-    rank_file(tmp_path / "corpus" / "tokenizer.model", (b"an", b"and"))
+    rank_file(tmp_path / "elsewhere" / "tokenizer.model", (b"an", b"and"))  # of equal size
     with pytest.raises(UserError, match="is not the vocabulary of"):
-        say(capsys, checkpoint=of_rank_file)
+        text(path, data=str(tmp_path / "elsewhere"))
 
 
 def test_a_vocabulary_of_characters(tmp_path, capsys):
@@ -191,5 +181,3 @@ def test_a_vocabulary_of_characters(tmp_path, capsys):
     assert text.startswith("aé€") and len(text) == 23 and set(text) <= set(characters)
     with pytest.raises(UserError, match="the prompt holds 'z', none of the corpus's 6 characters"):
         say(capsys, checkpoint=path, prompt="abz")
-    tokenizer = character_tokenizer(["x", "é", "€"])
-    assert tokenizer.encode("€x").tolist() == [2, 0] and tokenizer.decode([2, 0, 1]) == "€xé"

@@ -9,7 +9,6 @@ import re
 import runpy
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -321,12 +320,6 @@ def test_eight_micro_steps_equal_one(run, tmp_path, kind):
         for row, wanted in zip(rows, reference, strict=True):
             for key in row.keys() - {"phase", "seconds", "positions_per_second"}:
                 assert row[key] == pytest.approx(wanted[key], rel=1e-4), key
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 # ---- compilation in the loop
