@@ -195,21 +195,13 @@ def name_of(phase, phases):
     return "recovery" if any(p.bag_size > 1 for p in phases) else "ordinary"
 
 
-def share_of(rows, machine):
-    """This rank's share of rows (n, L+1). Rows of -1 make n a multiple of the ranks, which must all run as
-    many batches."""
-    rows = F.pad(rows, (0, 0, 0, -len(rows) % machine.world_size), value=-1)
-    return rows[machine.rank :: machine.world_size]
-
-
 @torch.no_grad()
 def validation_loss(net, rows, batch_size, machine):
-    """Next-token loss in any phase, nats per token. rows (n, L+1): this rank's share of the validation rows.
-    Rows of -1 fill up a batch, so that there is one graph, and all ranks have as many batches."""
+    """Next-token loss in any phase, nats per token. rows (n, L+1): this rank's share of the validation rows,
+    in whole batches. Rows of -1 do not count."""
     net.eval()
     total = torch.zeros(2, device=machine.device)  # sum of the rows' losses, number of rows
-    for part in rows.split(batch_size):
-        tokens = F.pad(part, (0, 0, 0, batch_size - len(part)), value=-1)  # (B, L+1)
+    for tokens in rows.split(batch_size):  # (B, L+1)
         tokens = tokens.to(machine.device)
         n = (tokens[:, 0] >= 0).sum()
         labels = tokens[:, 1:, None].long()  # (B, L, 1)
@@ -255,9 +247,12 @@ def main(c):
     sources = [(part.train, share) for _, part, share in corpus.parts]
     read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
     stream = TokenStream(sources, c.block_size, phases, **read)
-    # The validation rows are the same in all phases and for any number of ranks, which share them
+    # The validation rows are the same in all phases and for any number of ranks, which share them. Rows of
+    # -1 fill them up, so that there is one graph, and all ranks have as many batches
     val = [validation_rows(part.val, c.eval_positions, c.block_size) for _, part, _ in corpus.parts]
-    val = [share_of(rows, machine) for rows in val]
+    whole = world_size * batch_size
+    val = [F.pad(rows, (0, 0, 0, -len(rows) % whole), value=-1) for rows in val]  # (n, L+1)
+    val = [rows[machine.rank :: world_size] for rows in val]
 
     # ---------------------------------------------------------------------------------- model, new or resumed
     shape = model_config(dataclasses.asdict(c), corpus.meta)
@@ -318,7 +313,7 @@ def main(c):
             tokens = stream.read(first)[:batch_size].to(device)  # any text will do
             forward(net, tokens, n_in, n_out)[0].backward()
             optimizer.zero_grad()
-        validation_loss(net, val[0][:1], batch_size, machine)
+        validation_loss(net, val[0][:batch_size], batch_size, machine)
 
     raw_model = model  # checkpoints have its keys, without the prefixes of wrappers
     model, compiled = machine.compile(raw_model, c.compile, warm_up)

@@ -82,20 +82,16 @@ class RunFolder:
 
     def _keep_rows(self, step):
         """Drop the rows after `step`, which will be written again, and half a line of a killed process."""
-        kept, last = [], 0
-        try:
-            lines = Path(self.metrics).read_text(encoding="utf-8").splitlines(True)
-            for line in lines:
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept, last = [*kept, line], json.loads(line)["step"]
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError):
-            todo = f"move it away, and --resume continues without the rows up to step {step}"
-            raise UserError(f"{self.metrics} is damaged; {todo}") from None
-        if last != step:
-            self.machine.say(f"note: {self.metrics} lacks the rows from step {last} to {step}")
-        write_text(self.metrics, "".join(kept))
+        kept = ""
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                for line in Path(self.metrics).read_text(encoding="utf-8").splitlines(True):
+                    if line.endswith("\n") and json.loads(line)["step"] <= step:
+                        kept += line
+            except (ValueError, KeyError, TypeError):
+                todo = f"move it away, and --resume continues without the rows up to step {step}"
+                raise UserError(f"{self.metrics} is damaged; {todo}") from None
+        write_text(self.metrics, kept)
 
     def _start_wandb(self, project, resume, described):
         """Start logging to Weights & Biases -> id of its run, which a resumed run continues."""

@@ -95,15 +95,10 @@ def test_the_defaults_of_train_and_sample_fit_each_other():
     assert sample.Config().checkpoint == train.Config().out_dir
 
 
-def test_a_prompt_file_is_taken_as_it_is(checkpoint, tmp_path, capsys):
-    """Line ends stay, a byte-order mark is not text, other encodings are refused."""
-    path = tmp_path / "prompt.txt"
-    path.write_bytes(b"\xef\xbb\xbfa\r\nb")
-    text = say(capsys, checkpoint=checkpoint, prompt=f"FILE:{path}", n_tokens=0)
-    assert text.startswith("a\r\nb\n---")
-    path.write_bytes("café".encode("latin-1"))
-    with pytest.raises(UserError, match="is not UTF-8"):
-        say(capsys, checkpoint=checkpoint, prompt=f"FILE:{path}")
+def test_a_prompt_may_be_in_a_file(checkpoint, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("a\nb")
+    prompt = f"FILE:{tmp_path}/prompt.txt"
+    assert say(capsys, checkpoint=checkpoint, prompt=prompt, n_tokens=0).startswith("a\nb\n---")
 
 
 def test_a_prompt_beyond_the_context_is_said(checkpoint, capsys):

@@ -21,7 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from model import GPT, GPTConfig
-from nanotst import UserError, log, machine, optim
+from nanotst import UserError, log, machine
 from nanotst.stream import permute
 
 MOE = dict(n_expert=4, top_k=2, balance_bias=True, balance_rate=0.01, qk_norm=True)
@@ -194,16 +194,6 @@ def test_muon_equals_a_plain_loop(run, tiny):
     assert_plain(rows, plain_training(tiny(), make_optimizers=plain_muon), 1e-3)
 
 
-def test_muon_takes_the_matrices_of_blocks_and_no_stacked_experts_or_routers(tiny):
-    model = tiny_model(tiny(n_layer=2), n_expert=4, top_k=2, qk_norm=True)
-    names = {id(p): name for name, p in model.named_parameters()}
-    muon, adamw = optim.make_optimizer(model, tiny(optimizer="muon"), "cpu")
-    of_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-    assert of_muon == {f"blocks.{i}.attn.{n}.weight" for i in (0, 1) for n in ("qkv", "out")}
-    of_adamw = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
-    assert of_muon | of_adamw == set(names.values()) and not of_muon & of_adamw
-
-
 @pytest.mark.parametrize("bag_size, ratio", [(3, 0.4), (4, 1.0), (5, 0.0)])
 def test_same_flops_and_exactly_so_much_more_text(run, tmp_path, bag_size, ratio):
     """At every step the FLOPs of the baseline; at the end 1 + r(s-1) times its tokens."""
@@ -303,11 +293,6 @@ def test_another_switch_on_resume_reads_on(run, tmp_path, before, after):
     assert len(rows) == 20 and rows[-1]["data_tokens"] > rows[9]["data_tokens"]
 
 
-def test_a_signal_in_the_last_step_ends_a_finished_run(run, monkeypatch, capsys):
-    patched_steps(monkeypatch, lambda step: step == 9 and signal.raise_signal(signal.SIGTERM))
-    assert run()[-1]["step"] == 10 and "--resume" not in capsys.readouterr().out
-
-
 # ---- micro-batches and ranks
 
 
@@ -400,16 +385,6 @@ def test_the_bias_of_experts_moves_by_the_rate_in_each_step(run, tiny):
     assert len(biases) == 1
 
 
-def test_a_mixture_of_experts_resumes_with_other_micro_batches(run, tmp_path):
-    """Its balance loss is that of the whole batch, and the shares of the step before are in the
-    checkpoint."""
-    knobs = dict(n_expert=4, top_k=2, balance_coef=1.0)
-    unbroken = run(out_dir=str(tmp_path / "whole"), **knobs)
-    stopped_run(run, 5, **knobs)
-    resumed = run(resume=True, batch_size=2, **knobs)
-    assert [r["loss"] for r in resumed] == pytest.approx([r["loss"] for r in unbroken], rel=1e-5)
-
-
 # ---- the command line and its knobs
 
 
@@ -492,16 +467,13 @@ def test_best_checkpoint_holds_the_best_model(run, tiny, monkeypatch):
 
 
 def test_what_a_checkpoint_holds_is_taken_up(run, tiny):
-    """The state of torch's generator, the best loss and the seconds so far; initial weights are not read
-    again."""
+    """The best loss and the seconds so far; initial weights are not read again."""
     run(max_steps=6, superposition_ratio=0.5)
     path, best = Path(tiny().out_dir, "last.pt"), Path(tiny().out_dir, "best.pt")
-    generator = torch.Generator().manual_seed(99).get_state()
-    torch.save(load(path.parent) | {"rng": generator, "best_val": 0.0, "seconds": 1000.0}, path)
+    torch.save(load(path.parent) | {"best_val": 0.0, "seconds": 1000.0}, path)
     best.unlink()
     knobs = dict(resume=True, allow_changes=True, max_steps=12, init_from="no/such/file")
-    rows = run(superposition_ratio=0.5, **knobs)
-    assert torch.equal(torch.get_rng_state(), generator) and rows[-1]["seconds"] > 1000
+    assert run(superposition_ratio=0.5, **knobs)[-1]["seconds"] > 1000
     assert not best.exists() and load(path.parent)["best_val"] == 0.0
 
 
@@ -588,17 +560,13 @@ def test_a_damaged_log_is_one_line_that_helps(run, tiny):
     assert run(resume=True, allow_changes=True, max_steps=12)[-1]["step"] == 12
 
 
-def test_a_log_shorter_than_its_checkpoint_is_said(run, tiny, capsys):
-    """And rows younger than the checkpoint, with half a line of a killed process, are written again."""
+def test_rows_younger_than_the_checkpoint_are_written_again(run, tiny):
+    """And half a line of a killed process."""
     unbroken = run()
     path = Path(tiny().out_dir, "metrics.jsonl")
     lines = path.read_text().splitlines(True)
     path.write_text("".join(lines) + json.dumps({"step": 11, "loss": 99.0}) + '\n{"step": 12, "lo')
-    capsys.readouterr()
-    assert run(resume=True) == unbroken and "lacks" not in capsys.readouterr().out
-    path.write_text("".join(lines[:7]))
-    assert len(run(resume=True)) == 7
-    assert "metrics.jsonl lacks the rows from step 7 to 10" in capsys.readouterr().out
+    assert run(resume=True) == unbroken
 
 
 def test_the_log_is_on_the_disk_before_a_checkpoint_is_written(run, tiny, monkeypatch):
@@ -754,24 +722,14 @@ def test_the_line_of_a_row_follows_the_present_pace_and_may_hold_more():
 # ---- the machine
 
 
-@pytest.mark.parametrize(
-    "left_out, wanted",
-    [
-        ((), (1, 1, 4, 2)),
-        (["LOCAL_RANK"], None),
-        (["RANK"], None),
-        (["RANK", "WORLD_SIZE"], (0, 0, 1, 0)),
-    ],
-)
-def test_the_variables_of_the_launcher_are_one_set(monkeypatch, left_out, wanted):
-    given = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
-    for key in given.keys() - set(left_out):
-        monkeypatch.setenv(key, given[key])
-    if wanted:
-        assert machine.launcher() == wanted
-    else:
-        with pytest.raises(UserError, match="are not all set: use torchrun, or unset"):
-            machine.launcher()
+def test_the_variables_of_the_launcher_are_one_set(monkeypatch):
+    assert machine.launcher() == (0, 0, 1, 0)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="are not all set: use torchrun, or unset"):
+        machine.launcher()
+    for key, value in dict(RANK="3", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2").items():
+        monkeypatch.setenv(key, value)
+    assert machine.launcher() == (3, 1, 4, 2)
 
 
 def test_ranks_that_do_not_find_each_other_are_one_line(monkeypatch):
