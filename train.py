@@ -240,19 +240,20 @@ def main(c):
     # The batch is a fact of the run, not of the machine: its rows are dealt out to ranks and micro-batches,
     # so that any number of ranks trains on the same rows in the same step.
     n_rows = c.total_batch // c.block_size
-    share = n_rows // world_size
-    rows = range(machine.rank * share, (machine.rank + 1) * share)  # those of this rank
-    batch_size = c.batch_size or share
-    micro_steps = share // batch_size
+    per_rank = n_rows // world_size
+    rows = range(machine.rank * per_rank, (machine.rank + 1) * per_rank)  # those of this rank
+    batch_size = c.batch_size or per_rank
+    micro_steps = per_rank // batch_size
     sources = [(part.train, share) for _, part, share in corpus.parts]
     read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
     stream = TokenStream(sources, c.block_size, phases, **read)
     # The validation rows are the same in all phases and for any number of ranks, which share them. Rows of
-    # -1 fill them up, so that there is one graph, and all ranks have as many batches
-    val = [validation_rows(part.val, c.eval_positions, c.block_size) for _, part, _ in corpus.parts]
-    whole = world_size * batch_size
-    val = [F.pad(rows, (0, 0, 0, -len(rows) % whole), value=-1) for rows in val]  # (n, L+1)
-    val = [rows[machine.rank :: world_size] for rows in val]
+    # -1 fill them up, so that there is one graph, and all ranks have equally many batches.
+    val, whole = [], batch_size * world_size
+    for _, part, _ in corpus.parts:
+        all_rows = validation_rows(part.val, c.eval_positions, c.block_size)  # (n, L+1)
+        all_rows = F.pad(all_rows, (0, 0, 0, -len(all_rows) % whole), value=-1)
+        val.append(all_rows[machine.rank :: world_size])
 
     # ---------------------------------------------------------------------------------- model, new or resumed
     shape = model_config(dataclasses.asdict(c), corpus.meta)
@@ -270,7 +271,7 @@ def main(c):
     saver = Saver(machine)
     step, seconds, best_val = 0, 0.0, math.inf
     # MoE: the share of positions that chose each expert in the previous step, over all ranks. The balance
-    # loss uses it in place of a micro-batch's own, so that it is the same however a batch is cut
+    # loss uses it in place of a micro-batch's own, so that it is the same however a batch is cut.
     load_shares = None
     if c.n_expert:
         load_shares = torch.full((c.n_layer, c.n_expert), c.top_k / c.n_expert, device=device)
@@ -282,7 +283,7 @@ def main(c):
         read |= dict(state=saved["stream"], step=step)
         stream = TokenStream(sources, c.block_size, phases, **read)
         if not c.allow_changes:
-            fit = saved.get("fit", fit)  # even if its file has changed
+            fit = saved.get("fit", fit)  # the run's own, even if the file has changed since
     phases = stream.phases
 
     # ------------------------------------------------------------------------------------ one step, compiled
@@ -391,15 +392,10 @@ def main(c):
             row |= router_metrics(load, machine.mean(entropy / micro_steps))
         if eval_now:
             row |= validation_metrics(model, val, batch_size, machine, corpus)
-        # The loss belongs to the weights before this step. The weights after it are tried before they
-        # replace a good checkpoint
-        after = row.get("val_loss", 0.0)
-        if save_now and not eval_now:
-            after = validation_loss(model, val[0][:batch_size], batch_size, machine)
-        if not all(map(math.isfinite, (loss, row["grad_norm"], after))):
-            what = f"before it {loss}, gradient norm {row['grad_norm']}, after it {after}"
+        numbers = loss, row["grad_norm"], row.get("val_loss", 0.0)
+        if not all(map(math.isfinite, numbers)):
             todo = "lower learning_rate and start again, or --resume with --allow_changes"
-            raise UserError(f"the loss is not finite at step {step} ({what}); {todo}")
+            raise UserError(f"the loss is not finite at step {step}, {numbers}; {todo}")
         folder.add(row, progress(row, c.max_steps, elapsed / (step - logged_at)), sync=save_now)
         is_best = row.get("val_loss", math.inf) < best_val
         best_val = min(best_val, row.get("val_loss", best_val))

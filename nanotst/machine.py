@@ -97,7 +97,6 @@ class Machine:
     device: str  # as torch knows it
     dtype: str  # of matrix products: bfloat16, float32
     rank: int = 0
-    local_rank: int = 0  # on its node: the number of its GPU
     world_size: int = 1
     distributed: bool = False  # started by torchrun
     parallel: str = "none"  # or ddp, fsdp: see nanotst/parallel.py
@@ -109,10 +108,10 @@ class Machine:
         and, for training, deterministic, parallel, shard_size."""
         rank, local_rank, world_size, ranks = launcher()
         parallel, shard_size = getattr(c, "parallel", "auto"), getattr(c, "shard_size", 0)
-        if parallel != "auto" and not ranks:
-            raise UserError(f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N ...")
         if parallel == "auto":
             parallel = "ddp" if ranks else "none"
+        elif not ranks:
+            raise UserError(f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N ...")
         if shard_size and (parallel != "fsdp" or world_size % shard_size):
             must = f"is for parallel=fsdp, and must divide {world_size} ranks"
             raise UserError(f"shard_size {shard_size} {must}")
@@ -133,8 +132,7 @@ class Machine:
             torch.set_num_threads(c.threads or max(1, os.cpu_count() // ranks))
         torch.set_float32_matmul_precision("high")  # TF32 where CUDA still computes in float32
         dtype = best_dtype(device) if c.dtype == "auto" else c.dtype
-        shard_size = shard_size or world_size
-        return cls(device, dtype, rank, local_rank, world_size, ranks > 0, parallel, shard_size)
+        return cls(device, dtype, rank, world_size, ranks > 0, parallel, shard_size or world_size)
 
     @property
     def master(self):
@@ -231,7 +229,7 @@ class StopSignals:
     def __init__(self, machine):
         self.received, self.reason, self.save_due = False, "a signal to another rank", False
         self.save_at = time.perf_counter() + 50  # soon: a crash loses little
-        # of the hosts, so that asking does not wait for GPUs
+        # the ranks agree by a group on CPUs, since asking GPUs would wait for their work
         self.group = dist.new_group(backend="gloo") if machine.distributed else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
@@ -240,7 +238,7 @@ class StopSignals:
         self.received, self.reason = True, signal.Signals(number).name
 
     def stop(self, step):
-        """Whether to stop after `step` steps. Updates save_due. Equal on all ranks."""
+        """Whether to stop after `step` steps. Updates save_due. Both are the same on all ranks."""
         answer = torch.tensor([self.received, time.perf_counter() > self.save_at], dtype=torch.int)
         if self.group:
             dist.all_reduce(answer, dist.ReduceOp.MAX, self.group)

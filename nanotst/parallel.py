@@ -93,8 +93,7 @@ def wrap(model, machine):
     if machine.parallel != "ddp":
         return model
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its name in torch 2.11
-    device_ids = [machine.local_rank] if machine.device_type == "cuda" else None
-    return DDP(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def sync_gradients(model, wanted):

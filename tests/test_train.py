@@ -530,8 +530,6 @@ def test_products_are_in_the_dtype_asked_for(run, monkeypatch, dtype, wanted):
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, tiny, monkeypatch):
-    """The loss of a step is that of the weights before it: a broken gradient shows in it one step too
-    late."""
     clip, steps = torch.nn.utils.clip_grad_norm_, []
 
     def broken_in_step_6(parameters, *args):
@@ -625,18 +623,17 @@ def test_a_folder_with_a_checkpoint_or_a_log_holds_a_run(run, tiny):
 
 
 def test_a_run_is_overwritten_only_when_the_new_one_has_warmed_up(run, tiny, monkeypatch):
-    before = run()
-    weights = Path(tiny().out_dir, "last.pt").read_bytes()
+    before, weights = run(), Path(tiny().out_dir, "last.pt").read_bytes()
 
     def no_memory(*args):
         raise UserError("out of memory")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="out of memory"):
-        patch.setattr(machine.Machine, "compile", no_memory)
-        run(overwrite=True, max_steps=4)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="pip install wandb"):
-        patch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
         run(overwrite=True, max_steps=4, wandb_project="x")
+    monkeypatch.setattr(machine.Machine, "compile", no_memory)
+    with pytest.raises(UserError, match="out of memory"):
+        run(overwrite=True, max_steps=4)
     assert read_rows(tiny().out_dir) == before
     assert Path(tiny().out_dir, "last.pt").read_bytes() == weights
 
