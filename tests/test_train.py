@@ -274,25 +274,6 @@ def test_changing_the_training_on_resume_must_be_asked_for(run, tiny):
     assert all(tuple(group["betas"]) == (0.9, 0.99) for group in groups)
 
 
-@pytest.mark.parametrize(
-    "before, after",
-    [
-        (dict(bag_size=1), dict(bag_size=4, superposition_ratio=0.2)),
-        (dict(), dict(superposition_ratio=0.8)),
-        (dict(), dict(total_batch=256)),
-    ],
-)
-def test_another_switch_on_resume_reads_on(run, tmp_path, before, after):
-    """Changed in either phase, and then resumed once more without a change, bit for bit."""
-    run(**before)
-    changed, two = {**before, "max_steps": 20, **after, "resume": True}, str(tmp_path / "two")
-    shutil.copytree(tmp_path / "run", two)
-    rows = run(allow_changes=True, **changed)
-    stopped_run(run, 17, out_dir=two, allow_changes=True, **changed)
-    assert column(run(out_dir=two, **changed), *LEARNED) == column(rows, *LEARNED)
-    assert len(rows) == 20 and rows[-1]["data_tokens"] > rows[9]["data_tokens"]
-
-
 # ---- micro-batches and ranks
 
 
