@@ -48,7 +48,7 @@ def main(c):
     check(c)
     prompt = c.prompt
     if prompt.startswith("FILE:"):
-        prompt = Path(prompt[5:]).read_text(encoding="utf-8")
+        prompt = Path(prompt[5:]).read_text(encoding="utf-8-sig")
     device, path = pick_device(c.device), find_checkpoint(c.checkpoint)
     model, checkpoint = load_model(path)
     model.to(device).eval()

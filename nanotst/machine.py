@@ -199,7 +199,7 @@ class Machine:
             warm_up(model)
             return model, True
         # a process that was killed while compiling may have left a broken file in the cache
-        missing = "going on without torch.compile; it needs a C++ compiler, on CUDA Triton"
+        missing = "continuing without torch.compile; it needs a C++ compiler, on CUDA Triton"
         for then in ("trying again without its cache", missing):
             try:
                 compiled = torch.compile(model, dynamic=False, fullgraph=True)
