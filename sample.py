@@ -6,7 +6,7 @@ python sample.py --checkpoint=out/tst --prompt="def main(" --n_tokens=300
 import codecs
 import sys
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
 
 from nanotst import UserError  # before torch: it says what is missing
 
@@ -34,8 +34,6 @@ class Config:
     data: str = ""  # folder of a corpus that has moved; only a vocabulary in a rank file needs it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
-    OTHER_NAMES: ClassVar = {"out_dir": "checkpoint", "start": "prompt"}  # nanoGPT's
-
 
 def check(c):
     """Raise UserError for knobs that cannot work."""
@@ -46,20 +44,11 @@ def check(c):
             raise UserError(f"{key} must be at least {least}, got {getattr(c, key)}")
 
 
-def read_prompt(prompt):
-    """The text of the knob `prompt`, with a file's line ends as they are."""
-    if not prompt.startswith("FILE:"):
-        return prompt
-    try:
-        with open(prompt[5:], encoding="utf-8-sig", newline="") as f:
-            return f.read()
-    except UnicodeError:
-        raise UserError(f"the prompt {prompt[5:]} is not UTF-8: convert it") from None
-
-
 def main(c):
     check(c)
-    prompt = read_prompt(c.prompt)
+    prompt = c.prompt
+    if prompt.startswith("FILE:"):
+        prompt = Path(prompt[5:]).read_text(encoding="utf-8-sig")
     device, path = pick_device(c.device), find_checkpoint(c.checkpoint)
     model, checkpoint = load_model(path)
     model.to(device).eval()

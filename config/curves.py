@@ -1,7 +1,6 @@
 """The default experiment, `make curves`: minutes on a CPU. 140 thousand parameters and 176 bytes of text for
 each (TST reads 1.3 times that): TST pays where the model is the limit, not the text."""
 
-dataset = "python_source"
 n_layer = 2
 n_head = 1
 n_embd = 64
@@ -13,6 +12,5 @@ decay_ratio = 0.2
 learning_rate = 8e-3  # within the seeds' spread of the best of three, for both (results/paper)
 bag_size = 2
 superposition_ratio = 0.3
-eval_interval = 100
 eval_positions = 262144
 compile = "on"

@@ -1,7 +1,6 @@
 """The default experiment with 8 experts, 2 for each position, `make moe`. It has as many active
 parameters as config/curves.py, plus the router and norms."""
 
-dataset = "python_source"
 n_layer = 2
 n_head = 1
 n_embd = 64

@@ -1,7 +1,5 @@
-"""The paper's 600M model, 600,208,320 parameters, shape inferred; text as for dense_270m.py.
-
-Paper (DCLM): baseline 3.019, TST 2.943.
-"""
+"""The paper's 600M model, 600,208,320 parameters, shape inferred; text as for dense_270m.py. Paper (DCLM):
+baseline 3.019, TST 2.943."""
 
 dataset = "dclm"
 n_layer = 32

@@ -1,7 +1,6 @@
 """Baseline against TST on one large GPU in minutes, see examples/gpu.sh: 3.3 million parameters, 30 bytes of
 text for each, less than one epoch; TST reads 1.9 times as much."""
 
-dataset = "python_source"
 n_layer = 4
 n_head = 4
 n_embd = 256

@@ -1,7 +1,5 @@
 """The paper's 10B-A1B mixture, 10,132,484,608 parameters, shape inferred; 162 GB of states, not run here.
-
-Paper (DCLM and FineWeb-Edu): baseline 2.252 after 125k steps, TST 2.236 after 50k, having read 2.0e12 tokens.
-"""
+Paper (DCLM, FineWeb-Edu): baseline 2.252 after 125k steps, TST 2.236 after 50k, having read 2.0e12 tokens."""
 
 dataset = "dclm:0.5,fineweb_edu:0.5"
 n_layer = 28
@@ -15,7 +13,6 @@ rope_theta = 1e6
 norm_eps = 1e-6
 n_expert = 128
 top_k = 8
-balance_coef = 0.001
 block_size = 4096
 total_batch = 2048 * 4096  # 8M positions
 batch_size = 1

@@ -1,7 +1,6 @@
 """The scale of results/paper: config/curves.py with half the rows and two thirds of the steps, for hundreds
 of runs on two CPU cores. 58 bytes of text for each parameter."""
 
-dataset = "python_source"
 n_layer = 2
 n_head = 1
 n_embd = 64
@@ -13,7 +12,6 @@ decay_ratio = 0.2
 learning_rate = 8e-3
 bag_size = 2
 superposition_ratio = 0.3
-eval_interval = 100
 eval_positions = 262144
 save_interval = 250
 compile = "on"

@@ -1,7 +1,6 @@
 """config/curves.py with four times the width and twice the depth and context, to measure speed: 3.3 million
 parameters. Its learning rate was not swept."""
 
-dataset = "python_source"
 n_layer = 4
 n_head = 4
 n_embd = 256
@@ -14,6 +13,5 @@ decay_ratio = 0.2
 learning_rate = 4e-3
 bag_size = 2
 superposition_ratio = 0.3
-eval_interval = 100
 eval_positions = 262144
 compile = "on"

@@ -17,7 +17,6 @@ import difflib
 import inspect
 import os
 import re
-import signal
 import sys
 import time
 from typing import Annotated, Literal, TypeVar, get_args, get_origin
@@ -37,8 +36,7 @@ def entry_point(main, cls, argv=None, known=None):
 
     known(knobs): dict of values for knobs that the command line does not give."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not if it is closed, or a notebook's
-            stream.reconfigure(errors="replace")  # the terminal may lack a character
+        stream.reconfigure(errors="replace")  # the terminal may lack a character
     argv = sys.argv[1:] if argv is None else argv
     try:
         config = parse(cls, argv)
@@ -47,10 +45,8 @@ def entry_point(main, cls, argv=None, known=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it exits
         sys.exit(1)
     except (UserError, OSError) as e:
-        if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
-            # Rank 0 of the node probably met the same error, and torchrun is about to end this rank
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)  # or torchrun ends rank 0 before it says what they all met
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         sys.exit(f"error: {' '.join(text.splitlines())}")
     except KeyboardInterrupt:
@@ -66,37 +62,29 @@ def parse(cls, argv, known=()):
         sys.exit(0)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     places = [field for field in fields.values() if field.default is dataclasses.MISSING]
-    given, positional, values = [], [], dict(known)
+    positional, values = [], dict(known)
     for arg in argv:
+        given = {}
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
-            given.append((key.replace("-", "_"), value if equals else True, arg))
+            given = {key.replace("-", "_"): value if equals else True}
         elif places:
             positional.append(arg)
         elif os.path.isfile(arg) or arg.endswith(".py"):
-            given += [(key, value, arg) for key, value in read_file(arg).items()]
+            given = read_file(arg)
         else:
             raise UserError(f"{arg!r} is neither a config file nor --key=value, see --help")
-    for key, value, where in given:
-        if key in (ours := getattr(cls, "OTHER_NAMES", {})):
-            raise UserError(f"{where}: here this knob is called --{ours[key]}")
-        values[key] = typed(fields.get(key), key, value, where, fields)
+        for key, value in given.items():
+            values[key] = typed(fields.get(key), key, value, arg, fields)
     for place in places:
-        taken = positional if place.type == list[str] else positional[:1]
-        positional = positional[len(taken) :]
+        n = len(positional) if place.type == list[str] else 1
+        taken, positional = positional[:n], positional[n:]
         if not taken:
             raise UserError(f"{place.name.upper()} is missing, see --help")
         values[place.name] = taken if place.type == list[str] else taken[0]
     if positional:
         raise UserError(f"one argument too many: {positional[0]!r}, see --help")
     return cls(**values)
-
-
-def validate(config):
-    """Raise UserError unless each value of a config made in Python has the type of its field."""
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    for key, field in fields.items():
-        typed(field, key, getattr(config, key), "config", fields)
 
 
 def marked(cls, mark):
@@ -123,7 +111,7 @@ def typed(field, key, value, where, fields):
             raise UserError(f"{where}: {key} must be one of {', '.join(get_args(kind))}, {given}")
         return value
     if kind == int | str:  # such as bag_size, 4 or "8-4-2"
-        kind = int if re.fullmatch(r"\s*[+-]?\d+\s*", str(value)) else str
+        kind = int if str(value).isdecimal() else str
     with contextlib.suppress(ValueError, KeyError, OverflowError):
         if kind in (int, float) and type(value) in (int, float, str):
             number = float(value)  # 2e6 is a fine way to write a count
@@ -165,17 +153,14 @@ def help_text(cls):
     comment on each field's line."""
     lines, fields = [inspect.getdoc(cls)], {f.name: f for f in dataclasses.fields(cls)}
     source = re.sub(r"\(\n\s+(.*)\n\s+\)", r"\1", inspect.getsource(cls))  # a value in brackets
-    for line in source.splitlines():
-        if heading := re.match(r"    # (.*)", line):
-            lines += ["", heading[1]]
-        knob = re.match(r"    (\w+): [^#]*(?:# (.*))?", line)
-        if not knob or knob[1] not in fields:
-            continue
-        value, kind = fields[knob[1]].default, type_of(fields[knob[1]])
-        if isinstance(value, str) and os.path.isabs(value):
-            value = os.path.relpath(value)
-        place = value is dataclasses.MISSING
-        shown = knob[1].upper() if place else f"--{knob[1]}={value}".replace("\n", "\\n")
-        choices = f" [{', '.join(get_args(kind))}]" if get_origin(kind) is Literal else ""
-        lines.append(f"  {shown}".ljust(36) + (knob[2] or "") + choices)
+    for heading, key, text in re.findall(
+        r"^    (?:# (.*)|(\w+): [^#\n]*(?:# (.*))?)$", source, re.M
+    ):
+        if heading:
+            lines += ["", heading]
+        elif key in fields:
+            default, kind = fields[key].default, type_of(fields[key])
+            shown = key.upper() if default is dataclasses.MISSING else f"--{key}={default}"
+            choices = f" [{', '.join(get_args(kind))}]" if get_origin(kind) is Literal else ""
+            lines.append(f"  {shown:33} ".replace("\n", "\\n") + text + choices)
     return "\n".join(lines)

@@ -4,18 +4,13 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 from pathlib import Path
 
 from nanotst import UserError
 from nanotst.checkpoint import remove
-from nanotst.configurator import typed
 from nanotst.files import write_safely
 from nanotst.machine import one_line
 from nanotst.sharded import of_all_ranks, together
-
-with contextlib.suppress(ImportError):  # Windows cannot lock a folder
-    import fcntl
 
 
 class RunFolder:
@@ -30,22 +25,18 @@ class RunFolder:
         self.metrics, self.config, self.last, self.best = (os.path.join(out_dir, n) for n in names)
 
     def after_restart(self, c):
-        """The knobs c; with resume set if torchrun has restarted this process after a rank died, and the
-        folder's config.json names the same torchrun, so that the run is its own."""
+        """The knobs c, or, if torchrun has restarted this process after a rank died, the knobs that resume
+        the run. The id of torchrun (--rdzv_id) in config.json tells whether it is this one's."""
+        name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         # each node counts its own restarts
         restarts = max(of_all_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
-        ours = restarts and read_json(self.config).get("torchrun", "") == torchrun()
-        if not self.machine.from_master(ours):
+        ours = restarts and name != "none" and read_json(self.config).get("torchrun") == name
+        # as the master sees it: on a shared file system the others may not see a file yet
+        ours, saved = self.machine.from_master((ours, os.path.exists(self.last)))
+        if not ours:
             return c
-        last = self.newest()
-        self.machine.say(f"restarted by torchrun: resuming from {last or 'the beginning'}")
-        return dataclasses.replace(c, resume=last is not None, overwrite=last is None)
-
-    def newest(self):
-        """The checkpoint to resume from, or None. As the master sees it: on a shared file system the others
-        may not see it yet."""
-        there = self.machine.master and os.path.exists(self.last)
-        return self.machine.from_master(self.last if there else None)
+        self.machine.say(f"restarted by torchrun: resuming {self.out_dir}")
+        return dataclasses.replace(c, resume=saved, overwrite=not saved)
 
     def begin(self, resume, overwrite):
         """Lock the folder. Raises UserError, on all ranks, if it holds a run that would be lost, or none to
@@ -53,34 +44,27 @@ class RunFolder:
         together(lambda: self.machine.master and self._begin(resume, overwrite))
 
     def _begin(self, resume, overwrite):
-        if not resume:
-            os.makedirs(self.out_dir, exist_ok=True)
-        if os.path.isdir(self.out_dir):
-            self._lock()  # before looking: another process could finish in between
-        held, last = self._held(), os.path.exists(self.last)
-        if resume and not last:
-            what = "the log of a run that ended before its first save" if held else "no run"
-            start = "start without --resume" + ", but with --overwrite" * bool(held)
-            raise UserError(f"there is no checkpoint {self.last}: the folder holds {what}; {start}")
-        if held and not resume and not overwrite:
-            what = "a run" if last else f"{os.path.basename(held[0])} of a run, but no last.pt"
-            todo = "resume it (--resume), " * last + "replace it (--overwrite) or choose another"
-            raise UserError(f"{self.out_dir} already holds {what}: {todo} --out_dir")
+        if resume and not os.path.exists(self.last):
+            start = "start without --resume" + ", but with --overwrite" * bool(self._held())
+            raise UserError(f"there is no checkpoint {self.last}; {start}")
+        os.makedirs(self.out_dir, exist_ok=True)
+        self.lock = open(os.path.join(self.out_dir, "lock"), "a")  # noqa: SIM115 closing unlocks
+        try:
+            import fcntl
+
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            todo = "wait for it or choose another --out_dir"
+            raise UserError(f"{self.out_dir} is in use by another process; {todo}") from None
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks
+        if self._held() and not resume and not overwrite:
+            todo = "resume it (--resume), " * os.path.exists(self.last)
+            todo += "replace it (--overwrite) or choose another --out_dir"
+            raise UserError(f"{self.out_dir} already holds a run: {todo}")
 
     def _held(self):
         return [p for p in (self.last, self.best, self.metrics) if os.path.exists(p)]
-
-    def _lock(self):
-        if "fcntl" not in globals():
-            return
-        self.lock = open(os.path.join(self.out_dir, "lock"), "a")  # noqa: SIM115 closing unlocks
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            todo = "wait for it or choose another --out_dir"
-            raise UserError(f"{self.out_dir} is in use by another process; {todo}") from None
-        except OSError:
-            pass  # a file system without locks
 
     def start(self, resume, step, described, wandb_project=""):
         """Training is about to start: everything that can fail was tried. Now remove the run that was to be
@@ -91,36 +75,33 @@ class RunFolder:
             described["wandb_id"] = self._start_wandb(wandb_project, resume, described)
         if resume:
             self._keep_rows(step)
-        else:
-            for path in self._held():
-                remove(path)
-        text = json.dumps(described | {"torchrun": torchrun()}, indent=1, allow_nan=False)
-        write_safely(self.config, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        for path in [] if resume else self._held():
+            remove(path)
+        described["torchrun"] = os.environ.get("TORCHELASTIC_RUN_ID")
+        write_text(self.config, json.dumps(described, indent=1, allow_nan=False))
 
     def _keep_rows(self, step):
         """Drop the rows after `step`, which will be written again, and half a line of a killed process."""
-        text, last = "", 0
+        kept = ""
         with contextlib.suppress(FileNotFoundError):
             try:
                 for line in Path(self.metrics).read_text(encoding="utf-8").splitlines(True):
                     if line.endswith("\n") and json.loads(line)["step"] <= step:
-                        text, last = text + line, json.loads(line)["step"]
+                        kept += line
             except (ValueError, KeyError, TypeError):
                 todo = f"move it away, and --resume continues without the rows up to step {step}"
                 raise UserError(f"{self.metrics} is damaged; {todo}") from None
-            write_safely(self.metrics, lambda path: Path(path).write_text(text, encoding="utf-8"))
-        if last != step:
-            self.machine.say(f"note: {self.metrics} lacks the rows from step {last} to {step}")
+        write_text(self.metrics, kept)
 
     def _start_wandb(self, project, resume, described):
         """Start logging to Weights & Biases -> id of its run, which a resumed run continues."""
-        name = os.path.basename(os.path.abspath(self.out_dir))
         known = read_json(self.config).get("wandb_id") if resume else None
-        again = {"id": known, "resume": "allow"} if known else {}
+        name = os.path.basename(os.path.abspath(self.out_dir))
+        how = dict(project=project, name=name, config=described, id=known, resume="allow")
         try:
             import wandb
 
-            self.wandb = wandb.init(project=project, name=name, config=described, **again)
+            self.wandb = wandb.init(**how)
         except Exception as e:  # ImportError, wandb.errors.Error, and what the network throws
             todo = "pip install wandb, use `wandb login`, or WANDB_MODE=offline"
             raise UserError(f"wandb: {one_line(e)}; {todo}") from None
@@ -149,14 +130,12 @@ class RunFolder:
             self.wandb.finish()
 
 
-def torchrun():
-    """What tells the torchrun that started this process from others; None without one."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{os.getppid()}@{platform.node()}" if name == "none" else name  # no --rdzv_id given
+def write_text(path, text):
+    write_safely(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def read_json(path):
-    """The object in a file, {} if it is missing or damaged."""
+    """The object in a file, {} if there is none or it is damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     return {}
@@ -167,13 +146,13 @@ def knobs_of_run(c):
     path = os.path.join(c.out_dir, "config.json")
     if not c.resume or not os.path.exists(path):
         return {}
-    of_command = "out_dir", "resume", "allow_changes", "overwrite", "init_from"
-    fields = {f.name: f for f in dataclasses.fields(c) if f.name not in of_command}
     saved = read_json(path).get("config")
     if not isinstance(saved, dict):
         raise UserError(f"{path} is damaged; move it away, and give --resume all knobs")
-    saved.setdefault("router_z_coef", saved.get("z_coef", 0.0))  # its name until November 2026
-    return {k: typed(fields[k], k, saved[k], path, fields) for k in fields if k in saved}
+    if "z_coef" in saved:  # its name until November 2026
+        saved["router_z_coef"] = saved["z_coef"]
+    of_command = "out_dir", "resume", "allow_changes", "overwrite", "init_from"
+    return {key: saved[key] for key in vars(c) if key in saved and key not in of_command}
 
 
 def progress(row, max_steps, seconds_per_step):
@@ -182,8 +161,9 @@ def progress(row, max_steps, seconds_per_step):
     line = f"step {row['step']:>{len(str(max_steps))}}/{max_steps} | s {row['bag_size']}"
     line += f" | loss {row['loss']:.4f}"
     if "val_loss" in row:
-        bits = f" ({row['val_bpb']:.4f} bits/byte)" if "val_bpb" in row else ""
-        line += f" | val {row['val_loss']:.4f}{bits}"
+        line += f" | val {row['val_loss']:.4f}"
+    if "val_bpb" in row:
+        line += f" ({row['val_bpb']:.4f} bits/byte)"
     line += f" | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | {seconds_per_step * 1e3:.1f} ms"
     line += f" | {row['positions_per_second'] / 1e3:.1f}k pos/s"
     if "mfu" in row:
@@ -208,28 +188,9 @@ def router_metrics(load, entropy):
     }
 
 
-def warn(c, machine, model, epochs):
-    """Warn about settings that run but are probably mistakes. epochs: times that the run reads the text."""
-    decay = round(c.decay_ratio * c.max_steps) if c.schedule == "wsd" else 0
-    note = lambda text: machine.say(f"note: {text}")
-    if c.warmup_steps >= c.max_steps:
-        still = f"so the learning rate is still rising after max_steps {c.max_steps}"
-        note(f"warmup_steps {c.warmup_steps} is not below max_steps, {still}")
-    elif c.warmup_steps + decay > c.max_steps:
-        todo = "so the learning rate drops at once; lower one of them"
-        note(f"warmup_steps {c.warmup_steps} and a decay of {decay} steps overlap, {todo}")
-    if epochs > 8:
-        todo = "use more text, fewer steps (--max_steps) or a smaller model"
-        note(f"the run reads its text {epochs:.0f} times and may memorise it; {todo}")
-    V, C = model.config.vocab_size, model.config.n_embd
-    share = 6 * V * C / model.flops_per_position()  # of the head, in the FLOPs of a step
-    if machine.device == "cpu" and share > 0.75:
-        todo = f"bytes (--encoding=bytes) are about {1 / (1 - share):.0f} times faster on a CPU"
-        note(f"{min(share, 0.999):.1%} of the work of a step is the head over {V:,} tokens; {todo}")
-
-
 def describe_run(c, machine, model, stream, compiled, micro_steps, step):
-    """The opening lines: what is trained, on what, on how much text."""
+    """The opening lines: what is trained, on what, on how much text; and notes on settings that run but are
+    probably mistakes."""
     active = f" ({model.n_params(active=True):,} active)" if c.n_expert else ""
     ranks = f", {machine.world_size} ranks" if machine.distributed else ""
     how = f"{machine.dtype}, {'compiled' if compiled else 'eager'}, {machine.name}"
@@ -248,6 +209,13 @@ def describe_run(c, machine, model, stream, compiled, micro_steps, step):
         machine.say(f"TST: {first}, then ordinary training; {text}")
     else:
         machine.say("ordinary training without superposition; --bag_size=2 turns it on")
-    batch = f"{c.total_batch:,} positions, in {micro_steps} micro-steps per rank"
-    text = f"{tokens:,} tokens, {tokens / stream.epoch_tokens:.2f} epochs of the corpus"
-    machine.say(f"{c.max_steps:,} steps of {batch}; {text}")
+    batch, epochs = f"{c.total_batch:,} positions", tokens / stream.epoch_tokens
+    text = f"{tokens:,} tokens, {epochs:.2f} epochs of the corpus"
+    machine.say(f"{c.max_steps:,} steps of {batch}, in {micro_steps} micro-steps per rank; {text}")
+    decay = round(c.decay_ratio * c.max_steps) if c.schedule == "wsd" else 0
+    if c.warmup_steps + decay > c.max_steps:
+        both = f"{c.warmup_steps} steps of warmup and {decay} of decay"
+        machine.say(f"note: {both} do not fit in max_steps {c.max_steps}; lower one of them")
+    if epochs > 8:
+        todo = "use more text, fewer steps (--max_steps) or a smaller model"
+        machine.say(f"note: the run reads its text {epochs:.0f} times and may memorise it; {todo}")

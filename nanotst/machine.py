@@ -26,16 +26,14 @@ def launcher():
     """(rank, local rank, ranks, ranks of this node) from torchrun's variables, (0, 0, 1, 0) without them.
     Raises UserError if some are missing: with a forgotten WORLD_SIZE=2, one process would train on half of
     each batch."""
-    keys = "RANK", "LOCAL_RANK", "WORLD_SIZE"
-    given = {key: os.environ[key] for key in keys if os.environ.get(key)}  # empty is unset
-    if not given.keys() & {"RANK", "WORLD_SIZE"}:
+    if not os.environ.keys() & {"RANK", "WORLD_SIZE"}:
         return 0, 0, 1, 0
-    with contextlib.suppress(KeyError, ValueError):
-        rank, local_rank, ranks = (int(given[key]) for key in keys)
-        if 0 <= local_rank <= rank < ranks:
-            return rank, local_rank, ranks, int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
-    said = " ".join(f"{key}={value}" for key, value in given.items())
-    raise UserError(f"{said} is not what torchrun sets: use torchrun, or unset {' '.join(given)}")
+    keys = "RANK", "LOCAL_RANK", "WORLD_SIZE"
+    try:
+        rank, local_rank, ranks = (int(os.environ[key]) for key in keys)
+    except (KeyError, ValueError):
+        raise UserError(f"{', '.join(keys)} are not all set: use torchrun, or unset them") from None
+    return rank, local_rank, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
 
 
 def pick_device(name, local_rank=0):
@@ -46,18 +44,21 @@ def pick_device(name, local_rank=0):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"cuda:{local_rank}" if name == "cuda" else name
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "mps" and not torch.backends.mps.is_available() or int(name[5:] or -1) >= gpus:
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    gpus += ["mps"] * torch.backends.mps.is_available()
+    if name not in ("cpu", *gpus):
         raise UserError(f"device={name}, but PyTorch sees no such GPU")
     return name
 
 
-def has_fast_bfloat16(device):
-    """Whether matrix products are faster in bfloat16 than in float32."""
+def best_dtype(device):
+    """bfloat16 where matrix products are faster in it than in float32."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    amx_or_avx512 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return device == "cpu" and amx_or_avx512
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        amx_or_avx512 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        fast = device == "cpu" and amx_or_avx512
+    return "bfloat16" if fast else "float32"
 
 
 def keep_freed_memory():
@@ -71,15 +72,17 @@ def keep_freed_memory():
 
 def join(device):
     """Meet the other ranks at the address in the environment."""
-    timeout = timedelta(minutes=20)  # for a rank that hangs, compiles or writes, not for a dead one
-    how = {"backend": "gloo", "timeout": timeout}
+    how = {
+        "backend": "gloo",
+        "timeout": timedelta(minutes=20),
+    }  # for a rank that compiles or writes
     if device.startswith("cuda"):
         how |= {"backend": "nccl", "device_id": torch.device(device)}
     try:
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=how["timeout"]))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps this store when it restarts, with the addresses of ranks that have died
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(store=store, rank=rank, world_size=ranks, **how)
     except (RuntimeError, ValueError) as e:
         hint = "check MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
@@ -94,7 +97,6 @@ class Machine:
     device: str  # as torch knows it
     dtype: str  # of matrix products: bfloat16, float32
     rank: int = 0
-    local_rank: int = 0  # on its node: the number of its GPU
     world_size: int = 1
     distributed: bool = False  # started by torchrun
     parallel: str = "none"  # or ddp, fsdp: see nanotst/parallel.py
@@ -106,39 +108,31 @@ class Machine:
         and, for training, deterministic, parallel, shard_size."""
         rank, local_rank, world_size, ranks = launcher()
         parallel, shard_size = getattr(c, "parallel", "auto"), getattr(c, "shard_size", 0)
-        if ranks and c.device.startswith("cuda:"):
-            raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
-        if parallel != "auto" and not ranks:
-            raise UserError(f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N ...")
         if parallel == "auto":
             parallel = "ddp" if ranks else "none"
+        elif not ranks:
+            raise UserError(f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N ...")
         if shard_size and (parallel != "fsdp" or world_size % shard_size):
-            must = f"must divide {world_size} ranks"
-            raise UserError(f"shard_size {shard_size} is for parallel=fsdp, {must}")
+            must = f"is for parallel=fsdp, and must divide {world_size} ranks"
+            raise UserError(f"shard_size {shard_size} {must}")
+        if ranks and c.device.startswith("cuda:"):
+            raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
         device = pick_device(c.device, local_rank)
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        if device.startswith("cuda") and getattr(c, "deterministic", False):
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
-            torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is not deterministic
+            if getattr(c, "deterministic", False):
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts
+                torch.use_deterministic_algorithms(True)
+                torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has no fixed order
+        else:
+            keep_freed_memory()
         if ranks:
             join(device)
         if c.threads or ranks and device == "cpu":  # torchrun's own choice is a single thread
-            linux = hasattr(os, "sched_getaffinity")
-            cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-            torch.set_num_threads(c.threads or max(1, cores // ranks))
-        if device == "cpu":
-            keep_freed_memory()
+            torch.set_num_threads(c.threads or max(1, os.cpu_count() // ranks))
         torch.set_float32_matmul_precision("high")  # TF32 where CUDA still computes in float32
-        try:  # torch makes this folder, or fails, even if nothing is compiled
-            os.makedirs(os.environ["TORCHINDUCTOR_CACHE_DIR"], exist_ok=True)
-        except (KeyError, OSError):
-            os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
-        best = "bfloat16" if has_fast_bfloat16(device) else "float32"
-        group = rank, local_rank, world_size, bool(ranks), parallel, shard_size or world_size
-        return cls(device, best if c.dtype == "auto" else c.dtype, *group)
+        dtype = best_dtype(device) if c.dtype == "auto" else c.dtype
+        return cls(device, dtype, rank, world_size, ranks > 0, parallel, shard_size or world_size)
 
     @property
     def master(self):
@@ -153,7 +147,7 @@ class Machine:
         """The device in words."""
         if self.device_type == "cuda":
             return torch.cuda.get_device_name()
-        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
     @property
     def peak_flops(self):
@@ -163,11 +157,12 @@ class Machine:
 
     @property
     def memory(self):
-        """Bytes of one GPU, or a rank's share of main memory; 0 if unknown."""
+        """Bytes of one GPU, or a rank's share of main memory; 0 if unknown, as on Windows."""
         if self.device_type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
-        windows, ranks = not hasattr(os, "sysconf"), launcher()[3] or 1
-        return 0 if windows else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
+        if not hasattr(os, "sysconf"):
+            return 0
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // self.world_size
 
     def versions(self):
         """What results may depend on, as plain values."""
@@ -195,27 +190,27 @@ class Machine:
         """(model, whether it is compiled). wanted: auto (on CUDA), on, off. warm_up(model) runs each graph
         once, so that nothing is compiled later. If compiling fails, training continues without it, except
         when sharded, since the other ranks have gone ahead."""
-        wanted = wanted == "on" or wanted == "auto" and self.device_type == "cuda"
-        if wanted:
-            self.say("compiling, which takes a minute or more; --compile=off starts at once")
-        for retry in (True, False) if wanted else ():
+        if wanted == "off" or wanted == "auto" and self.device_type != "cuda":
+            warm_up(model)
+            return model, False
+        self.say("compiling, which takes a minute or more; --compile=off starts at once")
+        if self.parallel == "fsdp":
+            compile_units(model)
+            warm_up(model)
+            return model, True
+        # a process that was killed while compiling may have left a broken file in the cache
+        missing = "continuing without torch.compile; it needs a C++ compiler, on CUDA Triton"
+        for then in ("trying again without its cache", missing):
             try:
-                if self.parallel == "fsdp":
-                    compile_units(model)
-                    compiled = model
-                else:
-                    compiled = torch.compile(model, dynamic=False, fullgraph=True)
+                compiled = torch.compile(model, dynamic=False, fullgraph=True)
                 warm_up(compiled)
                 return compiled, True
+            except (UserError, torch.OutOfMemoryError):
+                raise
             except Exception as e:
-                if self.parallel == "fsdp" or isinstance(e, torch.OutOfMemoryError | UserError):
-                    raise
-                missing = "going on without torch.compile; it needs a C++ compiler, on CUDA Triton"
-                then = "trying again without its cache" if retry else missing
                 self.say(f"torch.compile failed ({type(e).__name__}: {one_line(e)}); {then}")
                 torch.compiler.reset()
                 model.zero_grad()
-                # a process that was killed while compiling may have left a broken file there
                 torch.compiler.config.force_disable_caches = True
         warm_up(model)
         return model, False
@@ -229,14 +224,13 @@ class Machine:
 
 
 class StopSignals:
-    """Whether to stop, after Ctrl-C or SIGTERM, and whether a checkpoint is due by time. Ranks must agree,
-    so they ask each other about every two seconds, at a step that all know from the time before."""
+    """Whether to stop, after Ctrl-C or SIGTERM to any rank, and whether a checkpoint is due by time."""
 
     def __init__(self, machine):
-        self.machine, self.save_due = machine, False
-        self.received, self.reason = False, "a signal to another rank"
-        self.next_step, self.last_step, self.asked_at = 0, 0, time.perf_counter()
-        self.save_at = self.asked_at + 50  # soon: a crash loses little
+        self.received, self.reason, self.save_due = False, "a signal to another rank", False
+        self.save_at = time.perf_counter() + 50  # soon: a crash loses little
+        # the ranks agree by a group on CPUs, since asking GPUs would wait for their work
+        self.group = dist.new_group(backend="gloo") if machine.distributed else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
@@ -244,26 +238,18 @@ class StopSignals:
         self.received, self.reason = True, signal.Signals(number).name
 
     def stop(self, step):
-        """After `step` steps: whether to stop here. Updates save_due. Equal on all ranks."""
-        now = time.perf_counter()
-        due = now > self.save_at
-        if not self.machine.distributed:
-            self.save_due = due
-            return self.received
-        if step < self.next_step:
-            return False
-        pace = (now - self.asked_at) / max(1, step - self.last_step)  # seconds per step
-        # rank 0's clock decides
-        mine = [max(1, int(2 / max(pace, 1e-6))), due] if self.machine.master else [0, 0]
-        answer = torch.tensor([self.received, *mine], device=self.machine.device)
-        dist.all_reduce(answer)
-        stopping, steps, self.save_due = answer.tolist()
-        self.next_step, self.last_step, self.asked_at = step + steps, step, now
-        return stopping > 0
+        """Whether to stop after `step` steps. Updates save_due. Both are the same on all ranks."""
+        answer = torch.tensor([self.received, time.perf_counter() > self.save_at], dtype=torch.int)
+        if self.group:
+            dist.all_reduce(answer, dist.ReduceOp.MAX, self.group)
+        stopping, self.save_due = map(bool, answer.tolist())
+        if stopping:
+            self.reason += f" after step {step}"
+        return stopping
 
     def saved(self, seconds):
         """A checkpoint was written, which took `seconds`; the next one shall cost at most 2 % of the time."""
-        self.save_due, self.save_at = False, time.perf_counter() + max(300, 50 * seconds)
+        self.save_at = time.perf_counter() + max(300, 50 * seconds)
 
 
 def as_one(main):

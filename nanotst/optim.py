@@ -41,11 +41,11 @@ class Optimizers(list):
         if not isinstance(state, list) or len(state) != len(self):
             raise ValueError("the state of another optimizer")
         for optimizer, saved in zip(self, state):
-            groups = optimizer.param_groups
-            settings = [{k: v for k, v in g.items() if k != "params"} for g in groups]
-            optimizer.load_state_dict(saved)
-            for group, configured in zip(optimizer.param_groups, settings):
-                group.update(configured)
+            ours = [
+                g | {"params": theirs["params"]}
+                for g, theirs in zip(optimizer.param_groups, saved["param_groups"])
+            ]
+            optimizer.load_state_dict(saved | {"param_groups": ours})
 
 
 def adamw(inits, c, device_type):
@@ -69,9 +69,7 @@ def muon(model, c, device_type):
     matrices = [p for _, p, init in model.inits() if init.kind == "matrix"]
     others = [each for each in model.inits() if each[2].kind != "matrix"]
     if any(isinstance(p, DTensor) for p in matrices):  # it would gather them for every product
-        raise UserError(
-            "optimizer=muon needs whole matrices, but parallel=fsdp splits them; use adamw or ddp"
-        )
+        raise UserError("optimizer=muon needs whole matrices, so parallel=ddp, not fsdp")
     how = dict(lr=c.matrix_learning_rate or c.learning_rate, weight_decay=c.weight_decay)
     how |= dict(momentum=c.beta2, adjust_lr_fn="match_rms_adamw")
     return [torch.optim.Muon(matrices, **how), adamw(others, c, device_type)]

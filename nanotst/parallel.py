@@ -10,7 +10,6 @@ alone would keep cast copies of the model until the forward pass ends. Routers a
 are averaged in float32, are gathered in float32. Gradients are reduced, and summed, in float32."""
 
 import copy
-import dataclasses
 import functools
 import math
 import warnings
@@ -28,20 +27,15 @@ from nanotst import UserError
 
 def check_size(shape, machine):
     """Raise UserError for a model whose weights, gradients and moments do not fit in memory."""
-    try:
-        with torch.device("meta"):  # takes no memory; two small ones do for any number of layers
-            one, two = (GPT(dataclasses.replace(shape, n_layer=n)).n_params() for n in (1, 2))
-    except (RuntimeError, TypeError) as e:  # sizes beyond 64 bits
-        raise UserError(f"no model can have this shape: {' '.join(str(e).split())[:100]}") from None
-    n_params = one + (shape.n_layer - 1) * (two - one)
-    needed = 16 * n_params + 4 * shape.block_size * shape.head_dim  # bytes, with the rotary tables
+    with torch.device("meta"):  # takes no memory
+        n_params = GPT(shape).n_params()
+    needed = 16 * n_params  # bytes
     memory = machine.memory * (machine.shard_size if machine.parallel == "fsdp" else 1)
     if memory and needed > memory:
+        size = f"{n_params:,} parameters takes {needed / 1e9:,.0f} GB, here are {memory / 1e9:,.0f}"
         hint = " --parallel=fsdp spreads them over the ranks, or" * (machine.parallel == "ddp")
-        raise UserError(
-            f"training {n_params:,} parameters takes {needed / 1e9:,.0f} GB, here are {memory / 1e9:,.0f};"
-            f"{hint} give a smaller model: n_embd, n_layer, ff_dim, n_expert or block_size"
-        )
+        todo = f"{hint} give a smaller model: n_embd, n_layer, ff_dim, n_expert or block_size"
+        raise UserError(f"training {size};{todo}")
 
 
 def build(config, machine, prepare=lambda model: None):
@@ -99,8 +93,7 @@ def wrap(model, machine):
     if machine.parallel != "ddp":
         return model
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its name in torch 2.11
-    device_ids = [machine.local_rank] if machine.device_type == "cuda" else None
-    return DDP(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def sync_gradients(model, wanted):

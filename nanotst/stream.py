@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, replace
 from functools import lru_cache
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
@@ -66,9 +67,8 @@ class Order:
         self.row_tokens = [block_size * n_in for n_in, _ in spans]  # by phase
         self.n_stretches = max(0, n_tokens - tail) // self.row_tokens[0]
         self.epoch_tokens = self.n_stretches * self.row_tokens[0]
-        self.begins = [0]  # tokens read before each phase
-        for length, (_, n_rows) in zip(self.row_tokens, spans[:-1]):
-            self.begins.append(self.begins[-1] + length * n_rows)
+        tokens = (block_size * n_in * n_rows for n_in, n_rows in spans[:-1])
+        self.begins = [0, *accumulate(tokens)]  # tokens read before each phase
         self.key = key
 
     def starts(self, phase, i):
@@ -118,12 +118,10 @@ class TokenStream:
         self.phases, self.first_step, self.tokens_before = phases, 0, 0
         if state:
             self._resume(state, step)
-        check_phases(self.phases)
         self.pattern = Pattern(shares)
         # rows before each phase, numbered through the run, so that shares hold across switches
-        self.rows_before = [0]
-        for p in self.phases:
-            self.rows_before.append(self.rows_before[-1] + (p.stop - p.start) * n_rows)
+        steps = (p.stop - p.start for p in self.phases)
+        self.rows_before = [0, *accumulate(n_rows * n for n in steps)]
         self.orders = [self._order(i, seed) for i in range(len(sources))]
         epochs = [order.epoch_tokens / share for order, share in zip(self.orders, shares)]
         self.epoch_tokens = int(min(epochs))  # until the first corpus has been read
@@ -140,11 +138,10 @@ class TokenStream:
         # rows of a batch that come from this corpus, rounded up
         n_rows = -(-self.n_rows * int(self.pattern.before[corpus, -1]) // self.pattern.n)
         if order.n_stretches < n_rows:
-            many = len(self.tokens) > 1
-            which = f"corpus {corpus + 1} of {len(self.tokens)}" if many else "the corpus"
+            which = f"corpus {corpus + 1} of {len(self.tokens)} has {n_tokens:,} tokens"
             rows = f"{n_rows} rows of {self.block_size} x bag_size {self.phases[0].n_in}"
             todo = "use smaller ones, a smaller total_batch or more text"
-            raise UserError(f"{which} has {n_tokens:,} tokens, too few for {rows}; {todo}")
+            raise UserError(f"{which}, too few for {rows}; {todo}")
         return order
 
     def state(self):
@@ -163,24 +160,21 @@ class TokenStream:
         read = self.tokens_at(step)
         future = [replace(p, start=max(p.start, step)) for p in wanted if p.stop > step]
         future = future or [replace(wanted[-1], start=step, stop=step + 1)]  # a finished run
-        joined = [replace(p, stop=min(p.stop, step)) for p in past if p.start < step]
-        for p in future:
-            if joined and (joined[-1].n_in, joined[-1].n_out) == (p.n_in, p.n_out):
-                joined[-1] = replace(joined[-1], stop=p.stop)
-            else:
-                joined.append(p)
-        with suppress(ValueError):
-            check_phases(joined)
-            if state["cut"] == self.cut:
+        both = [replace(p, stop=min(p.stop, step)) for p in past if p.start < step] + future
+        alike = [list(group) for _, group in groupby(both, lambda p: (p.n_in, p.n_out))]
+        joined = [replace(group[0], stop=group[-1].stop) for group in alike]
+        if state["cut"] == self.cut:
+            with suppress(ValueError):
+                check_phases(joined)
                 self.phases = joined
                 return
         self.phases, self.first_step, self.tokens_before = future, step, read
 
     def tokens_at(self, step):
         """Tokens of text read before step number `step`, over all ranks."""
-        bags = sum(max(0, min(step, p.stop) - p.start) * p.n_in for p in self.phases)
-        bags += max(0, step - self.phases[-1].stop) * self.phases[-1].n_in
-        return self.tokens_before + bags * self.n_rows * self.block_size
+        last = replace(self.phases[-1], stop=step)  # the last phase never ends
+        read = (max(0, min(step, p.stop) - p.start) * p.n_in for p in [*self.phases[:-1], last])
+        return self.tokens_before + sum(read) * self.n_rows * self.block_size
 
     def read(self, step):
         """The rows of this process in step number `step`: (rows, L*n_in + n_out) int32. The last n_out tokens

@@ -4,7 +4,6 @@ An edit is (text that is there once, text in its place)."""
 import importlib
 import math
 import shutil
-import signal
 import sys
 
 import pytest
@@ -79,7 +78,6 @@ KNOBS = TINY | dict(max_steps=20, n_layer=2, learning_rate=0.02, threads=1)
 @pytest.fixture
 def fork(corpus, tmp_path, monkeypatch, capsys):
     """fork(file, edits, **knobs) -> rows, weights and printed text of a run of the edited copy."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ours = ("train", "model", "tst", "nanotst")
 
     def train(file, edits, **knobs):
@@ -98,17 +96,14 @@ def fork(corpus, tmp_path, monkeypatch, capsys):
             patch.syspath_prepend(str(folder))
             module = importlib.import_module("train")
             assert module.__file__ == str(folder / "train.py")
-            module.main(
-                module.Config(**KNOBS | dict(dataset=corpus, out_dir=f"{folder}/run") | knobs)
-            )
+            where = dict(dataset=corpus, out_dir=f"{folder}/run")
+            module.main(module.Config(**KNOBS | where | knobs))
             for name in [name for name in sys.modules if name.split(".")[0] in ours]:
                 del sys.modules[name]  # or the context would leave the copies of others behind
         weights = torch.load(folder / "run" / "last.pt", weights_only=True)["model"]
         return read_rows(folder / "run"), weights, capsys.readouterr().out
 
-    yield train
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return train
 
 
 def column(rows, key):

@@ -59,14 +59,11 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_traps_name_tests_that_exist():
-    named = re.findall(
-        r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "TRAPS.md").read_text(encoding="utf-8")
-    )
+    traps = (ROOT / "TRAPS.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", traps)
     assert len(named) > 20
     for file, test in named:
-        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (
-            f"{file}::{test}"
-        )
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
 
 
 def test_the_readme_is_neither_long_nor_squeezed():

@@ -14,8 +14,7 @@ import sample
 import train
 from nanotst import UserError
 from nanotst.checkpoint import load_model
-from nanotst.configurator import entry_point, parse
-from nanotst.tokenizer import character_tokenizer
+from nanotst.configurator import entry_point
 
 TEXT = b"the cat sat on the mat. " * 300
 
@@ -79,9 +78,7 @@ def test_seed_temperature_and_top_k(checkpoint, capsys):
         (dict(device="cuda:x"), "cuda:N"),
         (dict(prompt=""), "prompt is empty"),
         (dict(checkpoint="no/such/file"), "no checkpoint"),
-        (dict(checkpoint="tests"), "neither best.pt nor last.pt"),
         (dict(temperature=-1.0), "temperature must be 0"),
-        (dict(temperature=float("nan")), "temperature must be 0"),
         (dict(top_k=-1), "top_k must be at least 0"),
         (dict(n_samples=0), "n_samples must be at least 1"),
         (dict(prompt="FILE:no/such/file"), "No such file .*no/such/file"),
@@ -93,28 +90,14 @@ def test_what_cannot_work_is_one_line(checkpoint, knobs, words):
     assert "\n" not in str(e.value)
 
 
-def test_nanogpts_names_get_a_hint():
-    for theirs, ours in (("out_dir", "checkpoint"), ("start", "prompt")):
-        with pytest.raises(UserError, match=f"--{theirs}=x: here this knob is called --{ours}"):
-            parse(sample.Config, [f"--{theirs}=x"])
-
-
-def test_the_defaults_of_train_and_sample_fit_each_other(checkpoint, capsys):
+def test_the_defaults_of_train_and_sample_fit_each_other():
     assert sample.Config().checkpoint == train.Config().out_dir
-    folder = Path(checkpoint).parent
-    sample.main(sample.Config(str(folder), n_tokens=3, device="cpu"))
-    assert f"using {folder / 'best.pt'}" in capsys.readouterr().err
 
 
-def test_a_prompt_file_is_taken_as_it_is(checkpoint, tmp_path, capsys):
-    """Line ends stay, a byte-order mark is not text, other encodings are refused."""
-    path = tmp_path / "prompt.txt"
-    path.write_bytes(b"\xef\xbb\xbfa\r\nb")
-    text = say(capsys, checkpoint=checkpoint, prompt=f"FILE:{path}", n_tokens=0)
-    assert text.startswith("a\r\nb\n---")
-    path.write_bytes("café".encode("latin-1"))
-    with pytest.raises(UserError, match="is not UTF-8"):
-        say(capsys, checkpoint=checkpoint, prompt=f"FILE:{path}")
+def test_a_prompt_may_be_in_a_file(checkpoint, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("a\nb")
+    prompt = f"FILE:{tmp_path}/prompt.txt"
+    assert say(capsys, checkpoint=checkpoint, prompt=prompt, n_tokens=0).startswith("a\nb\n---")
 
 
 def test_a_prompt_beyond_the_context_is_said(checkpoint, capsys):
@@ -168,13 +151,9 @@ def test_the_vocabulary_is_where_the_corpus_was_or_in_data(
     with pytest.raises(UserError, match="tokenizer.model, the vocabulary of .*--data=FOLDER"):
         text()
     assert text(data=str(tmp_path / "elsewhere"))
-
-
-def test_another_vocabulary_is_refused(of_rank_file, tmp_path, capsys):
-    """Of equal size, too, which the hash shows."""
-    rank_file(tmp_path / "corpus" / "tokenizer.model", (b"an", b"and"))
+    rank_file(tmp_path / "elsewhere" / "tokenizer.model", (b"an", b"and"))  # of equal size
     with pytest.raises(UserError, match="is not the vocabulary of"):
-        say(capsys, checkpoint=of_rank_file)
+        text(data=str(tmp_path / "elsewhere"))
 
 
 def test_a_vocabulary_of_characters(tmp_path, capsys):
@@ -189,5 +168,3 @@ def test_a_vocabulary_of_characters(tmp_path, capsys):
     assert text.startswith("aé€") and len(text) == 23 and set(text) <= set(characters)
     with pytest.raises(UserError, match="the prompt holds 'z', none of the corpus's 6 characters"):
         say(capsys, checkpoint=path, prompt="abz")
-    tokenizer = character_tokenizer(["x", "é", "€"])
-    assert tokenizer.encode("€x").tolist() == [2, 0] and tokenizer.decode([2, 0, 1]) == "€xé"

@@ -15,20 +15,16 @@ def test_a_job_starts_one_torchrun_per_node_and_resumes_its_own_run(tmp_path):
     env |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": f"{tmp_path}/python"}
     (tmp_path / "python").symlink_to("/bin/true")  # does not know --shutdown-timeout
 
+    train = ["train.py", "config/moe_10b_a1b.py", f"--out_dir={tmp_path}/out"]
+
     def submit(restarts="0"):
-        command = [
-            "bash",
-            "examples/slurm.sh",
-            "config/moe_10b_a1b.py",
-            f"--out_dir={tmp_path}/out",
-        ]
+        command = ["bash", "examples/slurm.sh", *train[1:]]
         env["SLURM_RESTART_COUNT"] = restarts
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr
         return done.stdout.split()
 
     options = {"--nnodes=2", "--nproc_per_node=4", "--rdzv_endpoint=node7:29500", "--rdzv_id=31.0"}
-    train = ["train.py", "config/moe_10b_a1b.py", f"--out_dir={tmp_path}/out"]
     assert options <= set(submit()) and submit()[-3:] == train
     assert submit("1")[-4:] == [*train, "--overwrite"]  # lost before its first checkpoint
     (tmp_path / "out").mkdir()

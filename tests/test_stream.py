@@ -205,7 +205,7 @@ def test_memory_does_not_grow_with_the_corpus(n):
 
 @pytest.mark.parametrize("n_in, n_out", [(100, 100), (10**18, 1), (1, 10**6)])
 def test_a_corpus_too_short_is_one_line(n_in, n_out):
-    with pytest.raises(UserError, match="the corpus has 1,000 tokens, too few for 6 rows"):
+    with pytest.raises(UserError, match="corpus 1 of 1 has 1,000 tokens, too few for 6 rows"):
         stream([Phase(0, 9, n_in, n_out)])
 
 

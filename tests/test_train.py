@@ -2,7 +2,6 @@
 failing."""
 
 import functools
-import gc
 import json
 import math
 import os
@@ -10,21 +9,19 @@ import re
 import runpy
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, read_rows, write_corpus
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from model import GPT, GPTConfig
-from nanotst import UserError, checkpoint, log, machine, optim, parallel
+from nanotst import UserError, log, machine
 from nanotst.stream import permute
 
 MOE = dict(n_expert=4, top_k=2, balance_bias=True, balance_rate=0.01, qk_norm=True)
@@ -163,9 +160,7 @@ def assert_plain(rows, plain, rel=1e-5):
         (dict(superposition="input"), [(0, 4, 3, 1), (4, 10, 1, 1)]),
         (dict(superposition="output"), [(0, 4, 1, 3), (4, 10, 1, 1)]),
         (dict(superposition_ratio=1.0), [(0, 10, 3, 3)]),
-        (dict(superposition_ratio=0.38), TST),  # to the nearest step
         (dict(bag_size="4-2"), [(0, 2, 4, 4), (2, 4, 2, 2), (4, 10, 1, 1)]),
-        (dict(grad_clip=0.0), TST),
         (dict(grad_clip=0.1), TST),  # acts in every step
     ],
 )
@@ -183,7 +178,6 @@ def test_training_equals_a_plain_loop(run, tiny, knobs, phases):
     "knobs, weigh",
     [
         (dict(bag_weights="power"), lambda i: 1 / i),
-        (dict(bag_weights="fitted"), lambda i: 3.63 + 1.35 * i**-1.25),
         (dict(bag_weights="fitted", fitted={"c0": 0.0, "a": 2.0, "k": -2}), lambda i: i**-2),
     ],
 )
@@ -198,16 +192,6 @@ def test_weights_of_a_bag_reach_the_loss(run, tiny, tmp_path, knobs, weigh):
 def test_muon_equals_a_plain_loop(run, tiny):
     rows = run(optimizer="muon", matrix_learning_rate=0.02)
     assert_plain(rows, plain_training(tiny(), make_optimizers=plain_muon), 1e-3)
-
-
-def test_muon_takes_the_matrices_of_blocks_and_no_stacked_experts_or_routers(tiny):
-    model = tiny_model(tiny(n_layer=2), n_expert=4, top_k=2, qk_norm=True)
-    names = {id(p): name for name, p in model.named_parameters()}
-    muon, adamw = optim.make_optimizer(model, tiny(optimizer="muon"), "cpu")
-    of_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-    assert of_muon == {f"blocks.{i}.attn.{n}.weight" for i in (0, 1) for n in ("qkv", "out")}
-    of_adamw = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
-    assert of_muon | of_adamw == set(names.values()) and not of_muon & of_adamw
 
 
 @pytest.mark.parametrize("bag_size, ratio", [(3, 0.4), (4, 1.0), (5, 0.0)])
@@ -290,30 +274,6 @@ def test_changing_the_training_on_resume_must_be_asked_for(run, tiny):
     assert all(tuple(group["betas"]) == (0.9, 0.99) for group in groups)
 
 
-@pytest.mark.parametrize(
-    "before, after",
-    [
-        (dict(bag_size=1), dict(bag_size=4, superposition_ratio=0.2)),
-        (dict(), dict(superposition_ratio=0.8)),
-        (dict(), dict(total_batch=256)),
-    ],
-)
-def test_another_switch_on_resume_reads_on(run, tmp_path, before, after):
-    """Changed in either phase, and then resumed once more without a change, bit for bit."""
-    run(**before)
-    changed, two = {**before, "max_steps": 20, **after, "resume": True}, str(tmp_path / "two")
-    shutil.copytree(tmp_path / "run", two)
-    rows = run(allow_changes=True, **changed)
-    stopped_run(run, 17, out_dir=two, allow_changes=True, **changed)
-    assert column(run(out_dir=two, **changed), *LEARNED) == column(rows, *LEARNED)
-    assert len(rows) == 20 and rows[-1]["data_tokens"] > rows[9]["data_tokens"]
-
-
-def test_a_signal_in_the_last_step_ends_a_finished_run(run, monkeypatch, capsys):
-    patched_steps(monkeypatch, lambda step: step == 9 and signal.raise_signal(signal.SIGTERM))
-    assert run()[-1]["step"] == 10 and "--resume" not in capsys.readouterr().out
-
-
 # ---- micro-batches and ranks
 
 
@@ -326,28 +286,6 @@ def test_eight_micro_steps_equal_one(run, tmp_path, kind):
         for row, wanted in zip(rows, reference, strict=True):
             for key in row.keys() - {"phase", "seconds", "positions_per_second"}:
                 assert row[key] == pytest.approx(wanted[key], rel=1e-4), key
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def test_ddp_is_gone_before_its_process_group(run, monkeypatch):
-    """Its reducer would drop the group while it holds Python's lock, for which a thread of the group may be
-    waiting."""
-    env = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    for key, value in (env | {"MASTER_PORT": free_port()}).items():
-        monkeypatch.setenv(key, value)
-    alive = lambda: [x for x in gc.get_objects() if type(x) is parallel.DDP]
-    destroy, seen = dist.destroy_process_group, []
-    patched_steps(monkeypatch, lambda step: seen.append(len(alive())))
-    monkeypatch.setattr(
-        dist, "destroy_process_group", lambda: seen.append(len(alive())) or destroy()
-    )
-    run(threads=1)
-    assert seen == [1] * 10 + [0]
 
 
 # ---- compilation in the loop
@@ -372,7 +310,7 @@ def test_training_continues_where_compilation_fails(run, tmp_path, monkeypatch, 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
     with torch.compiler.config.patch(force_disable_caches=False):  # puts back what the run changes
         assert column(run(compile="on"), *LEARNED) == column(wanted, *LEARNED)
-    assert "going on without torch.compile" in capsys.readouterr().out
+    assert "continuing without torch.compile" in capsys.readouterr().out
 
 
 # ---- mixture of experts
@@ -428,16 +366,6 @@ def test_the_bias_of_experts_moves_by_the_rate_in_each_step(run, tiny):
     assert len(biases) == 1
 
 
-def test_a_mixture_of_experts_resumes_with_other_micro_batches(run, tmp_path):
-    """Its balance loss is that of the whole batch, and the shares of the step before are in the
-    checkpoint."""
-    knobs = dict(n_expert=4, top_k=2, balance_coef=1.0)
-    unbroken = run(out_dir=str(tmp_path / "whole"), **knobs)
-    stopped_run(run, 5, **knobs)
-    resumed = run(resume=True, batch_size=2, **knobs)
-    assert [r["loss"] for r in resumed] == pytest.approx([r["loss"] for r in unbroken], rel=1e-5)
-
-
 # ---- the command line and its knobs
 
 
@@ -461,13 +389,10 @@ def test_command_line(tiny, tmp_path, monkeypatch, capsys):
     [
         (dict(bag_size=0), "bag_size must be at least 1"),
         (dict(seed=-1), "seed must be at least 0"),
-        (dict(threads=10**6), "threads must be in 0..1024"),
         (dict(superposition_ratio=1.1), "superposition_ratio must be in 0..1"),
         (dict(superposition_ratio=0.01), "has no steps; use a larger superposition_ratio"),
-        (dict(beta2=-0.1), "beta2 must be at least 0 and below 1"),
-        (dict(bag_weights="unifrom"), "bag_weights must be one of uniform, power"),
+        (dict(beta2=-0.1), "beta2 must be in 0..1"),
         (dict(learning_rate=0.0), "learning_rate must be positive"),
-        (dict(learning_rate=math.nan), "learning_rate takes a finite number"),
         (dict(balance_bias=True), "balance_bias needs a mixture"),
         (dict(reinit_at_switch=","), "reinit_at_switch takes embedding, head, optimizer"),
         (dict(reinit_at_switch="head", tie_embeddings=True), "tied to the embedding"),
@@ -477,10 +402,9 @@ def test_command_line(tiny, tmp_path, monkeypatch, capsys):
         (dict(n_head=3), "n_embd 16 is no multiple of n_head 3"),
         (dict(batch_size=3), "total_batch 128 must be a multiple of batch_size 3 x"),
         (dict(n_expert=2), "top_k"),
-        (dict(device="cuda"), "device=cuda"),
         (dict(n_embd=1_000_000), "parameters takes .* GB.*n_embd"),
         (dict(document_bags=True), "document_bags needs a document separator"),
-        (dict(bag_size=100), "the corpus has 6,000 tokens"),
+        (dict(bag_size=100), "corpus 1 of 1 has 6,000 tokens"),
         (dict(block_size=512, total_batch=512, batch_size=1), "validation"),
         (dict(dataset="no/such/folder"), "no prepared corpus"),
         (dict(init_from="no/such/file"), "no/such/file"),
@@ -524,16 +448,13 @@ def test_best_checkpoint_holds_the_best_model(run, tiny, monkeypatch):
 
 
 def test_what_a_checkpoint_holds_is_taken_up(run, tiny):
-    """The state of torch's generator, the best loss and the seconds so far; initial weights are not read
-    again."""
+    """The best loss and the seconds so far; initial weights are not read again."""
     run(max_steps=6, superposition_ratio=0.5)
     path, best = Path(tiny().out_dir, "last.pt"), Path(tiny().out_dir, "best.pt")
-    generator = torch.Generator().manual_seed(99).get_state()
-    torch.save(load(path.parent) | {"rng": generator, "best_val": 0.0, "seconds": 1000.0}, path)
+    torch.save(load(path.parent) | {"best_val": 0.0, "seconds": 1000.0}, path)
     best.unlink()
     knobs = dict(resume=True, allow_changes=True, max_steps=12, init_from="no/such/file")
-    rows = run(superposition_ratio=0.5, **knobs)
-    assert torch.equal(torch.get_rng_state(), generator) and rows[-1]["seconds"] > 1000
+    assert run(superposition_ratio=0.5, **knobs)[-1]["seconds"] > 1000
     assert not best.exists() and load(path.parent)["best_val"] == 0.0
 
 
@@ -554,22 +475,17 @@ def test_checkpoints_come_by_step_and_by_time(run, monkeypatch):
         assert [row["step"] for row in rows] == [1, *range(2, 25, 2), 25]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_agree_when_to_save_and_to_stop(monkeypatch, rank):
-    """Rank 0's clock decides when to save and when to ask again, any rank's signal when to stop."""
-    sent, others = [], torch.zeros(3, dtype=torch.long)
-    reduce = lambda x: sent.append(x.tolist()) or x.add_(others)
+def test_ranks_agree_when_to_save_and_to_stop(monkeypatch):
+    """Any rank's clock decides when to save, any rank's signal when to stop."""
+    others = torch.tensor([0, 0])
+    reduce = lambda answer, op, group: answer.copy_(torch.maximum(answer, others))
     monkeypatch.setattr(machine.dist, "all_reduce", reduce)
-    signals = machine.StopSignals(machine.Machine("cpu", "float32", rank=rank, distributed=True))
-    signals.save_at = 0.0  # due by this rank's clock
-    if rank:  # of rank 0: ask again after 5 steps, and no checkpoint is due
-        others[1] = 5
-    assert signals.stop(7) is False and signals.save_due == (rank == 0)
-    assert sent.pop() == ([0, 0, 0] if rank else [0, signals.next_step - 7, 1])
-    assert rank == 0 or signals.next_step == 12
-    assert signals.stop(signals.next_step - 1) is False and not sent  # nobody is asked before
-    others[0] = 1  # another rank was told to stop
-    assert signals.stop(signals.next_step) is True
+    monkeypatch.setattr(machine.dist, "new_group", lambda backend: backend)
+    signals = machine.StopSignals(machine.Machine("cpu", "float32", distributed=True))
+    for said in ([0, 0], [0, 1], [1, 0]):
+        others[:] = torch.tensor(said)
+        assert [signals.stop(7), signals.save_due] == said
+    assert signals.reason == "a signal to another rank after step 7"
 
 
 # ---- what a row says
@@ -595,8 +511,6 @@ def test_products_are_in_the_dtype_asked_for(run, monkeypatch, dtype, wanted):
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, tiny, monkeypatch):
-    """The loss of a step is that of the weights before it: a broken gradient shows in it one step too
-    late."""
     clip, steps = torch.nn.utils.clip_grad_norm_, []
 
     def broken_in_step_6(parameters, *args):
@@ -615,7 +529,7 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, tiny, monke
 def test_a_damaged_log_is_one_line_that_helps(run, tiny):
     run()
     path = Path(tiny().out_dir, "metrics.jsonl")
-    for line in (b'{"step": 1\n', b"\xff\xfe\n", b"[1]\n", b'{"step": null}\n'):
+    for line in (b'{"step": 1\n', b"\xff\xfe\n", b"[1]\n"):
         whole = path.read_bytes()
         path.write_bytes(line + whole)
         with pytest.raises(UserError, match="metrics.jsonl is damaged; move it away"):
@@ -625,17 +539,13 @@ def test_a_damaged_log_is_one_line_that_helps(run, tiny):
     assert run(resume=True, allow_changes=True, max_steps=12)[-1]["step"] == 12
 
 
-def test_a_log_shorter_than_its_checkpoint_is_said(run, tiny, capsys):
-    """And rows younger than the checkpoint, with half a line of a killed process, are written again."""
+def test_rows_younger_than_the_checkpoint_are_written_again(run, tiny):
+    """And half a line of a killed process."""
     unbroken = run()
     path = Path(tiny().out_dir, "metrics.jsonl")
     lines = path.read_text().splitlines(True)
     path.write_text("".join(lines) + json.dumps({"step": 11, "loss": 99.0}) + '\n{"step": 12, "lo')
-    capsys.readouterr()
-    assert run(resume=True) == unbroken and "lacks" not in capsys.readouterr().out
-    path.write_text("".join(lines[:7]))
-    assert len(run(resume=True)) == 7
-    assert "metrics.jsonl lacks the rows from step 7 to 10" in capsys.readouterr().out
+    assert run(resume=True) == unbroken
 
 
 def test_the_log_is_on_the_disk_before_a_checkpoint_is_written(run, tiny, monkeypatch):
@@ -653,17 +563,16 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_is_written(run, tiny, monkey
     assert done[:2] == [2, "save"]
 
 
-def test_files_of_a_resumed_run_must_be_as_they_were(run, tiny, tmp_path):
-    """The weights of a bag's labels, and the separator that divides documents."""
-    fit, corpus = tmp_path / "fit.json", shutil.copytree(tiny().dataset, tmp_path / "separated")
-    meta = json.loads((corpus / "meta.json").read_text())
-    fit.write_text('{"c0": 0.0, "a": 2.0, "k": -2.0}')
+def test_a_resumed_run_keeps_its_fit_and_its_separator(run, tiny, tmp_path):
+    """Even if the file of the fit has changed since; a corpus that has changed is refused."""
+    fit, corpus = tmp_path / "fit.json", shutil.copytree(tiny().dataset, tmp_path / "corpus")
     knobs = dict(bag_weights="fitted", fitted=str(fit), dataset=str(corpus))
-    run(**knobs)
-    fit.write_text('{"c0": 1.0, "a": 2.0, "k": -2.0}')
-    with pytest.raises(UserError, match="holds {'c0': 1.0, .* the run began with {'c0': 0.0"):
-        run(**knobs, resume=True)
-    run(**knobs, resume=True, allow_changes=True)
+    fit.write_text('{"c0": 0.0, "a": 2.0, "k": -2.0}')
+    wanted = run(out_dir=str(tmp_path / "whole"), **knobs)
+    stopped_run(run, 2, **knobs)
+    fit.write_text('{"c0": 1.0, "a": 0.0, "k": -2.0}')
+    assert column(run(resume=True, **knobs), *LEARNED) == column(wanted, *LEARNED)
+    meta = json.loads((corpus / "meta.json").read_text())
     (corpus / "meta.json").write_text(json.dumps(meta | {"separator": 1}))
     with pytest.raises(
         UserError, match="does not hold the corpus of .*separator None there, 1 here"
@@ -683,35 +592,31 @@ def test_a_folder_with_a_checkpoint_or_a_log_holds_a_run(run, tiny):
     with pytest.raises(UserError, match="already holds a run.*--resume.*--overwrite.*--out_dir"):
         run(max_steps=4)
     assert read_rows(folder) == before
-    text = (folder / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").rename(folder / "log")
     with pytest.raises(UserError, match="already holds a run.*--resume"):
         run()
-    assert load(folder)["step"] == 10
-    (folder / "metrics.jsonl").write_text(text)
+    (folder / "log").rename(folder / "metrics.jsonl")
     for name in ("last.pt", "best.pt"):
         (folder / name).unlink()
-    with pytest.raises(UserError, match="no last.pt: replace it .--overwrite") as e:
+    with pytest.raises(UserError, match="already holds a run: replace it .--overwrite"):
         run()
-    assert "--resume" not in str(e.value)
-    with pytest.raises(UserError, match="ended before its first save; .*but with --overwrite"):
+    with pytest.raises(UserError, match="there is no checkpoint.*but with --overwrite"):
         run(resume=True)
     assert len(run(max_steps=4, overwrite=True)) == 4
 
 
 def test_a_run_is_overwritten_only_when_the_new_one_has_warmed_up(run, tiny, monkeypatch):
-    before = run()
-    weights = Path(tiny().out_dir, "last.pt").read_bytes()
+    before, weights = run(), Path(tiny().out_dir, "last.pt").read_bytes()
 
     def no_memory(*args):
         raise UserError("out of memory")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="out of memory"):
-        patch.setattr(machine.Machine, "compile", no_memory)
-        run(overwrite=True, max_steps=4)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="pip install wandb"):
-        patch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
         run(overwrite=True, max_steps=4, wandb_project="x")
+    monkeypatch.setattr(machine.Machine, "compile", no_memory)
+    with pytest.raises(UserError, match="out of memory"):
+        run(overwrite=True, max_steps=4)
     assert read_rows(tiny().out_dir) == before
     assert Path(tiny().out_dir, "last.pt").read_bytes() == weights
 
@@ -720,12 +625,11 @@ def test_a_restarted_process_resumes_its_own_run_alone(tiny, monkeypatch):
     """Not another torchrun's, and not the one to be overwritten, if ranks died before it was."""
     start = lambda: log.RunFolder(tiny().out_dir, machine.Machine("cpu", "float32"))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 0")
-    old = start()
+    old, config = start(), tiny(overwrite=True)
     old.begin(False, False)
     old.start(False, 0, {})
     Path(old.last).write_bytes(b"old")
     old.lock.close()
-    config = tiny(overwrite=True)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
     assert start().after_restart(config) == config  # the first process
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -740,8 +644,6 @@ def test_a_restarted_process_resumes_its_own_run_alone(tiny, monkeypatch):
     Path(folder.last).write_bytes(b"new")
     again = folder.after_restart(config)
     assert (again.resume, again.overwrite) == (True, False)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # of torchrun without --rdzv_id
-    assert folder.after_restart(config) == config
 
 
 def test_resuming_needs_no_other_knob(run, tiny, tmp_path, monkeypatch):
@@ -754,7 +656,7 @@ def test_resuming_needs_no_other_knob(run, tiny, tmp_path, monkeypatch):
     command_line(monkeypatch, here, "--resume")
     assert column(read_rows(tiny().out_dir), *LEARNED) == column(wanted, *LEARNED)
     config = Path(tiny().out_dir, "config.json")
-    for damaged in ("{", "[]", '{"config": 3}', config.read_text().replace(": 1337", ': "x"')):
+    for damaged in ("{", '{"config": 3}'):
         config.write_text(damaged)
         with pytest.raises(SystemExit, match="^error: .*config.json"):
             command_line(monkeypatch, here, "--resume")
@@ -774,14 +676,13 @@ def test_wandb_continues_its_run(run, tmp_path, monkeypatch):
 # ---- what is said
 
 
-def test_what_is_probably_a_mistake_is_said(run, tiny, capsys):
+def test_what_is_probably_a_mistake_is_said(run, capsys):
     def said(**knobs):
         run(overwrite=True, **knobs)
         return capsys.readouterr().out
 
     assert "note" not in said() and "TST: 4 of 10 steps on bags of 3" in said()
-    assert "note: warmup_steps 10 is not below max_steps" in said(warmup_steps=10)
-    assert "a decay of 5 steps overlap" in said(warmup_steps=6, decay_ratio=0.5)
+    assert "6 steps of warmup and 5 of decay do not fit" in said(warmup_steps=6, decay_ratio=0.5)
     assert "note" not in said(warmup_steps=6, decay_ratio=0.5, schedule="cosine")
     assert "without superposition; --bag_size=2 turns it on" in said(bag_size=1)
     long = said(max_steps=500, log_interval=500)
@@ -789,14 +690,6 @@ def test_what_is_probably_a_mistake_is_said(run, tiny, capsys):
     run(resume=True, allow_changes=True, bag_size=2, max_steps=500)
     out = capsys.readouterr().out
     assert "is finished: step 500 of 500" in out and "TST" not in out
-    c = tiny()
-    for vocab_size in (50, 50_257):
-        with torch.device("meta"):
-            model = GPT(checkpoint.model_config(vars(c), {"vocab_size": vocab_size}))
-        log.warn(c, machine.Machine("cpu", "float32"), model, 1.0)
-    out = capsys.readouterr().out
-    assert re.search(r"99\.\d% of the work .* 50,257 tokens.*--encoding=bytes", out)
-    assert out.count("\n") == 1
 
 
 def test_the_line_of_a_row_follows_the_present_pace_and_may_hold_more():
@@ -809,30 +702,14 @@ def test_the_line_of_a_row_follows_the_present_pace_and_may_hold_more():
 # ---- the machine
 
 
-ONE_SET = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
-
-
-@pytest.mark.parametrize(
-    "given, wanted",
-    [
-        ({}, (0, 0, 1, 0)),
-        (ONE_SET, (1, 1, 4, 2)),
-        ({"LOCAL_RANK": "1"}, (0, 0, 1, 0)),
-        ({"WORLD_SIZE": "", "RANK": ""}, (0, 0, 1, 0)),
-        ({"WORLD_SIZE": "2"}, None),
-        ({"RANK": "0"}, None),
-        (ONE_SET | {"RANK": "4"}, None),
-        (ONE_SET | {"RANK": "x"}, None),
-    ],
-)
-def test_the_variables_of_the_launcher_are_one_set(monkeypatch, given, wanted):
-    for key, value in given.items():
+def test_the_variables_of_the_launcher_are_one_set(monkeypatch):
+    assert machine.launcher() == (0, 0, 1, 0)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="are not all set: use torchrun, or unset"):
+        machine.launcher()
+    for key, value in dict(RANK="3", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2").items():
         monkeypatch.setenv(key, value)
-    if wanted:
-        assert machine.launcher() == wanted
-    else:
-        with pytest.raises(UserError, match="is not what torchrun sets: use torchrun, or unset"):
-            machine.launcher()
+    assert machine.launcher() == (3, 1, 4, 2)
 
 
 def test_ranks_that_do_not_find_each_other_are_one_line(monkeypatch):
@@ -857,14 +734,6 @@ def test_threads_that_wait_spin_briefly_unless_the_user_decides(monkeypatch, giv
         source = (ROOT / script).read_text()
         first = re.search(r"\n(from nanotst import|import train|import torch)", source)[1]
         assert first != "import torch"  # train imports nanotst first
-
-
-def test_a_compile_cache_that_cannot_be_made_is_not_used(run, tmp_path, monkeypatch):
-    """Torch makes this folder even for eager training, when an optimizer imports its compiler."""
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    run(max_steps=1, bag_size=1)
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 def test_out_of_memory_is_one_line():
