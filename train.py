@@ -60,6 +60,9 @@ class Config:
     superposition: Bags[Literal[tst.MODES]] = "full"  # bags in input and target, or in one of them
     loss: Bags[Literal[tuple(tst.LOSSES)]] = "mce"  # loss on bags; ordinary steps use cross-entropy
     bag_weights: Bags[Literal[tst.BAG_WEIGHTS]] = "uniform"  # label weights within a bag (mce only)
+    fade: Bags[float] = (
+        0.0  # last share of a bagged phase, in which weights fade to the first label
+    )
     document_bags: Bags[bool] = False  # bags that ignore tokens and labels of other documents
     reinit_at_switch: Bags[str] = ""  # reset at the switch: embedding,head,optimizer (hurts)
     fitted: Bags[str] = ""  # tools.fit_mi's file for bag_weights=fitted; empty: the paper's fit
@@ -129,7 +132,7 @@ def check(c, world_size):
     counts = "n_layer n_head n_embd block_size total_batch max_steps eval_interval eval_positions"
     sizes = "seed batch_size n_kv_head head_dim ff_dim n_expert top_k warmup_steps save_interval"
     sizes += " threads shard_size weight_decay grad_clip matrix_learning_rate"
-    shares = "superposition_ratio decay_ratio min_lr_ratio beta1 beta2"
+    shares = "superposition_ratio fade decay_ratio min_lr_ratio beta1 beta2"
     ranges = {
         "at least 1": (counts + " log_interval", lambda x: x >= 1),
         "at least 0": (sizes, lambda x: x >= 0),
@@ -147,8 +150,8 @@ def check(c, world_size):
         raise UserError("reinit_at_switch=head: tied to the embedding, so use embedding instead")
     if c.fitted and c.bag_weights != "fitted":
         raise UserError(f"fitted={c.fitted} is for bag_weights=fitted, not for {c.bag_weights}")
-    if c.loss != "mce" and c.bag_weights != "uniform":
-        raise UserError(f"bag_weights={c.bag_weights} is for loss=mce, not for loss={c.loss}")
+    if c.loss != "mce" and (c.bag_weights != "uniform" or c.fade):
+        raise UserError(f"bag_weights and fade are for loss=mce, not for loss={c.loss}")
     if c.n_embd % c.n_head and not c.head_dim:
         raise UserError(f"n_embd {c.n_embd} is no multiple of n_head {c.n_head}; give head_dim")
     rows = (c.batch_size or 1) * world_size
@@ -292,6 +295,7 @@ def main(c):
     kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases if p.stop > step)
     # TST: the weights of a bag's labels in the loss, (n_out,) each
     weights = {n: tst.bag_weights(c.bag_weights, n, **fit).to(device) for _, n in kinds if n > 1}
+    unfaded = dict(weights)
 
     def forward(net, tokens, n_in, n_out):
         """Rows (B, L*n_in + n_out) -> (objective, token loss, routing statistics)."""
@@ -337,6 +341,10 @@ def main(c):
         if c.reinit_at_switch and step == phase.start > 0 and phase.bag_size == 1:
             reinitialise(raw_model, optimizer, c.reinit_at_switch.split(","), c.seed + 1)
         set_rates(optimizer, rate_multiplier(step, c))
+        if c.fade and phase.n_out > 1:  # TST
+            n, left = phase.n_out, (phase.stop - step) / (phase.stop - phase.start)
+            first = tst.bag_weights("first", n).to(device)
+            weights[n] = torch.lerp(first, unfaded[n], min(1, left / c.fade))
         # Sums stay on the device: reading a number would wait for it, in every step
         loss_sum, load, entropy = 0.0, 0.0, 0.0
         for i, tokens in enumerate(stream.batch(step).split(batch_size)):  # (B, L*n_in + n_out)

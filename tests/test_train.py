@@ -104,6 +104,7 @@ def plain_training(config, phases=TST, weights=None, make_optimizers=None):
             labels = torch.tensor(np.array(labels)).flatten(0, 1)  # (8 * 16, predicted)
             logits = model(inputs).flatten(0, 1)
             share = weights if weights and predicted > 1 else [1 / predicted] * predicted
+            share = share(step) if callable(share) else share
             loss = sum(w * F.cross_entropy(logits, labels[:, i]) for i, w in enumerate(share))
             model.zero_grad()
             loss.backward()
@@ -187,6 +188,15 @@ def test_weights_of_a_bag_reach_the_loss(run, tiny, tmp_path, knobs, weigh):
         knobs = knobs | {"fitted": str(tmp_path / "fit.json")}
     weights = [weigh(i) for i in (1, 2, 3)]
     assert_plain(run(**knobs), plain_training(tiny(), weights=[w / sum(weights) for w in weights]))
+
+
+def test_weights_fade_to_the_first_label(run, tiny, tmp_path):
+    """Over all four steps on bags, the last of which keeps a quarter of the other labels' weight."""
+    other = lambda step: (4 - step) / 4 / 3
+    weights = lambda step: [1 - 2 * other(step), other(step), other(step)]
+    assert_plain(run(fade=1.0), plain_training(tiny(), weights=weights))
+    unfaded = run(fade=0.2, out_dir=str(tmp_path / "unfaded"))
+    assert_plain(unfaded, plain_training(tiny()))  # the last step begins with a quarter left
 
 
 def test_muon_equals_a_plain_loop(run, tiny):
