@@ -10,7 +10,7 @@ BIN := .venv/bin
 
 .PHONY: curves moe bench test test-cuda clean
 
-# Both at one learning rate, as their best ones cannot be told apart (results/paper).
+# Both at one learning rate, which is the best of three for either side (results/pinned).
 curves: .venv/ready data/python_source/meta.json
 	$(BIN)/python train.py config/curves.py --out_dir=out/baseline --overwrite --bag_size=1
 	$(BIN)/python train.py config/curves.py --out_dir=out/tst --overwrite
