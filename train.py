@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from nanotst import UserError  # before torch: it sets how torch's threads wait
@@ -60,9 +61,7 @@ class Config:
     superposition: Bags[Literal[tst.MODES]] = "full"  # bags in input and target, or in one of them
     loss: Bags[Literal[tuple(tst.LOSSES)]] = "mce"  # loss on bags; ordinary steps use cross-entropy
     bag_weights: Bags[Literal[tst.BAG_WEIGHTS]] = "uniform"  # label weights within a bag (mce only)
-    fade: Bags[float] = (
-        0.0  # last share of a bagged phase, in which weights fade to the first label
-    )
+    fade: Bags[float] = 0.0  # last share of a bagged phase: weights fade to the first label
     document_bags: Bags[bool] = False  # bags that ignore tokens and labels of other documents
     reinit_at_switch: Bags[str] = ""  # reset at the switch: embedding,head,optimizer (hurts)
     fitted: Bags[str] = ""  # tools.fit_mi's file for bag_weights=fitted; empty: the paper's fit
@@ -103,14 +102,16 @@ class Config:
     min_lr_ratio: float = 0.0  # final rate as a share of the peak
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient; Muon's momentum
-    weight_decay: float = 0.1  # weight decay of matrices
+    weight_decay: float = 0.1  # weight decay of all but norms and other scales
     grad_clip: float = 1.0  # largest gradient norm; 0: off
 
     # Evaluation and logs
     eval_interval: Free[int] = 100  # steps between validation losses
     eval_positions: int = 131072  # positions in the fixed validation rows of each corpus
     log_interval: Free[int] = 20  # steps between rows of metrics.jsonl
-    save_interval: Free[int] = 500  # steps between checkpoints, also one in minutes; 0: at the end
+    save_interval: Free[int] = (
+        500  # steps between checkpoints, one every few minutes too; 0: at the end
+    )
     wandb_project: Free[str] = ""  # project to log to on Weights & Biases
 
     # Machine
@@ -125,6 +126,9 @@ class Config:
 
 
 # ----------------------------------------------------------------------------------------------------- checks
+
+
+REINIT = {"embedding": "embed.", "head": "head.", "optimizer": None}  # names of weights
 
 
 def check(c, world_size):
@@ -151,7 +155,7 @@ def check(c, world_size):
     if c.fitted and c.bag_weights != "fitted":
         raise UserError(f"fitted={c.fitted} is for bag_weights=fitted, not for {c.bag_weights}")
     if c.loss != "mce" and (c.bag_weights != "uniform" or c.fade):
-        raise UserError(f"bag_weights and fade are for loss=mce, not for loss={c.loss}")
+        raise UserError(f"bag_weights, fade: each is for loss=mce, not for {c.loss}")
     if c.n_embd % c.n_head and not c.head_dim:
         raise UserError(f"n_embd {c.n_embd} is no multiple of n_head {c.n_head}; give head_dim")
     rows = (c.batch_size or 1) * world_size
@@ -178,8 +182,6 @@ def read_fit(path):
 
 
 # --------------------------------------------------------------------------------------------- parts of main
-
-REINIT = {"embedding": "embed.", "head": "head.", "optimizer": None}  # names of weights
 
 
 def reinitialise(model, optimizer, parts, seed):
@@ -217,7 +219,7 @@ def validation_loss(net, rows, batch_size, machine):
 
 
 def validation_metrics(net, val, batch_size, machine, corpus):
-    """Columns about the validation rows (n, L+1) of each corpus, a list."""
+    """The columns val_loss, val_bpb and, in a mixture, val_loss_NAME. val: rows (n, L+1) of each corpus."""
     losses = [validation_loss(net, rows, batch_size, machine) for rows in val]
     row = {"val_loss": sum(x * float(share) for x, (*_, share) in zip(losses, corpus.parts))}
     if corpus.bytes_per_token:
@@ -229,7 +231,7 @@ def main(c):
     # -------------------------------------------------------------------------------- phases, machine, corpus
     # TST: a run is a list of phases, each with the tokens that a position reads and predicts. Ordinary
     # training is the phase (1, 1), so there is one code path, and a baseline is a list of that phase alone.
-    world_size = launcher()[2]
+    world_size = launcher()[2]  # knobs are checked before the ranks meet
     phases = check(c, world_size)
     fit = read_fit(c.fitted) if c.fitted else {}
     machine = Machine.start(c)
@@ -249,7 +251,10 @@ def main(c):
     micro_steps = per_rank // batch_size
     sources = [(part.train, share) for _, part, share in corpus.parts]
     read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
-    stream = TokenStream(sources, c.block_size, phases, **read)
+    open_stream = partial(TokenStream, sources, c.block_size, phases, **read)
+    stream = (
+        open_stream()
+    )  # now, since text that is too short shows here, before anything is written
     # The validation rows are the same in all phases and for any number of ranks, which share them. Rows of
     # -1 fill them up, so that there is one graph, and all ranks have equally many batches.
     val, whole = [], batch_size * world_size
@@ -262,13 +267,18 @@ def main(c):
     shape = model_config(dataclasses.asdict(c), corpus.meta)
     check_size(shape, machine)
     torch.manual_seed(c.seed)
-    kinds = [(p.n_in, p.n_out) for p in phases]
-    twins = lambda model: c.plain or use_twins(model, machine, kinds, c.loss, c.document_bags)
-    model = build(shape, machine, prepare=twins)
-    if c.init_from.startswith("hf:") and not c.resume:
-        load_hf(model, c.init_from[3:], say)
-    elif c.init_from and not c.resume:
-        load_initial(c.init_from, model, corpus)
+
+    def prepare(model):
+        if not c.plain:
+            sizes = [(p.n_in, p.n_out) for p in phases]
+            use_twins(model, machine, sizes, c.loss, c.document_bags)
+
+    model = build(shape, machine, prepare)
+    if c.init_from and not c.resume:
+        if c.init_from.startswith("hf:"):
+            load_hf(model, c.init_from[3:], say)
+        else:
+            load_initial(c.init_from, model, corpus)
     optimizer = make_optimizer(model, c, machine.device_type)
     folder.begin(c.resume, c.overwrite)
     saver = Saver(machine)
@@ -283,8 +293,7 @@ def main(c):
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
         load_shares = saved["shares"].to(device) if c.n_expert else None
         # The stream continues where it was, even if the phases ahead are now others
-        read |= dict(state=saved["stream"], step=step)
-        stream = TokenStream(sources, c.block_size, phases, **read)
+        stream = open_stream(state=saved["stream"], step=step)
         if not c.allow_changes:
             fit = saved.get("fit", fit)  # the run's own, even if the file has changed since
     phases = stream.phases
@@ -292,10 +301,12 @@ def main(c):
     # ------------------------------------------------------------------------------------ one step, compiled
     # Each pair of sizes is a graph of its own: one for bags, one for tokens. Both are compiled now, so that
     # the switch costs no time.
-    kinds = dict.fromkeys((p.n_in, p.n_out) for p in phases if p.stop > step)
+    ahead = [p for p in phases if p.stop > step]
     # TST: the weights of a bag's labels in the loss, (n_out,) each
-    weights = {n: tst.bag_weights(c.bag_weights, n, **fit).to(device) for _, n in kinds if n > 1}
-    unfaded = dict(weights)
+    sizes = {p.n_out for p in ahead if p.bag_size > 1}
+    full = {n: tst.bag_weights(c.bag_weights, n, **fit).to(device) for n in sizes}
+    first = {n: tst.bag_weights("first", n).to(device) for n in sizes}
+    weights = dict(full)  # what forward reads; --fade changes them
 
     def forward(net, tokens, n_in, n_out):
         """Rows (B, L*n_in + n_out) -> (objective, token loss, routing statistics)."""
@@ -313,10 +324,9 @@ def main(c):
         return loss + c.balance_coef * balance_loss + c.router_z_coef * z_loss, loss, routing
 
     def warm_up(net):
-        for n_in, n_out in kinds:
-            first = next(p.start for p in phases if (p.n_in, p.n_out) == (n_in, n_out))
-            tokens = stream.read(first)[:batch_size].to(device)  # any text will do
-            forward(net, tokens, n_in, n_out)[0].backward()
+        for p in ahead:  # the sizes matter, not the text
+            tokens = stream.read(p.start)[:batch_size].to(device)
+            forward(net, tokens, p.n_in, p.n_out)[0].backward()
             optimizer.zero_grad()
         validation_loss(net, val[0][:batch_size], batch_size, machine)
 
@@ -324,27 +334,31 @@ def main(c):
     model, compiled = machine.compile(raw_model, c.compile, warm_up)
     shared = wrap(model, machine)
     # Memory sufficed, the compiler worked: only now is a run that is to be overwritten removed
-    described = dict(config=dataclasses.asdict(c), versions=machine.versions(), command=sys.argv)
-    described |= dict(data=corpus.meta, parameters=raw_model.n_params())
-    described |= dict(active_parameters=raw_model.n_params(active=True))
+    described = {
+        "config": dataclasses.asdict(c),
+        "versions": machine.versions(),
+        "command": sys.argv,
+        "data": corpus.meta,
+        "parameters": raw_model.n_params(),
+        "active_parameters": raw_model.n_params(active=True),
+    }
     folder.start(c.resume, step, described, c.wandb_project)
     describe_run(c, machine, raw_model, stream, compiled, micro_steps, step)
 
     # --------------------------------------------------------------------------------------------------- loop
-    flops_per_step = raw_model.flops_per_position() * c.total_batch
+    flops = raw_model.flops_per_position()
     # Rows for the first and the last step of each phase, too, since the switch is what one wants to see
     ends = {p.stop for p in phases} | {p.start + 1 for p in phases}
     signals, stopping = StopSignals(machine), False
     clock, logged_at = time.perf_counter(), step
     while step < c.max_steps and not stopping:
         phase = tst.phase_at(phases, step)  # TST
-        if c.reinit_at_switch and step == phase.start > 0 and phase.bag_size == 1:
+        if c.reinit_at_switch and phase.bag_size == 1 and step == phase.start and step > 0:
             reinitialise(raw_model, optimizer, c.reinit_at_switch.split(","), c.seed + 1)
         set_rates(optimizer, rate_multiplier(step, c))
-        if c.fade and phase.n_out > 1:  # TST
+        if c.fade and phase.n_out > 1:  # TST: no hard switch from s labels to one
             n, left = phase.n_out, (phase.stop - step) / (phase.stop - phase.start)
-            first = tst.bag_weights("first", n).to(device)
-            weights[n] = torch.lerp(first, unfaded[n], min(1, left / c.fade))
+            weights[n] = torch.lerp(first[n], full[n], min(1, left / c.fade))
         # Sums stay on the device: reading a number would wait for it, in every step
         loss_sum, load, entropy = 0.0, 0.0, 0.0
         for i, tokens in enumerate(stream.batch(step).split(batch_size)):  # (B, L*n_in + n_out)
@@ -390,12 +404,12 @@ def main(c):
             "positions": step * c.total_batch,
             "data_tokens": stream.tokens_at(step),
             "epoch": stream.tokens_at(step) / stream.epoch_tokens,
-            "flops": step * flops_per_step,
+            "flops": step * c.total_batch * flops,
             "seconds": seconds,
             "positions_per_second": rate,
         }
         if machine.peak_flops:
-            row["mfu"] = rate / c.total_batch * flops_per_step / (machine.peak_flops * world_size)
+            row["mfu"] = rate * flops / (machine.peak_flops * world_size)
         if c.n_expert:
             row |= router_metrics(load, machine.mean(entropy / micro_steps))
         if eval_now:
@@ -423,7 +437,7 @@ def main(c):
                 "data": corpus.folder,
                 "versions": described["versions"],
             }
-            if is_best:  # without the optimizer, twice the size of the model: it is never resumed
+            if is_best:  # never resumed, so without the optimizer, which is twice the model's size
                 saver.save(folder.best, state)
             if save_now:
                 saver.save(folder.last, state | {"optimizer": optimizer.state_dict()})
@@ -432,11 +446,11 @@ def main(c):
 
     saver.wait()
     folder.finish()
-    del shared  # before the group of its ranks
+    del shared  # DDP must be gone before the group of its ranks is, see leave
     machine.leave()
     if stopping:
         say(f"stopped by {signals.reason}; resume with --resume")
-        sys.exit(1)
+        sys.exit(1)  # not finished, as a scheduler can tell
 
 
 if __name__ == "__main__":
