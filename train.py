@@ -252,9 +252,7 @@ def main(c):
     sources = [(part.train, share) for _, part, share in corpus.parts]
     read = dict(n_rows=n_rows, rows=rows, seed=c.seed, device=device)
     open_stream = partial(TokenStream, sources, c.block_size, phases, **read)
-    stream = (
-        open_stream()
-    )  # now, since text that is too short shows here, before anything is written
+    stream = open_stream()  # before anything is written: the text may be too short
     # The validation rows are the same in all phases and for any number of ranks, which share them. Rows of
     # -1 fill them up, so that there is one graph, and all ranks have equally many batches.
     val, whole = [], batch_size * world_size
@@ -267,13 +265,9 @@ def main(c):
     shape = model_config(dataclasses.asdict(c), corpus.meta)
     check_size(shape, machine)
     torch.manual_seed(c.seed)
-
-    def prepare(model):
-        if not c.plain:
-            sizes = [(p.n_in, p.n_out) for p in phases]
-            use_twins(model, machine, sizes, c.loss, c.document_bags)
-
-    model = build(shape, machine, prepare)
+    sizes = [(p.n_in, p.n_out) for p in phases]
+    twins = lambda model: use_twins(model, machine, sizes, c.loss, c.document_bags)
+    model = build(shape, machine, prepare=None if c.plain else twins)
     if c.init_from and not c.resume:
         if c.init_from.startswith("hf:"):
             load_hf(model, c.init_from[3:], say)

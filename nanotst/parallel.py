@@ -38,13 +38,14 @@ def check_size(shape, machine):
         raise UserError(f"training {size};{todo}")
 
 
-def build(config, machine, prepare=lambda model: None):
+def build(config, machine, prepare=None):
     """A new GPT on the machine's device, sharded under FSDP. A seed gives the same weights either way, and no
     rank holds more than one whole parameter of a sharded model. prepare(model) runs before sharding."""
     sharded = machine.parallel == "fsdp"
     with torch.device("meta" if sharded else machine.device):
         model = GPT(config)
-    prepare(model)
+    if prepare:
+        prepare(model)
     if sharded:
         for layer in model.modules():  # draw what the constructors of an unsharded model draw
             if hasattr(layer, "reset_parameters"):
