@@ -6,11 +6,8 @@ Bags go in as inputs_embeds, and the loss takes the model's logits. Any reader o
 row may replace TokenStream. Dimensions: B rows, L positions, s bag size, C width, V vocabulary, N tokens.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python examples/hf_tst.py
 
 from nanotst import UserError  # before torch: it sets how torch's threads wait
 

@@ -4,14 +4,12 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 
 import pytest
 import stub_trainer
-from conftest import ROOT
 from stub_trainer import end_of, lines, names
 
 from nanotst import UserError
@@ -248,11 +246,3 @@ def test_without_matplotlib_the_table_is_there_all_the_same(swept, monkeypatch, 
     with pytest.raises(UserError, match="pictures need matplotlib"):
         swept("--seed=1,2", "--plot")
     assert lines(capsys.readouterr().out)
-
-
-def test_a_script_runs_from_its_folder_too():
-    """python tools/sweep.py works like python -m tools.sweep."""
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, "sweep.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT / "tools", env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "Usage: python -m tools.sweep" in done.stdout, done.stderr

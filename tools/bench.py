@@ -23,8 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/bench.py
-
 import train  # before torch: it sets how threads wait and how memory grows on CUDA
 
 # isort: split

@@ -14,9 +14,6 @@ At the end out_dir holds table.md, runs.csv and compare.png.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/compare.py
 
 import train
 from nanotst import UserError

@@ -6,11 +6,8 @@ position p (from 0) predicts the next one from p + 1 tokens of context.
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/evaluate.py
 
 import numpy as np
 import torch

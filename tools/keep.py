@@ -7,11 +7,8 @@ needs. python -m tools.plot results/NAME reads both.
 
 import re
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/keep.py
 
 from nanotst import UserError
 from nanotst.configurator import entry_point

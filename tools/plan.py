@@ -9,10 +9,7 @@ Memory is what a step holds at its worst moment, within 15 % of what PyTorch's a
 
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, NamedTuple
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/plan.py
 
 import torch
 

@@ -7,11 +7,8 @@ between the runs (model, corpus, learning rate); different tokenizers compare in
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/plot.py
 
 from nanotst import UserError
 from nanotst.configurator import entry_point

@@ -14,9 +14,6 @@ At the end out_dir holds table.md, runs.csv and sweep.png, whose x-axis is the f
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/sweep.py
 
 from nanotst.configurator import entry_point
 from tools.plot import draw_points, points_of, points_table
