@@ -101,9 +101,11 @@ def lengths_of(sides):
 
 
 def reached(side, loss, until=math.inf):
-    """FLOPs at which a side first reaches a loss up to step `until`; inf if it does not."""
+    """FLOPs from which a side stays at or below a loss up to step `until`; inf if it does not."""
     rows = [row for row in side.rows if row["step"] <= until]
-    return first_zero((flops, own - loss) for flops, own in curve(rows, "flops", side.y))
+    gaps = [(flops, own - loss) for flops, own in curve(rows, "flops", side.y)]
+    above = [i for i, (_, gap) in enumerate(gaps) if gap > 0]
+    return first_zero(gaps[above[-1] if above else 0 :])
 
 
 def speedup_of(side, baselines):
@@ -148,7 +150,7 @@ def met_again(side, baseline):
     base = curve(baseline.rows, "flops", side.y)
     own = [row for row in side.rows if row["step"] > side.switch and row["flops"] >= base[0][0]]
     gap = lambda row: row[side.y] - np.interp(row["flops"], *zip(*base))
-    steps = first_zero((row["step"], gap(row)) for row in own) - side.switch
+    steps = first_zero([(row["step"], gap(row)) for row in own]) - side.switch
     return "not met" if steps == math.inf else f"met about {steps:,.0f} steps after the switch"
 
 

@@ -160,8 +160,12 @@ def tokenizers_of(runs):
 
 def measure_of(runs):
     """The loss by which runs compare: val_loss, or val_bpb if their tokenizers differ."""
-    known = all("val_bpb" in final(run["rows"]) for run in runs)
-    return "val_bpb" if known and len(tokenizers_of(runs)) > 1 else "val_loss"
+    if len(tokenizers_of(runs)) == 1:
+        return "val_loss"
+    for run in runs:
+        if "val_bpb" not in final(run["rows"]):
+            raise UserError(f"{run['name']} has no val_bpb, by which different tokenizers compare")
+    return "val_bpb"
 
 
 def notes_on_differences(runs):
