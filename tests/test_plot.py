@@ -262,7 +262,7 @@ def test_final_losses_by_a_knob(tmp_path, capsys, monkeypatch):
     half = 4.3027 * math.sqrt(2) / 10  # Student's t, two degrees of freedom
     gain = f"-0.3000 (95 % {-0.3 - half:+.4f} to {-0.3 + half:+.4f})"
     assert head == ["bag_size", "parameters", "val loss", "minus baseline"]
-    assert table[2] == ["2", "1000", "**2.8000 ± 0.1414 (2)**", gain]
+    assert table[2] == ["2", "1000", "2.8000 ± 0.1414 (2)", gain]
     small, large = (bars.lines[0] for bars in figures[0].axes[0].containers)
     assert list(small.get_ydata()) == pytest.approx([-0.3, -0.1])
     assert list(large.get_ydata()) == pytest.approx([-0.2])

@@ -194,7 +194,7 @@ def test_a_grid_trains_each_distinct_run_once_and_tabulates_it(swept, figures, c
     half = 4.30265 * 0.01 * 2**0.5  # Student's t, two degrees of freedom
     minus = [best - base + x for x in (0, -half, half)]
     gain = "{:+.4f} (95 % {:+.4f} to {:+.4f})".format(*minus)
-    assert ["0.3", "4", f"**{best:.4f} ± 0.0141 (2)**", gain] in table and printed.count("**") == 2
+    assert ["0.3", "4", f"{best:.4f} ± 0.0141 (2)", gain] in table
     written = (out / "table.md").read_text()
     assert lines(written) == [head, *table] and "`python -m tools.sweep" in written
     with open(out / "runs.csv", newline="") as f:
@@ -221,17 +221,6 @@ def test_each_point_is_compared_with_the_baseline_of_its_other_knobs(swept, figu
     assert {s: drawn[f"bag_size {s}"][1] for s in (1, 4)} == losses
     labels = [label.get_text() for label in figures[0].axes[0].get_xticklabels()]
     assert labels == ["0.01", "0.02"]
-
-
-def test_a_point_with_a_missing_seed_is_never_the_best(swept, tmp_path, monkeypatch, capsys):
-    swept("--bag_size=2", "--seed=1,2")
-    swept("--bag_size=4", "--seed=1")
-    monkeypatch.setattr(runner, "TRAINER", f"{tmp_path}/missing.py")
-    capsys.readouterr()
-    with pytest.raises(UserError, match="1 of 4 runs failed"):
-        swept("--bag_size=2,4", "--seed=1,2")
-    _, two, four = lines(capsys.readouterr().out)
-    assert two[1].startswith("**") and four[1] == f"{end_of(STEPS, s=4):.4f}"
 
 
 def test_the_command_in_the_table_can_be_pasted(swept, monkeypatch):

@@ -22,7 +22,7 @@ import torch
 import train
 from nanotst import UserError
 from nanotst.configurator import parse
-from tools.picture import save_picture
+from tools.plot import save_picture
 from tools.runs import BAGS, ENDS, FREE, is_baseline, load_metrics, read_runs, renamed, write_table
 
 TRAINER = train.__file__
