@@ -109,7 +109,7 @@ def test_a_failed_run_is_reported_and_tried_again(swept, tmp_path, capsys):
     with pytest.raises(UserError, match="1 of 2 runs failed; the same command tries them again"):
         swept(f"--dataset={missing};{there}")
     printed = capsys.readouterr().out
-    assert "missing failed (exit 1, " in printed and f": error: no corpus {missing}\n" in printed
+    assert "missing: failed (exit 1, " in printed and f": error: no corpus {missing}\n" in printed
     assert [row[0] for row in lines(printed)] == ["dataset", str(there)]
     missing.write_text("")
     swept(f"--dataset={missing};{there}")

@@ -107,12 +107,11 @@ def memory(c, gpt, rows, way, micro_steps):
 
 def largest(c, gpt, way, rank_rows):
     """The largest micro-batch that fits, or one row: (rows, {part: bytes}, whether it fits)."""
-    found = None
-    for rows in (n for n in range(1, rank_rows + 1) if rank_rows % n == 0):
+    for rows in (n for n in range(rank_rows, 0, -1) if rank_rows % n == 0):
         parts = memory(c, gpt, rows, way, rank_rows // rows)
         fits = MARGIN * sum(parts.values()) <= (c.gpu_memory - c.reserve) * 1e9
-        found = (rows, parts, fits) if fits or not found else found
-    return found
+        if fits or rows == 1:
+            return rows, parts, fits
 
 
 def plan(c, argv):

@@ -51,6 +51,7 @@ PANELS = {  # title, key of the rows, label of the x-axis
     "time": ("Equal time", "seconds", "seconds of training"),
 }
 UNITS = {"val_loss": "nats per token", "val_bpb": "bits per byte"}
+BASELINE = ("bag_size", "1")  # in a point of a sweep
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 MARKERS = "osD^vPX"
@@ -267,9 +268,6 @@ def draw(runs, panels=tuple(PANELS)):
     known = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
     fig.legend(known.values(), known, loc="outside lower center", ncols=2 * n - 1, frameon=False)
     return fig
-
-
-BASELINE = ("bag_size", "1")
 
 
 def points_of(runs, knobs):
