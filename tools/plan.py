@@ -147,12 +147,12 @@ def plan(c, argv):
         sizes = [f"{size / 1e9:.1f}" for size in parts.values()]
         cells.append([str(way), str(rows), *sizes, "" if fits else "too much"])
     print(markdown_table(cells))
-    if not found:
+    if found:
+        way, rows = found
+        print(f"\nrecommended: {way}, {rank_rows // rows} micro-steps of {rows} rows")
+        print(command(c, argv, way, rows))
+    else:
         print("\nnothing fits; take more GPUs, or a shorter block_size")
-        return
-    way, rows = found
-    print(f"\nrecommended: {way}, {rank_rows // rows} micro-steps of {rows} rows")
-    print(command(c, argv, way, rows))
 
 
 def command(c, argv, way, rows):
