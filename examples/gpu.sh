@@ -47,11 +47,8 @@ measure() { # NAME KNOBS: figures that are there are kept
 
 checks() { NANOTST_CUDA_DRY_RUN=$dry "$python" -m pytest -q tests/cuda || failed="$failed checks"; }
 speed() {
-    if [ -n "${NANOGPT:-}" ]; then
+    [ -z "${NANOGPT:-}" ] ||
         measure nanogpt --parts=nanogpt --nanogpt="$NANOGPT" --shape=gpt2_124m --rows=16 --repeats=1
-    else
-        echo "NANOGPT names no clone of karpathy/nanoGPT, so nothing is compared with it"
-    fi
     measure step_124m --parts=step --shape=gpt2_124m --rows=16 --bag_sizes=1,8
     measure step_gpu --parts=step --shape=gpu --bag_sizes=1,4
 }

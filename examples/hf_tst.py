@@ -1,16 +1,11 @@
 """Token Superposition Training of a causal language model of transformers.
 
-    python -m examples.hf_tst --model=FOLDER --text=FILE --bag_size=4 --out=out/hf_tst
-
 Bags go in as inputs_embeds, and the loss takes the model's logits. Any reader of L*n_in + n_out tokens per
 row may replace TokenStream. Dimensions: B rows, L positions, s bag size, C width, V vocabulary, N tokens.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python examples/hf_tst.py
 
 from nanotst import UserError  # before torch: it sets how torch's threads wait
 
@@ -30,8 +25,7 @@ from tst import bags_and_labels, embed_bags, multi_hot_cross_entropy, phase_at, 
 class Config:
     """Usage: python -m examples.hf_tst --model=FOLDER --text=FILE [--key=value ...]
 
-    Trains any model that takes inputs_embeds: Llama, Qwen3, Qwen3-MoE, Mixtral and most others.
-    """
+    Trains any model that takes inputs_embeds: Llama, Qwen3, Qwen3-MoE, Mixtral and most others."""
 
     model: str = ""  # folder of a model and its tokenizer, or a name on the Hugging Face hub
     text: str = ""  # UTF-8 text file to train on

@@ -72,10 +72,6 @@ size_400k() { # three blocks of width 96, as many bytes per parameter
     runs=size_400k sweep size_400k --bag_size="${SIZES:-1,2,4,6}" --n_layer=3 --n_embd=96 --max_steps=2750 \
         --learning_rate="${RATES:-3e-3}"
 }
-size_1200k() { # four blocks of width 160: over an hour per run on one core
-    runs=size_1200k sweep size_1200k --bag_size="${SIZES:-1,2,4,6,8}" --n_layer=4 --n_embd=160 \
-        --max_steps=8700 --learning_rate="${RATES:-2e-3}"
-}
 
 # ----------------------------------------------------------------------------------- the models of bag_size
 
@@ -98,7 +94,7 @@ tasks() { # lm-eval; see examples/lm_eval_local
 }
 
 all="rates bag_size ratio grid sides losses reinit weights compare step_down documents muon muon_rates window"
-all="$all schedule experts texts repeat size_400k size_1200k positions tasks"
+all="$all schedule experts texts repeat size_400k positions tasks"
 mkdir -p "$out"
 for experiment in ${@:-$all}; do
     case " $all " in

@@ -23,7 +23,7 @@ from model import GPT, Attention, GPTConfig
 from nanotst import UserError
 from nanotst.configurator import parse
 from nanotst.huggingface import load_hf
-from nanotst.tokenizer import _bpe_tokenizer, get_tokenizer
+from nanotst.tokenizer import _bpe_tokenizer, character_tokenizer, get_tokenizer
 from tools import export
 
 DENSE = dict(
@@ -336,6 +336,11 @@ def test_transformers_gives_the_same_ids(name, tmp_path, monkeypatch):
     separator = "<|end_of_text|>" if name == "Llama 3" else "<|endoftext|>"
     assert theirs(f"a{separator}a").input_ids == [97, tokenizer.separator, 97]
     assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.separator
+
+
+def test_a_vocabulary_without_known_rules_is_refused():
+    with pytest.raises(UserError, match="the rules of characters are not known here"):
+        export.tokenizer_files(character_tokenizer("abc"), 16)
 
 
 # ----------------------------------------------------------------------------------------------- command line

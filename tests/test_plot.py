@@ -142,6 +142,13 @@ def test_an_unfinished_run_has_no_speedup_and_is_no_baseline(tmp_path, capsys):
     assert early[-1] == "-" and early[3] == "30 of 60"
 
 
+def test_a_loss_is_reached_where_the_curve_stays_below():
+    # below 3 at 20, up to 4 at 30, down through 3 halfway to 40
+    assert plot.reached(side_of([5, 2, 4, 2, 2]), 3) == pytest.approx(35 * FLOPS)
+    assert plot.reached(side_of([5, 2, 4]), 3) == math.inf
+    assert plot.reached(side_of([5, 2, 4]), 3, until=20) == pytest.approx(10 * FLOPS * 5 / 3)
+
+
 def test_the_false_speedup_is_read_before_the_decay():
     # 5 - step / 100 down to 4 in step 80, where the decay of 20 % starts; then 3
     long = side_of([5 - step / 100 for step in range(10, 81, 10)] + [3.5, 3.0])
@@ -209,7 +216,8 @@ def test_different_tokenizers_compare_in_bits_per_byte():
     assert list(line_of(ax, "words: 1.333").get_ydata()) == [row["val_bpb"] for row in words]
     for row in words:
         del row["val_bpb"]
-    assert runs.measure_of(both) == "val_loss"
+    with pytest.raises(UserError, match="words has no val_bpb, by which different tokenizers"):
+        plot.table(both)
 
 
 def line_of(ax, label):
@@ -254,7 +262,7 @@ def test_final_losses_by_a_knob(tmp_path, capsys, monkeypatch):
     half = 4.3027 * math.sqrt(2) / 10  # Student's t, two degrees of freedom
     gain = f"-0.3000 (95 % {-0.3 - half:+.4f} to {-0.3 + half:+.4f})"
     assert head == ["bag_size", "parameters", "val loss", "minus baseline"]
-    assert table[2] == ["2", "1000", "**2.8000 ± 0.1414 (2)**", gain]
+    assert table[2] == ["2", "1000", "2.8000 ± 0.1414 (2)", gain]
     small, large = (bars.lines[0] for bars in figures[0].axes[0].containers)
     assert list(small.get_ydata()) == pytest.approx([-0.3, -0.1])
     assert list(large.get_ydata()) == pytest.approx([-0.2])

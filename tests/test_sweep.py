@@ -4,14 +4,12 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 
 import pytest
 import stub_trainer
-from conftest import ROOT
 from stub_trainer import end_of, lines, names
 
 from nanotst import UserError
@@ -111,7 +109,7 @@ def test_a_failed_run_is_reported_and_tried_again(swept, tmp_path, capsys):
     with pytest.raises(UserError, match="1 of 2 runs failed; the same command tries them again"):
         swept(f"--dataset={missing};{there}")
     printed = capsys.readouterr().out
-    assert "missing failed (exit 1, " in printed and f": error: no corpus {missing}\n" in printed
+    assert "missing: failed (exit 1, " in printed and f": error: no corpus {missing}\n" in printed
     assert [row[0] for row in lines(printed)] == ["dataset", str(there)]
     missing.write_text("")
     swept(f"--dataset={missing};{there}")
@@ -196,7 +194,7 @@ def test_a_grid_trains_each_distinct_run_once_and_tabulates_it(swept, figures, c
     half = 4.30265 * 0.01 * 2**0.5  # Student's t, two degrees of freedom
     minus = [best - base + x for x in (0, -half, half)]
     gain = "{:+.4f} (95 % {:+.4f} to {:+.4f})".format(*minus)
-    assert ["0.3", "4", f"**{best:.4f} ± 0.0141 (2)**", gain] in table and printed.count("**") == 2
+    assert ["0.3", "4", f"{best:.4f} ± 0.0141 (2)", gain] in table
     written = (out / "table.md").read_text()
     assert lines(written) == [head, *table] and "`python -m tools.sweep" in written
     with open(out / "runs.csv", newline="") as f:
@@ -225,17 +223,6 @@ def test_each_point_is_compared_with_the_baseline_of_its_other_knobs(swept, figu
     assert labels == ["0.01", "0.02"]
 
 
-def test_a_point_with_a_missing_seed_is_never_the_best(swept, tmp_path, monkeypatch, capsys):
-    swept("--bag_size=2", "--seed=1,2")
-    swept("--bag_size=4", "--seed=1")
-    monkeypatch.setattr(runner, "TRAINER", f"{tmp_path}/missing.py")
-    capsys.readouterr()
-    with pytest.raises(UserError, match="1 of 4 runs failed"):
-        swept("--bag_size=2,4", "--seed=1,2")
-    _, two, four = lines(capsys.readouterr().out)
-    assert two[1].startswith("**") and four[1] == f"{end_of(STEPS, s=4):.4f}"
-
-
 def test_the_command_in_the_table_can_be_pasted(swept, monkeypatch):
     arguments = ["--reinit_at_switch=;embedding;head", "--bag_size=2"]
     monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
@@ -248,11 +235,3 @@ def test_without_matplotlib_the_table_is_there_all_the_same(swept, monkeypatch, 
     with pytest.raises(UserError, match="pictures need matplotlib"):
         swept("--seed=1,2", "--plot")
     assert lines(capsys.readouterr().out)
-
-
-def test_a_script_runs_from_its_folder_too():
-    """python tools/sweep.py works like python -m tools.sweep."""
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, "sweep.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT / "tools", env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "Usage: python -m tools.sweep" in done.stdout, done.stderr

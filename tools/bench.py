@@ -5,7 +5,7 @@
     python -m tools.bench --parts=nanogpt --nanogpt=FOLDER     against a clone of karpathy/nanoGPT
 
 The variants of a part take turns, so a machine whose speed drifts slows all of them alike; medians are shown.
-Memory is the peak that PyTorch's allocators hold above what they held before the call.
+Memory is the peak that PyTorch's allocator holds above what it held before the call.
 """
 
 import itertools
@@ -22,8 +22,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/bench.py
 
 import train  # before torch: it sets how threads wait and how memory grows on CUDA
 
@@ -109,10 +107,16 @@ class Bench:
         print(f"\n{title}\n\n{markdown_table(cells)}")
 
 
-def extra_memory(variant):
+def extra_memory(variant, cuda):
     """The most bytes that a call has allocated and not yet freed."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        variant()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profiler:
         variant()
+    # not profiler.events(), which adds memory up by operator and so loses its order
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
     return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
 
@@ -164,10 +168,11 @@ def loss(b):
             variants[name, s] = partial(once, f, torch.randint(V, (N, s), device=b.device))
     for (name, s), seconds in b.seconds(variants).items():
         hidden.grad = weight.grad = None  # or the gradients before would be freed in this call
-        mb = extra_memory(variants[name, s]) / 1e6
-        row = {"loss": name, "s": s, "ms": seconds * 1e3, "MB": mb}
-        first = rows[0] if rows else row
-        rows.append(row | {"time / first": row["ms"] / first["ms"], "MB / first": mb / first["MB"]})
+        megabytes = extra_memory(variants[name, s], b.cuda) / 1e6
+        rows.append({"loss": name, "s": s, "ms": seconds * 1e3, "MB": megabytes})
+    for row in rows:
+        row["time / first"] = row["ms"] / rows[0]["ms"]
+        row["MB / first"] = row["MB"] / rows[0]["MB"]
     b.table(f"loss alone, N {N}, V {V}, C {C}", rows)
 
 
@@ -192,6 +197,7 @@ class Step:
             self.net = torch.compile(self.model, dynamic=False, fullgraph=True)
         self.optimizer = make_optimizer(self.model, knobs, b.machine.device_type)
         self.positions = self.rows * shape.block_size
+        self.micro_steps = max(1, knobs.total_batch // self.positions)  # of the config's step
 
     def __call__(self, s):
         self.optimizer.zero_grad()
@@ -209,7 +215,7 @@ class Step:
 
 
 def time_steps(b, title, variants):
-    """Table of {name: (Step, s)}. A config's step has several micro-steps, but a single update."""
+    """Table of {name: (Step, s)}. The config's step has more micro-steps and one update: a second MFU."""
     runs = {name: partial(step, s) for name, (step, s) in variants.items()}
     t, table = b.seconds(runs | {step: step.update for step, _ in variants.values()}), []
     for name, (step, _) in variants.items():
@@ -219,7 +225,9 @@ def time_steps(b, title, variants):
         row["time / first"] = row["ms"] / table[0]["ms"] if table else 1.0
         row |= {"positions/s": round(step.positions / seconds), "TFLOP/s": flops / seconds / 1e12}
         if b.machine.peak_flops:
-            row["MFU"] = flops / seconds / b.machine.peak_flops
+            n, peak = step.micro_steps, b.machine.peak_flops
+            whole = n * seconds - (n - 1) * t[step]
+            row |= {"MFU": flops / seconds / peak, f"at {n} micro-steps": n * flops / whole / peak}
         if b.cuda:
             row["busy"] = busy_seconds(runs[name]) / seconds  # share of the time, of its kernels
         table.append(row)
@@ -265,8 +273,7 @@ def time_trainer(folder, arguments):
     steps = re.findall(r"^(?:iter|step) +(\d+)[:/].* ([\d.]+) ?ms\b", out.stdout, re.M)
     found = [float(ms) for step, ms in steps if int(step) > 8]
     if not found or out.returncode:
-        said = " ".join(out.stderr.split())[-300:]
-        raise UserError(f"train.py in {folder} gave no times: {said}")
+        raise UserError(f"train.py in {folder} gave no times: {out.stderr[-300:]}")
     return statistics.median(found)
 
 
@@ -276,7 +283,7 @@ def nanogpt(b):
     if not Path(b.c.nanogpt, "configurator.py").exists():
         raise UserError("--nanogpt must name a clone of karpathy/nanoGPT")
     shape, rows, _ = read_shape(b, b.shape)
-    L, V, times = shape.block_size, shape.vocab_size, {"nanoGPT": [], "nanoTST": []}
+    L, V, ours_ms, theirs_ms = shape.block_size, shape.vocab_size, [], []
     words = (V ** np.random.default_rng(0).random(4_000_000) - 1).astype(np.uint16)
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "val"):
@@ -291,14 +298,13 @@ def nanogpt(b):
         ours += " --batch_size=0 --max_steps=40 --eval_positions=1 --save_interval=0"
         ours += f" --dtype={b.c.dtype} --compile={b.c.compile}"
         for _ in range(min(3, b.c.repeats)):
-            times["nanoGPT"].append(time_trainer(b.c.nanogpt, theirs))
-            times["nanoTST"].append(time_trainer(ROOT, ours))
-    table = []
-    for trainer, runs in times.items():
+            theirs_ms.append(time_trainer(b.c.nanogpt, theirs))
+            ours_ms.append(time_trainer(ROOT, ours))
+    table, first = [], statistics.median(theirs_ms)
+    for trainer, runs in (("nanoGPT", theirs_ms), ("nanoTST", ours_ms)):
         ms = statistics.median(runs)
         row = {"trainer": trainer, "ms": ms, "tokens/s": round(rows * L / ms * 1e3)}
-        first = table[0] if table else row
-        table.append(row | {"tokens/s / nanoGPT": first["ms"] / ms, "runs": str(runs)})
+        table.append(row | {"tokens/s / nanoGPT": first / ms, "runs": str(runs)})
     b.table(f"against nanoGPT's train.py, {b.shape}, {rows} rows of {L}", table)
 
 

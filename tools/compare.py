@@ -8,15 +8,12 @@ equal loss    baselines of several lengths, each with its own decay: how many FL
 equal data    a baseline that reads as many tokens as TST, in more steps: what is the data worth without TST?
 
 Both sides should train at their own best learning rates, which python -m tools.sweep shows. Run the same
-command again to resume; more lengths or seeds only add runs. tools/intervals.py says what the intervals mean.
-At the end out_dir holds table.md, runs.csv and compare.png.
+command again to resume; more lengths or seeds only add runs. At the end out_dir holds table.md, runs.csv and
+compare.png.
 """
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/compare.py
 
 import train
 from nanotst import UserError

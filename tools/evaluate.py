@@ -6,11 +6,8 @@ position p (from 0) predicts the next one from p + 1 tokens of context.
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/evaluate.py
 
 import numpy as np
 import torch
@@ -94,12 +91,10 @@ def read_checkpoints(c):
     labels = c.labels.split(",") if c.labels else labels
     if len(labels) != len(paths):
         raise UserError(f"--labels has {len(labels)} labels for {len(paths)} checkpoints")
-    runs = []
-    for path, label in zip(paths, labels):
-        saved = load_checkpoint(path)
-        known = (saved["meta"] | saved["config"]).items()
-        facts = {key: str(value) for key, value in known if value != ""}
-        runs.append(dict(name=path, label=label, saved=saved, facts=facts))
+    runs = [dict(name=p, label=label, saved=load_checkpoint(p)) for p, label in zip(paths, labels)]
+    for run in runs:
+        known = (run["saved"]["meta"] | run["saved"]["config"]).items()
+        run["facts"] = {key: str(value) for key, value in known if value != ""}
     return runs
 
 
@@ -152,8 +147,7 @@ def main(c):
         whole, parts = tables(losses, bag_sizes, buckets, corpus.bytes_per_token)
         print(f"{name or spec}: {len(rows):,} validation rows of {block_size:,} tokens\n")
         print(f"{whole}\n" + f"\n{parts}\n" * c.by_position)
-    print(ABOUT_ERRORS)
-    print(*notes_on_differences(runs), sep="\n")
+    print(ABOUT_ERRORS, *notes_on_differences(runs), sep="\n")
 
 
 if __name__ == "__main__":

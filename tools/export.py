@@ -8,13 +8,10 @@ With qk_norm they become Qwen3 and Qwen3-MoE. Weights are cut (q|k|v, gate|up), 
 """
 
 import json
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/export.py
 
 import torch
 

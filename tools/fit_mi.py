@@ -23,14 +23,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/fit_mi.py
-
 import numpy as np
 import torch
 
 from nanotst import UserError
 from nanotst.configurator import entry_point
 from nanotst.corpus import open_corpus
+from nanotst.files import write_safely
 
 SEGMENT = 64  # tokens that stay together when the text is shuffled: keeps repetitions
 
@@ -105,8 +104,7 @@ def main(c):
     for row in zip(distances, corrected, plain):
         print("{:4}  {:11.4f}  {:10.4f}".format(*row))
     print(f"fit: {c0:.4f} + {a:.4f} d^{k:.4f}")
-    Path(c.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(c.out).write_text(json.dumps(result, indent=1) + "\n")
+    write_safely(c.out, lambda path: Path(path).write_text(json.dumps(result, indent=1) + "\n"))
     print(f"wrote {c.out}; train with --bag_weights=fitted --fitted={c.out}")
 
 

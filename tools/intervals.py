@@ -49,14 +49,10 @@ def difference(ours, theirs):
 
 
 def first_zero(points):
-    """x where y of the points (x, y) first falls to zero, linear between them; inf if it does not."""
-    before = None
-    for x, y in points:
-        if y <= 0:
-            return (
-                x if before is None else before[0] + (x - before[0]) * before[1] / (before[1] - y)
-            )
-        before = x, y
+    """x where y of the points [(x, y)] first falls to zero, linear between them; inf if it does not."""
+    for (x0, y0), (x1, y1) in zip(points[:1] + points, points):
+        if y1 <= 0:
+            return np.interp(0, [y1, y0], [x1, x0])
     return math.inf
 
 
@@ -68,7 +64,7 @@ def speedup(lengths, differences):
     def crossing(minus):
         if np.isnan(minus).any():
             return math.nan
-        missing = first_zero(zip(np.log(lengths), np.negative(minus)))
+        missing = first_zero(list(zip(np.log(lengths), np.negative(minus))))
         return 0.0 if minus[0] > 0 else math.exp(missing)
 
     return Interval(*map(crossing, zip(*((d.value, d.high, d.low) for d in differences))))

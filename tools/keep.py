@@ -7,11 +7,8 @@ needs. python -m tools.plot results/NAME reads both.
 
 import re
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/keep.py
 
 from nanotst import UserError
 from nanotst.configurator import entry_point
@@ -22,9 +19,6 @@ from train import Config as Knobs
 @dataclass
 class Config:
     """Usage: python -m tools.keep RUN [RUN ...] --out_dir=results/NAME [--key=value ...]
-
-    python -m tools.keep out/baseline out/tst --out_dir=results/mine
-    python -m tools.keep out/sweep/* --out_dir=results/mine --labels=sweep --curves=none    more of them
 
     A run is named after its folder, with the folder above if two of the given runs have one name. Runs that
     are already kept stay, unless a new one has the same name.
@@ -87,10 +81,9 @@ def thinned(rows, points):
 
 def columns_of(runs):
     """The columns of runs.csv: who, the knobs that differ, and all others as `summary` orders them."""
-    known = dict.fromkeys(key for run in runs for key in run)
-    learned = [key for key in Knobs.__dataclass_fields__ if key in known and key not in FREE]
+    learned = [key for key in Knobs.__dataclass_fields__ if key not in FREE]
     differ = [key for key in learned if len({run.get(key) for run in runs}) > 1]
-    return list(dict.fromkeys(["run", "label", *differ, *known]))
+    return list(dict.fromkeys(["run", "label", *differ, *(key for run in runs for key in run)]))
 
 
 def main(config):

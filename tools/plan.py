@@ -9,10 +9,7 @@ Memory is what a step holds at its worst moment, within 15 % of what PyTorch's a
 
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, NamedTuple
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/plan.py
 
 import torch
 
@@ -110,12 +107,11 @@ def memory(c, gpt, rows, way, micro_steps):
 
 def largest(c, gpt, way, rank_rows):
     """The largest micro-batch that fits, or one row: (rows, {part: bytes}, whether it fits)."""
-    found = None
-    for rows in (n for n in range(1, rank_rows + 1) if rank_rows % n == 0):
+    for rows in (n for n in range(rank_rows, 0, -1) if rank_rows % n == 0):
         parts = memory(c, gpt, rows, way, rank_rows // rows)
         fits = MARGIN * sum(parts.values()) <= (c.gpu_memory - c.reserve) * 1e9
-        found = (rows, parts, fits) if fits or not found else found
-    return found
+        if fits or rows == 1:
+            return rows, parts, fits
 
 
 def plan(c, argv):
@@ -151,12 +147,12 @@ def plan(c, argv):
         sizes = [f"{size / 1e9:.1f}" for size in parts.values()]
         cells.append([str(way), str(rows), *sizes, "" if fits else "too much"])
     print(markdown_table(cells))
-    if not found:
+    if found:
+        way, rows = found
+        print(f"\nrecommended: {way}, {rank_rows // rows} micro-steps of {rows} rows")
+        print(command(c, argv, way, rows))
+    else:
         print("\nnothing fits; take more GPUs, or a shorter block_size")
-        return
-    way, rows = found
-    print(f"\nrecommended: {way}, {rank_rows // rows} micro-steps of {rows} rows")
-    print(command(c, argv, way, rows))
 
 
 def command(c, argv, way, rows):

@@ -7,16 +7,12 @@ between the runs (model, corpus, learning rate); different tokenizers compare in
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/plot.py
 
 from nanotst import UserError
 from nanotst.configurator import entry_point
 from tools.intervals import Interval, difference, first_zero, seeds_text, speedup, times
-from tools.picture import COLORS, MARKERS, new_figure, save_picture, tidy
 from tools.runs import (
     BAGS,
     ENDS,
@@ -55,6 +51,10 @@ PANELS = {  # title, key of the rows, label of the x-axis
     "time": ("Equal time", "seconds", "seconds of training"),
 }
 UNITS = {"val_loss": "nats per token", "val_bpb": "bits per byte"}
+BASELINE = ("bag_size", "1")  # in a point of a sweep
+# Okabe and Ito's colours, which the colour-blind can tell apart
+COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+MARKERS = "osD^vPX"
 
 
 def curve(rows, x, y):
@@ -80,8 +80,8 @@ class Side:
         self.runs, self.label, self.y, self.facts = runs, runs[0]["label"], y, runs[0]["facts"]
         self.rows = mean_rows([run["rows"] for run in runs])
         self.end, self.losses = self.rows[-1], [final(run["rows"])[y] for run in runs]
-        self.bagged = [row for row in runs[0]["rows"] if row.get("bag_size", 1) > 1]
-        self.switch = self.bagged[-1]["step"] if self.bagged else 0
+        bagged = [row for row in runs[0]["rows"] if row.get("bag_size", 1) > 1]
+        self.switch = bagged[-1] if bagged else {"step": 0}  # the last row on bags
         self.planned = int(self.facts["max_steps"])
         self.finished = self.end["step"] >= self.planned  # else its learning rate has not decayed
         self.is_baseline = is_baseline(self.facts)
@@ -104,9 +104,11 @@ def lengths_of(sides):
 
 
 def reached(side, loss, until=math.inf):
-    """FLOPs at which a side first reaches a loss up to step `until`; inf if it does not."""
+    """FLOPs from which a side stays at or below a loss up to step `until`; inf if it does not."""
     rows = [row for row in side.rows if row["step"] <= until]
-    return first_zero((flops, own - loss) for flops, own in curve(rows, "flops", side.y))
+    gaps = [(flops, own - loss) for flops, own in curve(rows, "flops", side.y)]
+    above = [i for i, (_, gap) in enumerate(gaps) if gap > 0]
+    return first_zero(gaps[above[-1] if above else 0 :])
 
 
 def speedup_of(side, baselines):
@@ -140,7 +142,7 @@ def exchange_rate(side, gain):
     """Interval of the tokens in bags worth one ordinary token, if a baseline takes `gain` times a side's
     positions to end as low: what the side read in bags, over what the baseline reads beyond the side's other
     tokens."""
-    in_bags = side.bagged[-1]["data_tokens"]
+    in_bags = side.switch["data_tokens"]
     worth = lambda factor: factor * side.end["positions"] - (side.end["data_tokens"] - in_bags)
     rate = lambda factor: math.inf if worth(factor) <= 0 else in_bags / worth(factor)
     return Interval(rate(gain.value), rate(gain.high), rate(gain.low))
@@ -149,20 +151,24 @@ def exchange_rate(side, gain):
 def met_again(side, baseline):
     """When after the last switch a side meets a baseline's validation loss at equal FLOPs, as text."""
     base = curve(baseline.rows, "flops", side.y)
-    own = [row for row in side.rows if row["step"] > side.switch and row["flops"] >= base[0][0]]
-    gap = lambda row: row[side.y] - np.interp(row["flops"], *zip(*base))
-    steps = first_zero((row["step"], gap(row)) for row in own) - side.switch
+    switch, gap = (
+        side.switch["step"],
+        lambda row: row[side.y] - np.interp(row["flops"], *zip(*base)),
+    )
+    own = [row for row in side.rows if row["step"] > switch and row["flops"] >= base[0][0]]
+    steps = first_zero([(row["step"], gap(row)) for row in own]) - switch
     return "not met" if steps == math.inf else f"met about {steps:,.0f} steps after the switch"
 
 
 def about(side, baselines):
     """A line on TST: its switch, and its end against those of the baselines."""
-    logged, said = [[row for row in run["rows"] if "loss" in row] for run in side.runs], []
+    said, switch = [], side.switch["step"]
+    logged = [[row for row in run["rows"] if "loss" in row] for run in side.runs]
     pairs = [pair for rows in logged for pair in zip(rows, rows[1:])]
-    if jumps := [(a["loss"], b["loss"]) for a, b in pairs if a["step"] == side.switch]:
+    if jumps := [(a["loss"], b["loss"]) for a, b in pairs if a["step"] == switch]:
         old, new = np.mean(jumps, axis=0)
         jump = f"{old:.3f} -> {new:.3f} ({new - old:+.3f})"
-        said.append(f"training loss {jump} after step {side.switch:,}")
+        said.append(f"training loss {jump} after step {switch:,}")
     for key, what in (("flops", "FLOPs"), ("data_tokens", "data")):
         for near in baselines:
             if abs(near.end[key] / side.end[key] - 1) < 0.01:
@@ -212,42 +218,56 @@ def table(runs):
     return "\n\n".join([markdown_table(cells), *notes])
 
 
-def draw_panel(ax, sides, x):
-    """Validation losses over x: means thick, seeds thin, switches dotted, last values in the legend."""
-    labels = [side.label for side in sides]
-    for side in sides:
-        i, many = labels.index(side.label), len(side.runs) > 1
-        color = COLORS[i % len(COLORS)]
-        for run in side.runs if many else []:
-            ax.plot(*zip(*curve(run["rows"], x, side.y)), color=color, lw=0.8, alpha=0.45)
-        look = dict(color=color, marker=MARKERS[i % len(MARKERS)], ms=4, markevery=0.05, lw=1.8)
-        label = side.label + f" ({len(side.runs)} seeds)" * many + f": {side.end[side.y]:.3f}"
-        ax.plot(*zip(*curve(side.rows, x, side.y)), label=label, **look)
-        if side.bagged:
-            ax.axvline(side.bagged[-1][x], color=color, ls=":", label="end of superposition")
-    losses = [loss for side in sides for _, loss in curve(side.rows, x, side.y)]
-    low, high = np.nanquantile(losses, (0, 0.7))  # the first losses are too high to show
-    pad = 0.08 * (high - low) or 0.05
-    ax.set(xlim=(0, None), ylim=(low - pad, high + pad))
-    tidy(ax)
+def new_figure(size, columns):
+    """(figure, axes) of `size` in inches. UserError if matplotlib is missing, which tables do not need."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot it needs no display
+    except ImportError:
+        raise UserError("pictures need matplotlib (pip install matplotlib)") from None
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    for ax in axes:
+        ax.grid(color="0.92")
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_picture(figure, path):
+    """Write a picture; the ending of its name sets the format."""
+    try:
+        figure.savefig(path)
+    except ValueError as e:  # an ending that matplotlib does not know
+        raise UserError(f"cannot draw {path}: {' '.join(str(e).split())[:200]}") from None
 
 
 def draw(runs, panels=tuple(PANELS)):
-    """A figure with panels of validation loss."""
+    """A figure with panels of validation loss: means thick, seeds thin, switches dotted, last values in the
+    legend."""
     n = len(panels)
-    fig, axes = new_figure((1 + 4 * n, 4.8), 1, n, sharey=True, squeeze=False)
+    fig, axes = new_figure((1 + 4 * n, 4.8), n)
     sides = sorted(sides_of(runs), key=lambda side: not side.is_baseline)
-    for ax, panel in zip(axes[0], panels):
-        title, key, name = PANELS[panel]
-        draw_panel(ax, sides, key)
-        ax.set(title=title, xlabel=name)
-    axes[0, 0].set_ylabel(f"validation loss ({UNITS[sides[0].y]})")
-    known = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    labels = [side.label for side in sides]
+    for ax, panel in zip(axes, panels):
+        title, x, name = PANELS[panel]
+        for side in sides:
+            i, many = labels.index(side.label), len(side.runs) > 1
+            color = COLORS[i % len(COLORS)]
+            for run in side.runs if many else []:
+                ax.plot(*zip(*curve(run["rows"], x, side.y)), color=color, lw=0.8, alpha=0.45)
+            look = dict(color=color, marker=MARKERS[i % len(MARKERS)], ms=4, markevery=0.05, lw=1.8)
+            label = side.label + f" ({len(side.runs)} seeds)" * many + f": {side.end[side.y]:.3f}"
+            ax.plot(*zip(*curve(side.rows, x, side.y)), label=label, **look)
+            if x in side.switch:
+                ax.axvline(side.switch[x], color=color, ls=":", label="end of superposition")
+        ax.set(title=title, xlabel=name, xlim=(0, None))
+    losses = [row[side.y] for side in sides for row in side.rows]
+    low, high = np.nanquantile(losses, (0, 0.7))  # the first losses are too high to show
+    pad = 0.08 * (high - low) or 0.05
+    axes[0].set(ylim=(low - pad, high + pad), ylabel=f"validation loss ({UNITS[sides[0].y]})")
+    known = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
     fig.legend(known.values(), known, loc="outside lower center", ncols=2 * n - 1, frameon=False)
     return fig
-
-
-BASELINE = ("bag_size", "1")
 
 
 def points_of(runs, knobs):
@@ -273,25 +293,22 @@ def gains_of(points):
 
 
 def points_table(points):
-    """A line for each point as markdown, the lowest of those with the most seeds in bold."""
-    knobs = [knob for knob, _ in max(points, key=len)]
-    gains, most = gains_of(points), max(map(len, points.values()))
-    whole = [point for point, losses in points.items() if len(losses) == most]
-    best = min(whole, key=lambda point: np.mean(points[point]))
+    """A line for each point as markdown."""
+    knobs, gains = [knob for knob, _ in max(points, key=len)], gains_of(points)
     cells = [[*knobs, "val loss", "minus baseline"]]
     for point, losses in points.items():
-        loss = f"**{seeds_text(losses)}**" if point == best else seeds_text(losses)
         values = [dict(point).get(knob, "-") for knob in knobs]
-        cells.append([*values, loss, gains[point].text() if point in gains else "-"])
-    losses = "Final validation loss in nats per token (bits per byte if tokenizers differ)"
-    what = f"{losses}, mean ± standard deviation (seeds); the lowest in bold"
-    return f"{markdown_table(cells)}\n\n{what}. Differences with 95 % confidence intervals."
+        gain = gains[point].text() if point in gains else "-"
+        cells.append([*values, seeds_text(losses), gain])
+    what = "Final validation loss in nats per token (bits per byte if tokenizers differ), mean ± standard "
+    what += "deviation (seeds). Differences with 95 % confidence intervals."
+    return f"{markdown_table(cells)}\n\n{what}"
 
 
 def draw_points(points):
     """A figure over the first knob, a line for each combination of the others: differences from the baselines
     (bars: 95 %) if it is a knob of superposition, else losses (bars: standard deviation)."""
-    fig, ax = new_figure((7, 4.6))
+    fig, (ax,) = new_figure((7, 4.6), 1)
     x, what, lines = max(points, key=len)[0][0], "final validation loss", {}
     sd = lambda losses: np.std(losses, ddof=1) if len(losses) > 1 else 0
     values = {point: (np.mean(losses), sd(losses)) for point, losses in points.items()}
@@ -308,7 +325,6 @@ def draw_points(points):
         ax.errorbar(*zip(*dots), label=name, **look)
     ax.set(xlabel=x, ylabel=what)
     ax.legend(frameon=False)
-    tidy(ax)
     return fig
 
 

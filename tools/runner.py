@@ -22,7 +22,7 @@ import torch
 import train
 from nanotst import UserError
 from nanotst.configurator import parse
-from tools.picture import save_picture
+from tools.plot import save_picture
 from tools.runs import BAGS, ENDS, FREE, is_baseline, load_metrics, read_runs, renamed, write_table
 
 TRAINER = train.__file__
@@ -118,8 +118,8 @@ def start(member, threads, gpu):
     """Train a member in a process of its own, in a session of its own: Ctrl-C reaches it through us alone."""
     folder = member.folder
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, TRAINER, *member.arguments]
-    command += [f"--out_dir={folder}", f"--threads={threads}"]
+    own = f"--out_dir={folder}", f"--threads={threads}"
+    command = [sys.executable, TRAINER, *member.arguments, *own]
     if (folder / "last.pt").exists():
         command.append("--resume")
     elif (folder / "metrics.jsonl").exists():  # interrupted before its first checkpoint
@@ -141,8 +141,7 @@ def run_members(members, jobs=0, threads=0):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     gpus = gpus or [""]  # the CPU
-    linux = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = max(1, min(jobs or len(gpus), len(waiting)))
     threads = threads or max(1, cores // jobs)
     free = [gpus[i % len(gpus)] for i in range(jobs)]
@@ -159,15 +158,14 @@ def run_members(members, jobs=0, threads=0):
             for member in [member for member in running if running[member][0].poll() is not None]:
                 process, gpu = running.pop(member)
                 free.append(gpu)
-                name, log = member.folder.name, member.folder / "log.txt"
+                log = member.folder / "log.txt"
                 if (end := member.end()) and not process.returncode:
                     done += 1
                     said = f"val loss {end['val_loss']:.4f}; {done} of {len(members)} done"
-                    print(f"{name}: {said}", flush=True)
                 else:
                     failed.append(log.read_text(errors="replace").strip().splitlines()[-1])
                     said = f"failed (exit {process.returncode}, {log}): {failed[-1]}"
-                    print(f"{name} {said}", flush=True)
+                print(f"{member.folder.name}: {said}", flush=True)
     finally:
         if running:
             print(f"\nstopping {len(running)} runs at a checkpoint", flush=True)
@@ -192,16 +190,15 @@ def finished(members, failed):
 def write_results(tool, config, text, members, draw, failed):
     """Print `text` and write it as table.md, the ends of the members as runs.csv, and the figure that draw()
     makes as TOOL.png. UserError, after all that: some runs failed."""
-    out_dir, keys = Path(config.out_dir), ("step", *ENDS)
+    out_dir, command = Path(config.out_dir), f"python -m tools.{tool} {shlex.join(sys.argv[1:])}"
     print(text)
-    command = f"python -m tools.{tool} {shlex.join(sys.argv[1:])}"
     (out_dir / "table.md").write_text(f"{text}\n\n`{command}`\n", encoding="utf-8")
     knobs = dict.fromkeys(k for member in members for k in member.point)
     lines = [{"run": m.folder.name} | m.point | (m.end() or {}) for m in members]
-    write_table(out_dir / "runs.csv", ["run", *knobs, *keys], lines)
+    write_table(out_dir / "runs.csv", ["run", *knobs, "step", *ENDS], lines)
     if config.plot:
         save_picture(draw(), out_dir / f"{tool}.png")
     print(f"\nwrote {out_dir}/table.md, runs.csv{f', {tool}.png' * config.plot}")
     if failed:
-        said = f"{len(failed)} of {len(members)} runs failed"
-        raise UserError(f"{said}; the same command tries them again")
+        todo = "the same command tries them again"
+        raise UserError(f"{len(failed)} of {len(members)} runs failed; {todo}")

@@ -5,6 +5,7 @@ model, as text).
 """
 
 import csv
+import io
 import json
 import sys
 from fnmatch import fnmatch
@@ -33,11 +34,8 @@ def renamed(values):
 
 
 def load_metrics(folder):
-    """Rows (dicts, ascending step) of a run folder.
-
-    A torn last line (of a killed process) is skipped with a note. UserError: no such run, or a bad line, as
-    file:line.
-    """
+    """Rows (dicts, ascending step) of a run folder. A torn last line (of a killed process) is skipped with a
+    note. UserError: no such run, or a bad line, as file:line."""
     path, rows = Path(folder) / "metrics.jsonl", []
     if not path.exists():
         raise UserError(f"{folder}: no metrics.jsonl there, so it is not the folder of a run")
@@ -78,14 +76,11 @@ def read_table(path):
 
 def write_table(path, columns, lines):
     """Write a CSV file with these columns of lines, dicts."""
-
-    def write(path):
-        with open(path, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, columns, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
-
-    write_safely(path, write)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_safely(path, lambda temporary: Path(temporary).write_bytes(table.getvalue().encode()))
 
 
 def numbers(line, keys):
@@ -160,8 +155,12 @@ def tokenizers_of(runs):
 
 def measure_of(runs):
     """The loss by which runs compare: val_loss, or val_bpb if their tokenizers differ."""
-    known = all("val_bpb" in final(run["rows"]) for run in runs)
-    return "val_bpb" if known and len(tokenizers_of(runs)) > 1 else "val_loss"
+    if len(tokenizers_of(runs)) == 1:
+        return "val_loss"
+    for run in runs:
+        if "val_bpb" not in final(run["rows"]):
+            raise UserError(f"{run['name']} has no val_bpb, by which different tokenizers compare")
+    return "val_bpb"
 
 
 def notes_on_differences(runs):

@@ -2,21 +2,14 @@
 
     python -m tools.sweep config/curves.py --bag_size=1,2,4 --superposition_ratio=0.2,0.3 --seed=1,2 --jobs=2
 
-Any knob of train.py may take several values, separated by commas; by semicolons for dataset and
-reinit_at_switch, where one value may hold commas ('--reinit_at_switch=;embedding,head;optimizer' is three
-values). Baselines (bag size 1, or ratio 0) are trained once, whatever the knobs of superposition.
-
-Run the same command again, or a larger grid in the same out_dir, to resume: finished runs are skipped,
-interrupted ones resumed, failed ones tried again. Ctrl-C stops all runs at a checkpoint.
-
-At the end out_dir holds table.md, runs.csv and sweep.png, whose x-axis is the first knob with several values.
+Baselines (bag size 1, or ratio 0) are trained once, whatever the knobs of superposition. Run the same command
+again, or a larger grid in the same out_dir, to resume: finished runs are skipped, interrupted ones resumed,
+failed ones tried again. Ctrl-C stops all runs at a checkpoint. At the end out_dir holds table.md, runs.csv
+and sweep.png, whose x-axis is the first knob with several values.
 """
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/sweep.py
 
 from nanotst.configurator import entry_point
 from tools.plot import draw_points, points_of, points_table
@@ -27,8 +20,8 @@ from tools.runner import finished, places, plan, run_members, write_results
 class Config:
     """Usage: python -m tools.sweep [CONFIG.py ...] --key=VALUE[,VALUE ...] ... [--jobs=N]
 
-    The keys are those of train.py; several values make a grid. dataset and reinit_at_switch separate values
-    by semicolons. Other knobs:"""
+    Any knob of train.py may take several values, separated by commas; by semicolons for dataset and
+    reinit_at_switch, where one value may hold commas. Other knobs:"""
 
     arguments: list[str]  # config files and knobs of train.py
 

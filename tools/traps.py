@@ -1,7 +1,5 @@
 """A checker for any implementation of Token Superposition Training.
 
-    python -m tools.traps FILE.py --loss=NAME [--split=NAME] [--embed=NAME]
-
 Each check prints a line: ok, a note, or what is wrong and which row of TRAPS.md explains it. The first trap
 of a function ends its checks, since they build on each other. The exit status is 1 after a trap.
 """
@@ -11,8 +9,6 @@ import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for python tools/traps.py
 
 import torch
 import torch.nn.functional as F

@@ -15,13 +15,10 @@ Lengths are in bytes, so the same tasks serve models of any vocabulary.
 import json
 import random
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # for python .../make_tasks.py
 
 from nanotst import UserError
 from nanotst.configurator import entry_point
