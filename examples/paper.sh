@@ -10,6 +10,7 @@ set -eu
 trap 'exit 130' INT TERM
 config=${CONFIG:-config/small.py} seeds=${SEEDS:-1,2,3} out=${OUT:-out/paper} python=${PYTHON:-python}
 dataset=${DATASET:-$(sed -n 's/^dataset = "\(.*\)".*/\1/p' "$config")}
+dataset=${dataset:-python_source}
 machine="--jobs=${JOBS:-1} --threads=${THREADS:-0}"
 failed=
 
@@ -73,6 +74,29 @@ size_400k() { # three blocks of width 96, as many bytes per parameter
         --learning_rate="${RATES:-3e-3}"
 }
 
+# ----------------------------------------------------------------------------------------- what is disputed
+
+budget() { # does the gain shrink with the budget? Rates at both ends
+    for steps in ${STEPS:-500 1000 2000 4000 8000}; do
+        runs=budget sweep "budget_$steps" --bag_size=1,2 --max_steps="$steps" \
+            --learning_rate="${RATES:-4e-3,8e-3,1.6e-2}"
+    done
+}
+context() { runs=context sweep context --bag_size=1 --block_size=128,256; } # is it only longer context?
+fade() { runs=fade sweep fade --bag_size=1,2 --superposition=full,output --fade=0,0.33; }
+spread() { # what makes seeds differ: the order of the text, or the initial weights?
+    drawn=
+    for seed in 1 2 3 4 5; do
+        start=$out/weights$seed/last.pt
+        [ -e "$start" ] || "$python" train.py "$config" --dataset="$dataset" --seed=$seed --bag_size=1 \
+            --max_steps=1 --learning_rate=1e-20 --compile=off --out_dir="$out/weights$seed"
+        drawn="$drawn,$start"
+    done
+    short="--bag_size=${SIZES:-2} --max_steps=500"
+    seeds=1,2,3,4,5 runs=spread sweep spread_order $short --init_from="$out/weights1/last.pt"
+    seeds=1 runs=spread sweep spread_weights $short --init_from="${drawn#,}"
+}
+
 # ----------------------------------------------------------------------------------- the models of bag_size
 
 checkpoints() { # of bag size $1
@@ -94,7 +118,7 @@ tasks() { # lm-eval; see examples/lm_eval_local
 }
 
 all="rates bag_size ratio grid sides losses reinit weights compare step_down documents muon muon_rates window"
-all="$all schedule experts texts repeat size_400k positions tasks"
+all="$all schedule experts texts repeat size_400k budget context fade spread positions tasks"
 mkdir -p "$out"
 for experiment in ${@:-$all}; do
     case " $all " in
