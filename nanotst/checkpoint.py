@@ -39,7 +39,9 @@ class Saver:
     def save(self, path, state):
         """Write a dict of tensors and plain values. Raises UserError, and leaves the old checkpoint, if the
         weights are not finite."""
-        if not all(of_all_ranks(all_finite(state["model"].values()))):
+        shares = state.get("shares")  # of the experts
+        numbers = [*state["model"].values(), *([] if shares is None else [shares])]
+        if not all(of_all_ranks(all_finite(numbers))):
             lost = f"the weights after step {state['step']} are not finite"
             raise UserError(f"{lost}, so {path} was not written; lower learning_rate")
         if self.machine.parallel == "fsdp":
@@ -110,12 +112,7 @@ def load_weights(model, state, path):
         if theirs != ours:
             what = f"its {name!s:.60} is {theirs}, the model's {ours}"
             raise UserError(f"{path} does not fit this model: {what}")
-        copy(own[name], state[name])
-
-
-def copy(mine, saved):
-    """Copy a saved tensor, or Parts, into one that may be sharded over the ranks."""
-    copy_part(mine, saved if isinstance(mine, DTensor) else saved[...])
+        copy_part(own[name], state[name])
 
 
 def all_finite(tensors):
@@ -164,10 +161,8 @@ def resume(path, model, optimizer, c, corpus, free):
     saved, knobs = read(path), dataclasses.asdict(c)
     changed = changes(saved["config"], knobs, [key for key in knobs if key not in free])
     if changed and not c.allow_changes:
-        raise UserError(
-            f"{path} was trained with other settings: {changed}; leave them and config files out, "
-            "--resume knows the run's own, or give --allow_changes"
-        )
+        todo = "leave out knobs and config files, or give --allow_changes"
+        raise UserError(f"{path} was trained with other settings: {changed}; {todo}")
     check_same(corpus, saved["meta"], path)
     load_weights(model, saved.pop("model"), path)
     try:
@@ -181,13 +176,18 @@ def resume(path, model, optimizer, c, corpus, free):
 
 
 def load_moments(optimizer, states):
-    """Load what optimizer.state_dict() gave, its tensors whole or Parts, into an optimizer whose parameters
-    may be sharded. Raises ValueError and others for the state of another one."""
+    """Load moments and counters from what optimizer.state_dict() gave, its tensors whole or Parts, into an
+    optimizer whose parameters may be sharded. Rates, decay and betas stay as configured. Raises ValueError
+    and others for the state of another optimizer."""
+    if len(states) != len(optimizer):
+        raise ValueError("the state of another optimizer")
     for ours, theirs in zip(optimizer, states):
         parameters = [p for group in ours.param_groups for p in group["params"]]
         for n, moments in theirs["state"].items():  # as state_dict() numbers them
             for key, saved in moments.items():
                 # AdamW's number of steps is a scalar
                 moments[key] = torch.zeros_like(parameters[n] if saved.shape else saved)
-                copy(moments[key], saved)
-    optimizer.load_state_dict(states)
+                copy_part(moments[key], saved)
+        groups = zip(ours.param_groups, theirs["param_groups"])
+        groups = [mine | {"params": saved["params"]} for mine, saved in groups]
+        ours.load_state_dict(theirs | {"param_groups": groups})

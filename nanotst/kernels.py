@@ -62,10 +62,12 @@ def agree(twins, config, machine, kinds, loss, document_bags):
     for twin in twins:
         swap(mine, twin)
     mine.head.chunk_rows = batches[0][0][..., 0].numel() // 2  # two chunks
-    precision = torch.get_float32_matmul_precision()
+    precision, good = torch.get_float32_matmul_precision(), True
     torch.set_float32_matmul_precision("highest")  # no TF32
-    exact, good = "float32" if experts or machine.device_type == "mps" else "float64", True
-    for dtype in (exact, machine.dtype):
+    for dtype in (
+        "float32" if experts or machine.device_type == "mps" else "float64",
+        machine.dtype,
+    ):
         wanted = outcome(plain, batches, dtype, machine)
         try:
             got = outcome(mine, batches, dtype, machine)
@@ -82,10 +84,8 @@ def small_config(config, with_experts):
     V = 37 if config.padded_vocab_size <= 1024 else 1030  # see BagEmbeddingOnCPU
     K = 4 if config.n_kv_head == config.n_head else 2
     E = min(config.n_expert, max(8, config.top_k)) if with_experts else 0
-    small = dict(
-        vocab_size=V, block_size=L, n_layer=1, n_embd=16, n_head=4, n_kv_head=K, head_dim=8
-    )
-    small |= dict(ff_dim=16, n_expert=E, balance_bias=E > 0 and config.balance_bias)
+    small = dict(vocab_size=V, block_size=L, n_layer=1, n_embd=16, n_head=4, head_dim=8, ff_dim=16)
+    small |= dict(n_kv_head=K, n_expert=E, balance_bias=E > 0 and config.balance_bias)
     return dataclasses.replace(config, checkpoint_activations=False, **small)
 
 

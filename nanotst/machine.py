@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import os
 import platform
-import re
 import signal
 import time
 import traceback
@@ -39,16 +38,14 @@ def launcher():
 def pick_device(name, local_rank=0):
     """The torch device of a knob: auto (a GPU if there is one), cpu, mps, cuda (the rank's own GPU) or
     cuda:N. Raises UserError if it does not exist."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
-        raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"cuda:{local_rank}" if name == "cuda" else name
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    gpus += ["mps"] * torch.backends.mps.is_available()
-    if name not in ("cpu", *gpus):
-        raise UserError(f"device={name}, but PyTorch sees no such GPU")
-    return name
+    device = f"cuda:{local_rank}" if name == "cuda" else name
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    here += ["mps"] * torch.backends.mps.is_available()
+    if device not in here:
+        raise UserError(f"there is no device={name}; PyTorch sees {', '.join(here)}")
+    return device
 
 
 def best_dtype(device):
@@ -72,18 +69,16 @@ def keep_freed_memory():
 
 def join(device):
     """Meet the other ranks at the address in the environment."""
-    how = {
-        "backend": "gloo",
-        "timeout": timedelta(minutes=20),
-    }  # for a rank that compiles or writes
+    wait = timedelta(minutes=20)  # for a rank that compiles or writes
+    how = {"backend": "gloo"}
     if device.startswith("cuda"):
-        how |= {"backend": "nccl", "device_id": torch.device(device)}
+        how = {"backend": "nccl", "device_id": torch.device(device)}
     try:
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=how["timeout"]))
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=wait))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps this store when it restarts, with the addresses of ranks that have died
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(store=store, rank=rank, world_size=ranks, **how)
+        dist.init_process_group(store=store, rank=rank, world_size=ranks, timeout=wait, **how)
     except (RuntimeError, ValueError) as e:
         hint = "check MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         raise UserError(f"the ranks do not find each other ({one_line(e)}); {hint}") from None
@@ -113,8 +108,9 @@ class Machine:
         elif not ranks:
             raise UserError(f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N ...")
         if shard_size and (parallel != "fsdp" or world_size % shard_size):
-            must = f"is for parallel=fsdp, and must divide {world_size} ranks"
-            raise UserError(f"shard_size {shard_size} {must}")
+            raise UserError(
+                f"shard_size {shard_size} needs parallel=fsdp and must divide {world_size}"
+            )
         if ranks and c.device.startswith("cuda:"):
             raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
         device = pick_device(c.device, local_rank)
@@ -129,7 +125,9 @@ class Machine:
         if ranks:
             join(device)
         if c.threads or ranks and device == "cpu":  # torchrun's own choice is a single thread
-            torch.set_num_threads(c.threads or max(1, os.cpu_count() // ranks))
+            bound = hasattr(os, "sched_getaffinity")  # SLURM and containers bind a process to cores
+            cores = len(os.sched_getaffinity(0)) if bound else os.cpu_count()
+            torch.set_num_threads(c.threads or max(1, cores // ranks))
         torch.set_float32_matmul_precision("high")  # TF32 where CUDA still computes in float32
         dtype = best_dtype(device) if c.dtype == "auto" else c.dtype
         return cls(device, dtype, rank, world_size, ranks > 0, parallel, shard_size or world_size)
@@ -152,8 +150,8 @@ class Machine:
     @property
     def peak_flops(self):
         """FLOPs per second of one device in bfloat16, None if unknown or the run is in float32."""
-        known = (flops for name, flops in PEAK_FLOPS.items() if name in self.name)
-        return next(known, None) if self.dtype == "bfloat16" else None
+        known = [flops for name, flops in PEAK_FLOPS.items() if name in self.name]
+        return known[0] if known and self.dtype == "bfloat16" else None
 
     @property
     def memory(self):
@@ -198,20 +196,17 @@ class Machine:
             compile_units(model)
             warm_up(model)
             return model, True
-        # a process that was killed while compiling may have left a broken file in the cache
-        missing = "continuing without torch.compile; it needs a C++ compiler, on CUDA Triton"
-        for then in ("trying again without its cache", missing):
-            try:
-                compiled = torch.compile(model, dynamic=False, fullgraph=True)
-                warm_up(compiled)
-                return compiled, True
-            except (UserError, torch.OutOfMemoryError):
-                raise
-            except Exception as e:
-                self.say(f"torch.compile failed ({type(e).__name__}: {one_line(e)}); {then}")
-                torch.compiler.reset()
-                model.zero_grad()
-                torch.compiler.config.force_disable_caches = True
+        try:
+            compiled = torch.compile(model, dynamic=False, fullgraph=True)
+            warm_up(compiled)
+            return compiled, True
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as e:
+            self.say(f"continuing without torch.compile, which failed ({one_line(e)})")
+            self.say("it needs a C++ compiler, on CUDA Triton")
+            torch.compiler.reset()
+            model.zero_grad()
         warm_up(model)
         return model, False
 
@@ -224,12 +219,12 @@ class Machine:
 
 
 class StopSignals:
-    """Whether to stop, after Ctrl-C or SIGTERM to any rank, and whether a checkpoint is due by time."""
+    """Whether to stop, after Ctrl-C or SIGTERM to any rank, and whether a checkpoint is due by time. Ranks
+    agree over gloo, on a CPU tensor, so no step waits for a GPU; without ranks there is nothing to send."""
 
     def __init__(self, machine):
         self.received, self.reason, self.save_due = False, "a signal to another rank", False
         self.save_at = time.perf_counter() + 50  # soon: a crash loses little
-        # the ranks agree by a group on CPUs, since asking GPUs would wait for their work
         self.group = dist.new_group(backend="gloo") if machine.distributed else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
@@ -262,8 +257,8 @@ def as_one(main):
             raise
         except Exception as e:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
             if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
-                todo = "use a smaller --batch_size (the total batch stays the same)"
-                raise UserError(f"out of memory: {todo} or --checkpoint_activations") from None
+                todo = "use a smaller --batch_size (same total batch) or --checkpoint_activations"
+                raise UserError(f"out of memory: {todo}") from None
             if not launcher()[3]:
                 raise
             traceback.print_exc()

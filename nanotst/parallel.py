@@ -33,9 +33,8 @@ def check_size(shape, machine):
     memory = machine.memory * (machine.shard_size if machine.parallel == "fsdp" else 1)
     if memory and needed > memory:
         size = f"{n_params:,} parameters takes {needed / 1e9:,.0f} GB, here are {memory / 1e9:,.0f}"
-        hint = " --parallel=fsdp spreads them over the ranks, or" * (machine.parallel == "ddp")
-        todo = f"{hint} give a smaller model: n_embd, n_layer, ff_dim, n_expert or block_size"
-        raise UserError(f"training {size};{todo}")
+        todo = "use --parallel=fsdp on several GPUs or lower n_embd, n_layer, ff_dim or n_expert"
+        raise UserError(f"training {size}; {todo}")
 
 
 def build(config, machine, prepare=lambda model: None):
@@ -121,10 +120,10 @@ def compile_units(model):
 
 @torch.no_grad()
 def copy_part(mine, whole):
-    """mine.copy_(whole), where mine may be sharded and this rank has a part of it."""
+    """mine.copy_(whole), where `mine` may be sharded, and `whole` the Parts of a checkpoint."""
+    index = ...
     if isinstance(mine, DTensor):
         where = mine.shape, mine.device_mesh, mine.placements
         shape, offset = compute_local_shape_and_global_offset(*where)
-        whole = whole[tuple(slice(a, a + n) for a, n in zip(offset, shape))]
-        mine = mine.to_local()
-    mine.copy_(whole)
+        index, mine = tuple(slice(a, a + n) for a, n in zip(offset, shape)), mine.to_local()
+    mine.copy_(whole[index])
