@@ -90,7 +90,6 @@ class Init(NamedTuple):
 
 
 def normal(kind, std):
-    """Initialise by N(0, std)."""
     return Init(kind, partial(nn.init.normal_, std=std))
 
 
@@ -167,10 +166,9 @@ def visible(L, window, device):
 
 
 def swiglu(x):
-    """silu(gate) * up, which lie side by side: (..., 2F) -> (..., F). Written out because the compiled
-    backward pass of F.silu computes its exponential twice."""
+    """silu(gate) * up, which lie side by side: (..., 2F) -> (..., F)."""
     gate, up = x.chunk(2, dim=-1)
-    return gate * gate.sigmoid() * up
+    return gate * gate.sigmoid() * up  # the compiled F.silu computes its exponential twice
 
 
 class MLP(nn.Module):
@@ -371,8 +369,7 @@ class GPT(nn.Module):
 
     def flops_per_position(self):
         """FLOPs of one position in a training step, as in the PaLM paper, appendix B: 6 per active weight of
-        a matrix product, 12*H*D*L per layer for attention (with a window, its length for L), causality not
-        deducted. A bag costs 6*s*C more than a token, under 0.1 %."""
+        a matrix product, 12*H*D*L per layer for attention (with a window, its length for L)."""
         c = self.config
         seen = min(c.block_size, c.attention_window or c.block_size)
         attention = 12 * c.n_layer * c.n_head * c.head_dim * seen

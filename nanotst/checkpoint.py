@@ -66,7 +66,7 @@ def remove(path):
 
 
 def find_checkpoint(path):
-    """The path itself, or the best.pt or else last.pt in it if it is a run's folder; stderr names it."""
+    """The path itself or, of a run's folder, its best.pt or else last.pt, which stderr names."""
     if not os.path.isdir(path):
         return path
     for name in ("best.pt", "last.pt"):
@@ -110,8 +110,7 @@ def load_weights(model, state, path):
     for name in sorted(own.keys() | state.keys(), key=str):
         theirs, ours = kind(state.get(name)), kind(own.get(name))
         if theirs != ours:
-            what = f"its {name!s:.60} is {theirs}, the model's {ours}"
-            raise UserError(f"{path} does not fit this model: {what}")
+            raise UserError(f"{path} does not fit this model: {name!s:.60} is {theirs}, not {ours}")
         copy_part(own[name], state[name])
 
 
@@ -168,17 +167,15 @@ def resume(path, model, optimizer, c, corpus, free):
     try:
         load_moments(optimizer, saved.pop("optimizer"))
         torch.set_rng_state(saved["rng"])
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
-        reason = f"{type(e).__name__}: {e!s:.200}"
-        raise UserError(f"{path} cannot be resumed ({reason}); use another checkpoint") from None
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} cannot be resumed ({e!r:.200}); use another checkpoint") from None
     # copied, since torch maps the file, which will be replaced
     return map_tensors(lambda name, t: t.clone(), saved)
 
 
 def load_moments(optimizer, states):
-    """Load moments and counters from what optimizer.state_dict() gave, its tensors whole or Parts, into an
-    optimizer whose parameters may be sharded. Rates, decay and betas stay as configured. Raises ValueError
-    and others for the state of another optimizer."""
+    """Load moments and counters of an optimizer's state_dict(), tensors whole or Parts, where parameters may
+    be sharded. Rates, decay and betas stay as configured. Raises ValueError and others for another's."""
     if len(states) != len(optimizer):
         raise ValueError("the state of another optimizer")
     for ours, theirs in zip(optimizer, states):

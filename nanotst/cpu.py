@@ -107,9 +107,8 @@ class AttentionOnCPU(Attention):
 
 
 class ShortAttention(torch.autograd.Function):
-    """Causal attention over short rows, for which PyTorch's kernels have a slow backward pass: (B, H, L, D)
-    each. Keeps the numerators of the softmax in the dtype of q, so the backward pass needs no
-    exponentials."""
+    """Causal attention over short rows, (B, H, L, D) each, for which PyTorch's backward pass is slow. Keeps
+    the numerators of the softmax in the dtype of q, so the backward pass needs no exponentials."""
 
     @staticmethod
     def forward(ctx, q, k, v, window):

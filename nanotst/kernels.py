@@ -137,8 +137,8 @@ class GroupedMoE(MoE):
 
 
 def place_rows(experts, n_expert, dtype):
-    """Sort the N*k pairs (position, chosen expert), (N, k), by expert into M rows, whatever the routing. A
-    CPU prepares a product again for each new number of rows, so there experts get multiples of 64. Returns
+    """Sort the N*k pairs (position, chosen expert), (N, k), by expert into M rows. A CPU prepares a product
+    again for each new number of rows, so there experts get multiples of 64. Returns
         offsets (E,)   int32, where each expert's rows end
         row_of (N*k,)  the row of each pair
         pair_of (M,)   the pair in each row, 0 in an empty one

@@ -23,8 +23,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "
 
 def launcher():
     """(rank, local rank, ranks, ranks of this node) from torchrun's variables, (0, 0, 1, 0) without them.
-    Raises UserError if some are missing: with a forgotten WORLD_SIZE=2, one process would train on half of
-    each batch."""
+    Raises UserError if some are missing, or one process would train on half of each batch."""
     if not os.environ.keys() & {"RANK", "WORLD_SIZE"}:
         return 0, 0, 1, 0
     keys = "RANK", "LOCAL_RANK", "WORLD_SIZE"
@@ -53,14 +52,13 @@ def best_dtype(device):
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        amx_or_avx512 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        fast = device == "cpu" and amx_or_avx512
+        amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+        fast = device == "cpu" and (amx or avx512)
     return "bfloat16" if fast else "float32"
 
 
 def keep_freed_memory():
-    """Make glibc keep freed memory for the next step. By default it returns large tensors to the system, and
-    a step on a CPU spends much of its time on page faults."""
+    """Make glibc keep freed memory for the next step, which else spends much of its time on page faults."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
@@ -186,8 +184,7 @@ class Machine:
 
     def compile(self, model, wanted, warm_up):
         """(model, whether it is compiled). wanted: auto (on CUDA), on, off. warm_up(model) runs each graph
-        once, so that nothing is compiled later. If compiling fails, training continues without it, except
-        when sharded, since the other ranks have gone ahead."""
+        once. If compiling fails, training continues without it, except if sharded: other ranks went ahead."""
         if wanted == "off" or wanted == "auto" and self.device_type != "cuda":
             warm_up(model)
             return model, False
@@ -207,12 +204,11 @@ class Machine:
             self.say("it needs a C++ compiler, on CUDA Triton")
             torch.compiler.reset()
             model.zero_grad()
-        warm_up(model)
-        return model, False
+            return self.compile(model, "off", warm_up)
 
     def leave(self):
-        """Wait for the other ranks, since rank 0 may still be writing, and leave the group. Delete the DDP
-        wrapper first: if it holds the last reference to the group, it can deadlock with a thread."""
+        """Wait for the other ranks, rank 0 may still be writing, and leave the group. Delete the DDP wrapper
+        first: with the last reference to the group, it can deadlock with a thread."""
         if self.distributed:
             dist.barrier()
             dist.destroy_process_group()

@@ -88,7 +88,7 @@ def load_file(path, verify=True):
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as e:  # a damaged file can make zipfile, pickle and torch raise anything
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}; use another"
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
         raise UserError(f"{path} is not a checkpoint, or is damaged: {reason}") from None
 
 
