@@ -197,8 +197,8 @@ class MoE(nn.Module):
 
     forward returns (y (B, L, C), statistics in float32):
         balance_loss  E * sum_e f_e P_e, which is k when balanced. P_e: mean probability of expert e;
-                      f_e: share of positions that chose it, load_share (E,) or else this batch's. train.py
-                      passes the previous step's, so the loss does not depend on how a batch is split
+                      f_e: share of positions that chose it, load_share (E,) (train.py passes the
+                      previous step's, so how a batch is split does not matter) or else this batch's
         z_loss        mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)
         load          (E,) positions that chose each expert, N*k in total
         entropy       mean entropy of a position's probabilities, nats
@@ -355,11 +355,10 @@ class GPT(nn.Module):
             block.mlp.bias += rate * torch.sign(n.mean() - n)
 
     def n_params(self, active=False, without=()):
-        """Number of parameters without padding. active: only the top_k experts that a position uses.
-        without: kinds to leave out, see Init; a tied embedding is a head."""
+        """Parameters without padding; active: only the experts of a position; without: kinds to leave out."""
         c, total = self.config, 0
         for _, p, (kind, _) in self.inits():
-            n, kind = p.numel(), "head" if p is self.head.weight else kind
+            n, kind = p.numel(), "head" if p is self.head.weight else kind  # also a tied embedding
             if kind in ("embedding", "head"):
                 n -= c.n_embd * (c.padded_vocab_size - c.vocab_size)
             if kind == "expert" and active:

@@ -26,9 +26,8 @@ from nanotst.sharded import map_tensors, of_all_ranks
 class Saver:
     """Writes the checkpoints of a run. All ranks call the same methods.
 
-    Without sharding the master writes, while the other ranks wait in the next step. A sharded run is held up
-    only until tensors are copied to host memory; a thread of each rank writes them while training continues.
-    The threads talk over a gloo group of their own, and wait() checks them before another save."""
+    Without sharding the master writes, while the other ranks wait in the next step. A sharded run waits only
+    until tensors are copied to host memory; a thread of each rank writes them, over a gloo group."""
 
     def __init__(self, machine):
         self.machine, self.pending = machine, []
@@ -78,8 +77,8 @@ def find_checkpoint(path):
 
 
 def load_checkpoint(path):
-    """The dict that train.py saved, on the CPU, its checksums verified. path: the file, or a run's
-    folder. Raises UserError if there is none or it is damaged. No file can run code."""
+    """The dict that train.py saved, on the CPU, from a file or a run's folder. Raises UserError if there is
+    none or a checksum is wrong. No file can run code."""
     return map_tensors(lambda name, t: t[...], read(find_checkpoint(path)))
 
 
@@ -156,7 +155,7 @@ def resume(path, model, optimizer, c, corpus, free):
     """Copy the last checkpoint of a run into model and optimizer -> the checkpoint without them.
 
     c: the knobs as given now; those not in `free` must be the run's, unless there is allow_changes. Raises
-    UserError for other settings, another corpus, or a checkpoint that cannot be resumed."""
+    UserError for other settings or another corpus, or if that fails."""
     saved, knobs = read(path), dataclasses.asdict(c)
     changed = changes(saved["config"], knobs, [key for key in knobs if key not in free])
     if changed and not c.allow_changes:

@@ -97,9 +97,7 @@ def smallest_dtype(vocab_size):
 
 
 class Tokens:
-    """The ids of a split, over all its files: len() and [a:b] -> (b-a,). Threads may share it.
-
-    header: the magic and version at the start of each file, or ()."""
+    """The ids of a split, over all its files: len() and [a:b] -> (b-a,). Threads may share it."""
 
     def __init__(self, paths, dtype, header, vocab_size):
         self.paths, self.dtype, self.vocab_size = paths, dtype, vocab_size

@@ -94,7 +94,7 @@ def parts(c, name, ours):
 
 def load_hf(model, folder, say=print):
     """Copy the weights of a Hugging Face folder (safetensors) into a GPT; `say` prints what is left out.
-    Raises UserError if the shapes differ, the folder contradicts itself, or its model does more than ours."""
+    Raises UserError if the folder's model is another or contradicts itself."""
     transformers = import_transformers()
     try:
         check_config(model.config, Path(folder), transformers, say)

@@ -14,10 +14,8 @@ from nanotst.sharded import of_all_ranks, together
 
 
 class RunFolder:
-    """The folder of a run. Only the master writes; on other ranks the methods do nothing.
-
-    metrics.jsonl has a row per log interval; last.pt and best.pt are checkpoints. The training process holds
-    `lock`; the system releases it when that process ends."""
+    """The folder of a run. Only the master writes; on other ranks the methods do nothing. The training
+    process holds `lock`; the system releases it when that process ends."""
 
     def __init__(self, out_dir, machine):
         self.out_dir, self.machine, self.wandb = out_dir, machine, None
@@ -65,8 +63,8 @@ class RunFolder:
         return [p for p in (self.last, self.best, self.metrics) if os.path.exists(p)]
 
     def start(self, resume, step, described, wandb_project=""):
-        """Training is about to start: everything that can fail was tried. Now remove the run that was to be
-        overwritten, or on resume the rows after `step`, and write config.json."""
+        """Everything that can fail was tried: remove the run that was to be overwritten, or on resume the
+        rows after `step`, and write config.json."""
         if not self.machine.master:
             return
         if wandb_project:
@@ -107,8 +105,7 @@ class RunFolder:
         return self.wandb.id
 
     def add(self, row, line, sync=False):
-        """Append a row, a dict, to metrics.jsonl and print `line`. sync: until it is on the disk, so that a
-        checkpoint written next never has a shorter log."""
+        """Append a row, a dict, to metrics.jsonl and print `line`. sync: wait until it is on the disk."""
         if not self.machine.master:
             return
         try:
@@ -172,9 +169,8 @@ def progress(row, max_steps, seconds_per_step):
 
 
 def router_metrics(load, entropy):
-    """Columns about the MoE routers in a step. load (n_layer, E) positions by expert, entropy (n_layer,)
-    nats. Max violation is the busiest expert's load over the mean, minus 1."""
-    violation = load.amax(1) / load.mean(1) - 1  # (n_layer,)
+    """Columns about the MoE routers: load (n_layer, E) positions by expert, entropy (n_layer,) nats."""
+    violation = load.amax(1) / load.mean(1) - 1  # (n_layer,) of the busiest expert
     dead = (load == 0).sum(1)  # (n_layer,)
     return {
         "max_violation": violation.mean().item(),
@@ -187,8 +183,7 @@ def router_metrics(load, entropy):
 
 
 def describe_run(c, machine, model, stream, compiled, micro_steps, step):
-    """The opening lines: what is trained, on what, on how much text; and notes on settings that run but are
-    probably mistakes."""
+    """Say what is trained, on what, on how much text, and which settings are probably mistakes."""
     say, tokens = machine.say, stream.tokens_at(c.max_steps)
     active = f" ({model.n_params(active=True):,} active)" if c.n_expert else ""
     ranks = f", {machine.world_size} ranks" if machine.distributed else ""

@@ -72,9 +72,8 @@ def open_mixture(spec, say=print):
 class Pattern:
     """Which corpus each row of a run comes from. shares: Fractions that sum to 1.
 
-    The pattern repeats after as many rows as their common denominator. In it, each row goes to the corpus
-    whose next row is due first, among those behind their share. So each is always less than one row off
-    (Tijdeman, "The chairman assignment problem", 1980)."""
+    It repeats after as many rows as their common denominator. Each row goes to the corpus whose next row is
+    due first, among those behind their share (Tijdeman, "The chairman assignment problem", 1980)."""
 
     def __init__(self, shares):
         self.n = math.lcm(*(share.denominator for share in shares))

@@ -38,8 +38,8 @@ def check_size(shape, machine):
 
 
 def build(config, machine, prepare=lambda model: None):
-    """A new GPT on the machine's device, sharded under FSDP. A seed gives the same weights either way, and no
-    rank holds more than one whole parameter of a sharded model. prepare(model) runs before sharding."""
+    """A new GPT on the machine's device, sharded under FSDP, one whole parameter at a time. A seed gives the
+    same weights either way. prepare(model) runs before sharding."""
     sharded = machine.parallel == "fsdp"
     with torch.device("meta" if sharded else machine.device):
         model = GPT(config)
@@ -56,8 +56,7 @@ def build(config, machine, prepare=lambda model: None):
 
 
 def init_weights(model, parts=("",)):
-    """Initialise the parameters whose names start with one of `parts`. Each rank of a sharded model fills one
-    whole parameter at a time."""
+    """Initialise the parameters whose names start with one of `parts`, whole, one after another."""
     for name, p, init in model.inits():
         if name.startswith(tuple(parts)):
             whole = torch.empty(p.shape, device=p.device)
@@ -113,9 +112,9 @@ def clip_gradients(model, limit):
 def compile_units(model):
     """Compile a sharded model, in place, unit by unit, since FSDP's hooks between units and around a router
     cannot be part of a graph. Blocks share one graph."""
-    how = dict(dynamic=False, fullgraph=not model.config.n_expert)
+    whole = not model.config.n_expert
     for unit in (model.embed, *model.blocks, model.head):
-        unit.forward = torch.compile(unit.forward, **how)
+        unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=whole)
 
 
 @torch.no_grad()

@@ -101,10 +101,9 @@ class Order:
 class TokenStream:
     """Batches of the training corpus.
 
-    sources: [(tokens, share)], tokens being (N,) or anything with a length and slices, and share, a Fraction,
-    the part of all rows that comes from it; block_size L; phases from tst.phase_list; n_rows R of the global
-    batch, of which this process reads `rows` (a range). state: what state() returned when the run stopped
-    after `step` steps. Raises UserError if a corpus is too short."""
+    sources: [(tokens, share of all rows, a Fraction)], tokens with a length and slices; phases from
+    tst.phase_list; n_rows of the global batch, of which this process reads `rows` (a range). state: what
+    state() returned when the run stopped after `step` steps. Raises UserError if a corpus is too short."""
 
     def __init__(
         self, sources, block_size, phases, n_rows, rows, seed=0, device="cpu", state=None, step=0

@@ -75,7 +75,7 @@ def test_seed_temperature_and_top_k(checkpoint, capsys):
 @pytest.mark.parametrize(
     "knobs, words",
     [
-        (dict(device="cuda:x"), "cuda:N"),
+        (dict(device="cuda:x"), "PyTorch sees cpu"),
         (dict(prompt=""), "prompt is empty"),
         (dict(checkpoint="no/such/file"), "no checkpoint"),
         (dict(temperature=-1.0), "temperature must be 0"),
