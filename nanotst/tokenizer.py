@@ -107,8 +107,8 @@ def _rank_file_tokenizer(path: str) -> Tokenizer:
 
 
 def tokenizer_of(path, checkpoint, data=""):
-    """The Tokenizer of the corpus that the checkpoint at `path` was trained on. A vocabulary in a rank file is
-    read from the corpus: its folder is `data`, or else the one that was trained on."""
+    """The Tokenizer of the corpus that the checkpoint at `path` was trained on. A vocabulary in a rank file
+    is read from the corpus: its folder is `data`, or else the one that was trained on."""
     meta = checkpoint["meta"]
     if meta.get("characters"):
         return character_tokenizer(meta["characters"])

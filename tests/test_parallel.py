@@ -228,7 +228,7 @@ def test_what_is_reinitialised_at_the_switch_is_the_same_sharded(fsdp, run, tmp_
     "words, knobs",
     [
         ("optimizer=muon needs whole matrices", dict(parallel="fsdp", optimizer="muon")),
-        ("shard_size 2 .* divide 1 ranks", dict(parallel="fsdp", shard_size=2)),
+        ("shard_size 2 .* must divide 1", dict(parallel="fsdp", shard_size=2)),
         ("shard_size 1 needs parallel=fsdp", dict(parallel="ddp", shard_size=1)),
     ],
 )
