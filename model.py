@@ -90,7 +90,6 @@ class Init(NamedTuple):
 
 
 def normal(kind, std):
-    """Initialise by N(0, std)."""
     return Init(kind, partial(nn.init.normal_, std=std))
 
 
@@ -167,10 +166,9 @@ def visible(L, window, device):
 
 
 def swiglu(x):
-    """silu(gate) * up, which lie side by side: (..., 2F) -> (..., F). Written out because the compiled
-    backward pass of F.silu computes its exponential twice."""
+    """silu(gate) * up, which lie side by side: (..., 2F) -> (..., F)."""
     gate, up = x.chunk(2, dim=-1)
-    return gate * gate.sigmoid() * up
+    return gate * gate.sigmoid() * up  # the compiled F.silu computes its exponential twice
 
 
 class MLP(nn.Module):
@@ -199,8 +197,8 @@ class MoE(nn.Module):
 
     forward returns (y (B, L, C), statistics in float32):
         balance_loss  E * sum_e f_e P_e, which is k when balanced. P_e: mean probability of expert e;
-                      f_e: share of positions that chose it, load_share (E,) or else this batch's. train.py
-                      passes the previous step's, so the loss does not depend on how a batch is split
+                      f_e: share of positions that chose it, load_share (E,) (train.py passes the
+                      previous step's, so how a batch is split does not matter) or else this batch's
         z_loss        mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)
         load          (E,) positions that chose each expert, N*k in total
         entropy       mean entropy of a position's probabilities, nats
@@ -357,11 +355,10 @@ class GPT(nn.Module):
             block.mlp.bias += rate * torch.sign(n.mean() - n)
 
     def n_params(self, active=False, without=()):
-        """Number of parameters without padding. active: only the top_k experts that a position uses.
-        without: kinds to leave out, see Init; a tied embedding is a head."""
+        """Parameters without padding; active: only the experts of a position; without: kinds to leave out."""
         c, total = self.config, 0
         for _, p, (kind, _) in self.inits():
-            n, kind = p.numel(), "head" if p is self.head.weight else kind
+            n, kind = p.numel(), "head" if p is self.head.weight else kind  # also a tied embedding
             if kind in ("embedding", "head"):
                 n -= c.n_embd * (c.padded_vocab_size - c.vocab_size)
             if kind == "expert" and active:
@@ -371,8 +368,7 @@ class GPT(nn.Module):
 
     def flops_per_position(self):
         """FLOPs of one position in a training step, as in the PaLM paper, appendix B: 6 per active weight of
-        a matrix product, 12*H*D*L per layer for attention (with a window, its length for L), causality not
-        deducted. A bag costs 6*s*C more than a token, under 0.1 %."""
+        a matrix product, 12*H*D*L per layer for attention (with a window, its length for L)."""
         c = self.config
         seen = min(c.block_size, c.attention_window or c.block_size)
         attention = 12 * c.n_layer * c.n_head * c.head_dim * seen

@@ -26,9 +26,8 @@ from nanotst.sharded import map_tensors, of_all_ranks
 class Saver:
     """Writes the checkpoints of a run. All ranks call the same methods.
 
-    Without sharding the master writes, while the other ranks wait in the next step. A sharded run is held up
-    only until tensors are copied to host memory; a thread of each rank writes them while training continues.
-    The threads talk over a gloo group of their own, and wait() checks them before another save."""
+    Without sharding the master writes, while the other ranks wait in the next step. A sharded run waits only
+    until tensors are copied to host memory; a thread of each rank writes them, over a gloo group."""
 
     def __init__(self, machine):
         self.machine, self.pending = machine, []
@@ -39,7 +38,9 @@ class Saver:
     def save(self, path, state):
         """Write a dict of tensors and plain values. Raises UserError, and leaves the old checkpoint, if the
         weights are not finite."""
-        if not all(of_all_ranks(all_finite(state["model"].values()))):
+        shares = state.get("shares")  # of the experts
+        numbers = [*state["model"].values(), *([] if shares is None else [shares])]
+        if not all(of_all_ranks(all_finite(numbers))):
             lost = f"the weights after step {state['step']} are not finite"
             raise UserError(f"{lost}, so {path} was not written; lower learning_rate")
         if self.machine.parallel == "fsdp":
@@ -64,7 +65,7 @@ def remove(path):
 
 
 def find_checkpoint(path):
-    """The path itself, or the best.pt or else last.pt in it if it is a run's folder; stderr names it."""
+    """The path itself or, of a run's folder, its best.pt or else last.pt, which stderr names."""
     if not os.path.isdir(path):
         return path
     for name in ("best.pt", "last.pt"):
@@ -76,8 +77,8 @@ def find_checkpoint(path):
 
 
 def load_checkpoint(path):
-    """The dict that train.py saved, on the CPU, its checksums verified. path: the file, or a run's
-    folder. Raises UserError if there is none or it is damaged. No file can run code."""
+    """The dict that train.py saved, on the CPU, from a file or a run's folder. Raises UserError if there is
+    none or a checksum is wrong. No file can run code."""
     return map_tensors(lambda name, t: t[...], read(find_checkpoint(path)))
 
 
@@ -108,14 +109,8 @@ def load_weights(model, state, path):
     for name in sorted(own.keys() | state.keys(), key=str):
         theirs, ours = kind(state.get(name)), kind(own.get(name))
         if theirs != ours:
-            what = f"its {name!s:.60} is {theirs}, the model's {ours}"
-            raise UserError(f"{path} does not fit this model: {what}")
-        copy(own[name], state[name])
-
-
-def copy(mine, saved):
-    """Copy a saved tensor, or Parts, into one that may be sharded over the ranks."""
-    copy_part(mine, saved if isinstance(mine, DTensor) else saved[...])
+            raise UserError(f"{path} does not fit this model: {name!s:.60} is {theirs}, not {ours}")
+        copy_part(own[name], state[name])
 
 
 def all_finite(tensors):
@@ -160,34 +155,35 @@ def resume(path, model, optimizer, c, corpus, free):
     """Copy the last checkpoint of a run into model and optimizer -> the checkpoint without them.
 
     c: the knobs as given now; those not in `free` must be the run's, unless there is allow_changes. Raises
-    UserError for other settings, another corpus, or a checkpoint that cannot be resumed."""
+    UserError for other settings or another corpus, or if that fails."""
     saved, knobs = read(path), dataclasses.asdict(c)
     changed = changes(saved["config"], knobs, [key for key in knobs if key not in free])
     if changed and not c.allow_changes:
-        raise UserError(
-            f"{path} was trained with other settings: {changed}; leave them and config files out, "
-            "--resume knows the run's own, or give --allow_changes"
-        )
+        todo = "leave out knobs and config files, or give --allow_changes"
+        raise UserError(f"{path} was trained with other settings: {changed}; {todo}")
     check_same(corpus, saved["meta"], path)
     load_weights(model, saved.pop("model"), path)
     try:
         load_moments(optimizer, saved.pop("optimizer"))
         torch.set_rng_state(saved["rng"])
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as e:
-        reason = f"{type(e).__name__}: {e!s:.200}"
-        raise UserError(f"{path} cannot be resumed ({reason}); use another checkpoint") from None
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} cannot be resumed ({e!r:.200}); use another checkpoint") from None
     # copied, since torch maps the file, which will be replaced
     return map_tensors(lambda name, t: t.clone(), saved)
 
 
 def load_moments(optimizer, states):
-    """Load what optimizer.state_dict() gave, its tensors whole or Parts, into an optimizer whose parameters
-    may be sharded. Raises ValueError and others for the state of another one."""
+    """Load moments and counters of an optimizer's state_dict(), tensors whole or Parts, where parameters may
+    be sharded. Rates, decay and betas stay as configured. Raises ValueError and others for another's."""
+    if len(states) != len(optimizer):
+        raise ValueError("the state of another optimizer")
     for ours, theirs in zip(optimizer, states):
         parameters = [p for group in ours.param_groups for p in group["params"]]
         for n, moments in theirs["state"].items():  # as state_dict() numbers them
             for key, saved in moments.items():
                 # AdamW's number of steps is a scalar
                 moments[key] = torch.zeros_like(parameters[n] if saved.shape else saved)
-                copy(moments[key], saved)
-    optimizer.load_state_dict(states)
+                copy_part(moments[key], saved)
+        groups = zip(ours.param_groups, theirs["param_groups"])
+        groups = [mine | {"params": saved["params"]} for mine, saved in groups]
+        ours.load_state_dict(theirs | {"param_groups": groups})

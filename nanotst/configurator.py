@@ -54,9 +54,8 @@ def entry_point(main, cls, argv=None, known=None):
 
 
 def parse(cls, argv, known=()):
-    """A `cls` from --key=value, positional arguments and, for a class without positional fields, config
-    files. Missing values come from `known`, then from the defaults. --flag alone sets a bool to True; --help
-    prints a page and exits. Raises UserError for anything else."""
+    """A `cls` from --key=value (--flag alone is True), positional arguments and, for a class without these,
+    config files. Missing values come from `known`, then the defaults. Raises UserError for anything else."""
     if "-h" in argv or "--help" in argv:
         print(help_text(cls))
         sys.exit(0)
@@ -77,11 +76,12 @@ def parse(cls, argv, known=()):
         for key, value in given.items():
             values[key] = typed(fields.get(key), key, value, arg, fields)
     for place in places:
-        n = len(positional) if place.type == list[str] else 1
-        taken, positional = positional[:n], positional[n:]
-        if not taken:
+        if not positional:
             raise UserError(f"{place.name.upper()} is missing, see --help")
-        values[place.name] = taken if place.type == list[str] else taken[0]
+        if place.type == list[str]:
+            values[place.name], positional = positional, []
+        else:
+            values[place.name] = positional.pop(0)
     if positional:
         raise UserError(f"one argument too many: {positional[0]!r}, see --help")
     return cls(**values)
@@ -99,8 +99,8 @@ def type_of(field):
 
 
 def typed(field, key, value, where, fields):
-    """`value`, a string from the command line or a literal from a file, in the type of its field. `where` it
-    was given is named in the UserError that a wrong value raises."""
+    """`value`, a string from the command line or a literal from a file, in the type of its field. Raises
+    UserError, which names `where` it was given."""
     if field is None:
         close = difflib.get_close_matches(key.lower(), fields, 2)
         hint = f", did you mean {' or '.join(close)}?" if close else ", see --help"
@@ -160,6 +160,8 @@ def help_text(cls):
             lines += ["", heading]
         elif key in fields:
             default, kind = fields[key].default, type_of(fields[key])
+            if os.path.isabs(str(default)):  # a folder of the repository
+                default = os.path.relpath(default)
             shown = key.upper() if default is dataclasses.MISSING else f"--{key}={default}"
             choices = f" [{', '.join(get_args(kind))}]" if get_origin(kind) is Literal else ""
             lines.append(f"  {shown:33} ".replace("\n", "\\n") + text + choices)

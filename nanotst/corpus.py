@@ -38,21 +38,20 @@ class Corpus:
 
 def open_corpus(name):
     """The corpus in the folder `name`, or else in data/`name`. UserError if it is missing or damaged."""
-    found = find(name)
-    meta, splits = found.meta, []
-    for split, names in found.files.items():
-        paths = [os.path.join(found.folder, name) for name in names]
-        splits.append(Tokens(paths, found.dtype, found.header, meta["vocab_size"]))
+    folder, files, meta, dtype, header, hashes = find(name)
+    splits = []
+    for split, names in files.items():
+        paths = [os.path.join(folder, name) for name in names]
+        splits.append(Tokens(paths, dtype, header, meta["vocab_size"]))
         n = len(splits[-1])
         if n != (said := meta.setdefault(f"{split}_tokens", n)):
-            what = f"{split} has {n:,} tokens, meta.json says {said:,}"
-            raise UserError(f"{found.folder}: {what}; {AGAIN}")
+            raise UserError(f"{folder}: {split} has {n:,} tokens, meta.json says {said:,}; {AGAIN}")
     large = sum(map(len, splits)) * smallest_dtype(meta["vocab_size"]).itemsize > LARGE
-    for name, sha256 in () if large else found.sha256.items():
-        if sha256_of(path := os.path.join(found.folder, name)) != sha256:
+    for name, sha256 in () if large else hashes.items():
+        if sha256_of(path := os.path.join(folder, name)) != sha256:
             raise UserError(f"{path} is damaged: its sha256 is not the one in meta.json; {AGAIN}")
     meta["fingerprint"] = fingerprint(*splits, meta["vocab_size"], large)
-    return Corpus(found.folder, meta, *splits)
+    return Corpus(folder, meta, *splits)
 
 
 def check_same(corpus, saved, where):
@@ -98,9 +97,7 @@ def smallest_dtype(vocab_size):
 
 
 class Tokens:
-    """The ids of a split, over all its files: len() and [a:b] -> (b-a,). Threads may share it.
-
-    header: the magic and version at the start of each file, or ()."""
+    """The ids of a split, over all its files: len() and [a:b] -> (b-a,). Threads may share it."""
 
     def __init__(self, paths, dtype, header, vocab_size):
         self.paths, self.dtype, self.vocab_size = paths, dtype, vocab_size
@@ -112,8 +109,7 @@ class Tokens:
                 raise UserError(f"{path} is cut short: {size:,} bytes of {dtype.name}; {AGAIN}")
             says = np.fromfile(path, "<i4", 3).tolist()
             if header and says != [*header, n]:
-                what = f"its header (magic, version, tokens) is {says}, not {[*header, n]}"
-                raise UserError(f"{path}: {what}; fetch it again")
+                raise UserError(f"{path}: its header is {says}, not {[*header, n]}; fetch it again")
             self.stops.append(self.stops[-1] + n)
         open_file = lambda i: np.asarray(np.memmap(paths[i], dtype, "r", self.offset))
         self.map = functools.lru_cache(OPEN_FILES)(open_file)
@@ -138,8 +134,8 @@ class Tokens:
         with readable(path):
             ids = self.map(i)[start:stop]
         if ids.max() >= self.vocab_size:
-            what = f"{path}: id {ids.max()} among tokens {start:,} to {stop:,}"
-            raise UserError(f"{what} is beyond the vocabulary of {self.vocab_size:,}; {AGAIN}")
+            what = f"id {ids.max()} among tokens {start:,} to {stop:,} is beyond the vocabulary"
+            raise UserError(f"{path}: {what}; {AGAIN}")
         return ids
 
 

@@ -17,9 +17,8 @@ def compute_dtype(x):
 def tall_product(a, b):
     """a.T @ b: (N, m), (N, n) -> (m, n), in the dtype of a.
 
-    Where N is much larger than m and n, as in the gradients of small matrices, a CPU is faster with a batch
-    of products over N/16 rows each, and summing those in float32 is more exact. It is faster still if the
-    narrower factor is the transposed one."""
+    Where N is much larger than m and n, a CPU is faster with a batch of products over N/16 rows each, summed
+    in float32, and faster still if the narrower factor is the transposed one."""
     m, n = a.size(1), b.size(1)
     if a.device.type == "cpu" and len(a) % 16 == 0 and 16 * m * n <= len(a) * (m + n):
         if m > n:
@@ -107,9 +106,8 @@ class AttentionOnCPU(Attention):
 
 
 class ShortAttention(torch.autograd.Function):
-    """Causal attention over short rows, for which PyTorch's kernels have a slow backward pass: (B, H, L, D)
-    each. Keeps the numerators of the softmax in the dtype of q, so the backward pass needs no
-    exponentials."""
+    """Causal attention over short rows, (B, H, L, D) each, for which PyTorch's backward pass is slow. Keeps
+    the numerators of the softmax in the dtype of q, so the backward pass needs no exponentials."""
 
     @staticmethod
     def forward(ctx, q, k, v, window):

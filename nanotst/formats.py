@@ -14,15 +14,13 @@ import json
 import os
 import pickle
 import re
-from typing import NamedTuple
 
 import numpy as np
 
 from nanotst import UserError
 
 DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data")
-# whose, split, number of the shard
-TOKEN_FILE = re.compile(r"(.+_)?(train|val)(?:_(\d{1,9}))?\.bin")
+TOKEN_FILE = re.compile(r"(.+_)?(train|val)(?:_(\d{1,9}))?\.bin")  # whose, split, shard
 GPT2 = dict(vocab_size=50257, encoding="gpt2", separator=50256, vocabulary="gpt2")
 LLAMA3 = dict(vocab_size=128256, separator=128000, vocabulary="Llama 3")
 # magic: version, dtype, and what is in it. The separator is in front of each document
@@ -30,28 +28,19 @@ LLM_C = {20240520: (1, "<u2", GPT2), 20240801: (7, "<u4", LLAMA3)}
 AGAIN = "prepare the corpus again"
 
 
-class Found(NamedTuple):
-    """A corpus as its folder describes it, before the token files are opened."""
-
-    folder: str  # absolute
-    files: dict  # "train", "val": names of the token files, in order
-    meta: dict
-    dtype: np.dtype
-    header: tuple = ()  # magic and version that each file begins with
-    sha256: dict = {}  # name of a token file: its hash
-
-
 def find(name):
-    """The corpus in the folder `name`, or else in data/`name` -> Found. UserError if there is none."""
+    """The corpus in the folder `name`, or else in data/`name` -> (absolute folder, {split: names of its token
+    files}, meta, their dtype, magic and version that each begins with or (), {name: sha256}). UserError if
+    there is none."""
     # raw text in the working directory doesn't hide data/NAME
     for folder in (name, os.path.join(DATA, name)):
         with readable(folder):
             names = os.listdir(folder) if os.path.isdir(folder) else []
         if "meta.json" in names:
-            return read_ours(os.path.abspath(folder), names)
+            return os.path.abspath(folder), *read_ours(os.path.abspath(folder), names)
         # without unfinished.tmp, which a preparation leaves if it is killed at its end
         if any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names:
-            return read_foreign(os.path.abspath(folder), names)
+            return os.path.abspath(folder), *read_foreign(os.path.abspath(folder), names)
     todo = "run its prepare.py, or data/text/prepare.py on your own text"
     raise UserError(f"no prepared corpus in {name!r} or in data/; {todo}")
 
@@ -66,8 +55,8 @@ def shards(folder, names):
             raise UserError(f"{folder} has no {split}.bin and no shards of it; {AGAIN}")
         first, last = files[0], files[-1]
         if first[1] != last[1] or number(last) - number(first) != len(files) - 1:
-            between = f"{first[0]} and {last[0]}"
-            raise UserError(f"{folder} lacks shards between {between}, or holds several corpora")
+            between = f"between {first[0]} and {last[0]}"
+            raise UserError(f"{folder} lacks shards {between}, or holds several corpora")
         found[split] = [m[0] for m in files]
     return found
 
@@ -92,7 +81,7 @@ def read_ours(folder, names):
     meta["vocabulary"] = vocabulary = meta["encoding"]
     if vocabulary in names or vocabulary in hashes:  # rank files may share a name
         meta["vocabulary"] = f"rank file {sha256_of(os.path.join(folder, vocabulary))[:16]}"
-    return Found(folder, files, meta, dtype, sha256=sha256)
+    return files, meta, dtype, (), sha256
 
 
 def read_foreign(folder, names):
@@ -104,13 +93,13 @@ def read_foreign(folder, names):
     meta = dict.fromkeys(("bytes_per_token", "encoding", "separator", "vocabulary", "source"))
     if magic in LLM_C:
         version, dtype, known = LLM_C[magic]
-        return Found(folder, files, meta | known, np.dtype(dtype), (magic, version))
+        return files, meta | known, np.dtype(dtype), (magic, version), {}
     if files["train"] != ["train.bin"]:
         raise UserError(f"{path} has no header of llm.c (magic {magic}), and no meta.json")
     known = GPT2 | {"source": ["no meta.json or meta.pkl: its tokens are taken for GPT-2's"]}
     if "meta.pkl" in names:
         known = read_pickle(os.path.join(folder, "meta.pkl"))
-    return Found(folder, files, meta | known, np.dtype("<u2"))
+    return files, meta | known, np.dtype("<u2"), (), {}
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -40,11 +40,9 @@ def import_transformers():
     """The module transformers. Raises UserError if it is not installed."""
     try:
         import transformers
-
-        return transformers
     except ImportError as e:
-        todo = 'pip install "transformers>=4.57,<6"'
-        raise UserError(f"Hugging Face models need transformers ({e}): {todo}") from None
+        raise UserError(f'{e}: pip install "transformers>=4.57,<6"') from None
+    return transformers
 
 
 def model_type_of(c):
@@ -96,7 +94,7 @@ def parts(c, name, ours):
 
 def load_hf(model, folder, say=print):
     """Copy the weights of a Hugging Face folder (safetensors) into a GPT; `say` prints what is left out.
-    Raises UserError if the shapes differ, the folder contradicts itself, or its model does more than ours."""
+    Raises UserError if the folder's model is another or contradicts itself."""
     transformers = import_transformers()
     try:
         check_config(model.config, Path(folder), transformers, say)
@@ -117,7 +115,7 @@ def check_config(c, folder, transformers, say):
     scaled = rope.pop("rope_type", rope.pop("type", "default")) != "default" or any(rope.values())
     twice = written.get("rope_parameters") and written.get("rope_scaling")
     if scaled or twice or written.get("rope_theta", theta) != theta:
-        found = {key: value for key, value in written.items() if key.startswith("rope_") and value}
+        found = {key: value for key, value in written.items() if key.startswith("rope_")}
         raise ValueError(f"this model has one rope_theta and no scaling, its config.json {found}")
     window = getattr(config, "use_sliding_window", kind != "llama") and config.sliding_window
     layers = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers

@@ -50,8 +50,8 @@ def swap(model, twin):
 
 
 def agree(twins, config, machine, kinds, loss, document_bags):
-    """Whether losses and gradients of a small model are the same with the twins and without: in float64 (in
-    float32 for experts, whose grouped products do not know it) and in the dtype of the run."""
+    """Whether losses and gradients of a small model are the same with the twins and without: in float64
+    (float32 for experts, whose products are not in float64) and in the dtype of the run."""
     experts = GroupedMoE in twins
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # the CPU's, which fork_rng puts back
@@ -62,10 +62,12 @@ def agree(twins, config, machine, kinds, loss, document_bags):
     for twin in twins:
         swap(mine, twin)
     mine.head.chunk_rows = batches[0][0][..., 0].numel() // 2  # two chunks
-    precision = torch.get_float32_matmul_precision()
+    precision, good = torch.get_float32_matmul_precision(), True
     torch.set_float32_matmul_precision("highest")  # no TF32
-    exact, good = "float32" if experts or machine.device_type == "mps" else "float64", True
-    for dtype in (exact, machine.dtype):
+    for dtype in (
+        "float32" if experts or machine.device_type == "mps" else "float64",
+        machine.dtype,
+    ):
         wanted = outcome(plain, batches, dtype, machine)
         try:
             got = outcome(mine, batches, dtype, machine)
@@ -82,10 +84,8 @@ def small_config(config, with_experts):
     V = 37 if config.padded_vocab_size <= 1024 else 1030  # see BagEmbeddingOnCPU
     K = 4 if config.n_kv_head == config.n_head else 2
     E = min(config.n_expert, max(8, config.top_k)) if with_experts else 0
-    small = dict(
-        vocab_size=V, block_size=L, n_layer=1, n_embd=16, n_head=4, n_kv_head=K, head_dim=8
-    )
-    small |= dict(ff_dim=16, n_expert=E, balance_bias=E > 0 and config.balance_bias)
+    small = dict(vocab_size=V, block_size=L, n_layer=1, n_embd=16, n_head=4, head_dim=8, ff_dim=16)
+    small |= dict(n_kv_head=K, n_expert=E, balance_bias=E > 0 and config.balance_bias)
     return dataclasses.replace(config, checkpoint_activations=False, **small)
 
 
@@ -119,9 +119,8 @@ def outcome(model, batches, dtype, machine):
 
 
 class GroupedMoE(MoE):
-    """Runs the chosen experts alone: positions are sorted by expert, then two grouped matrix products do all
-    experts at once. One graph whatever the routing, and an expert that nobody chose has a zero gradient
-    rather than none, as DDP needs."""
+    """Runs the chosen experts alone: positions are sorted by expert, then two grouped products do all experts
+    at once. One graph whatever the routing; an unchosen expert has a zero gradient, as DDP needs."""
 
     replaces = "MoE.mix"
 
@@ -137,8 +136,8 @@ class GroupedMoE(MoE):
 
 
 def place_rows(experts, n_expert, dtype):
-    """Sort the N*k pairs (position, chosen expert), (N, k), by expert into M rows, whatever the routing. A
-    CPU prepares a product again for each new number of rows, so there experts get multiples of 64. Returns
+    """Sort the N*k pairs (position, chosen expert), (N, k), by expert into M rows. A CPU prepares a product
+    again for each new number of rows, so there experts get multiples of 64. Returns
         offsets (E,)   int32, where each expert's rows end
         row_of (N*k,)  the row of each pair
         pair_of (M,)   the pair in each row, 0 in an empty one
@@ -198,11 +197,8 @@ def rows_of_chunk(weight):
 
 
 def linear_loss(loss, hidden, weight, labels, vocab_size=None, chunk_rows=None, ignore_index=-100):
-    """Equals loss(hidden @ weight[:vocab_size].T, labels) without ever holding all logits, by autograd.
-
-    loss: one of tst.LOSSES. hidden (..., C), weight (V, C), labels (..., s) -> scalar. Each chunk's logits
-    are computed again for its gradients.
-    """
+    """Equals loss(hidden @ weight[:vocab_size].T, labels): hidden (..., C), weight (V, C), labels (..., s) ->
+    scalar. loss: one of tst.LOSSES. Each chunk's logits are computed again for its gradients."""
     dtype = compute_dtype(hidden)
     hidden, labels = hidden.flatten(0, -2).to(dtype), labels.flatten(0, -2)  # (N, C), (N, s)
     weight = weight[:vocab_size]  # (V, C)
@@ -229,10 +225,8 @@ def linear_multi_hot_cross_entropy(
     `weight` from vocab_size on are padding. chunk_rows: positions in a chunk.
 
     Each chunk of positions turns its logits into the gradients of `hidden` and `weight` in the forward pass,
-    so memory is one chunk's; one matrix product and one log-sum-exp serve all s labels. Products run in the
-    dtype of `hidden` (or of autocast), softmax and sums in float32 (float64 for float64 inputs). Second
-    derivatives raise RuntimeError.
-    """
+    so memory is one chunk's; one product and one log-sum-exp serve all s labels. Products run in the dtype of
+    `hidden` (or of autocast), softmax and sums in float32 or float64. There is no second derivative."""
     dtype = compute_dtype(hidden)
     # compiled loops are vectorised along N
     labels = labels.flatten(0, -2).T.long().contiguous()  # (s, N)

@@ -14,10 +14,8 @@ from nanotst.sharded import of_all_ranks, together
 
 
 class RunFolder:
-    """The folder of a run. Only the master writes; on other ranks the methods do nothing.
-
-    metrics.jsonl has a row per log interval; last.pt and best.pt are checkpoints. The training process holds
-    `lock`; the system releases it when that process ends."""
+    """The folder of a run. Only the master writes; on other ranks the methods do nothing. The training
+    process holds `lock`; the system releases it when that process ends."""
 
     def __init__(self, out_dir, machine):
         self.out_dir, self.machine, self.wandb = out_dir, machine, None
@@ -45,8 +43,7 @@ class RunFolder:
 
     def _begin(self, resume, overwrite):
         if resume and not os.path.exists(self.last):
-            start = "start without --resume" + ", but with --overwrite" * bool(self._held())
-            raise UserError(f"there is no checkpoint {self.last}; {start}")
+            raise UserError(f"there is no checkpoint {self.last}; start without --resume")
         os.makedirs(self.out_dir, exist_ok=True)
         self.lock = open(os.path.join(self.out_dir, "lock"), "a")  # noqa: SIM115 closing unlocks
         try:
@@ -59,16 +56,15 @@ class RunFolder:
         except (ImportError, OSError):
             pass  # Windows, or a file system without locks
         if self._held() and not resume and not overwrite:
-            todo = "resume it (--resume), " * os.path.exists(self.last)
-            todo += "replace it (--overwrite) or choose another --out_dir"
+            todo = "--resume it, --overwrite it or choose another --out_dir"
             raise UserError(f"{self.out_dir} already holds a run: {todo}")
 
     def _held(self):
         return [p for p in (self.last, self.best, self.metrics) if os.path.exists(p)]
 
     def start(self, resume, step, described, wandb_project=""):
-        """Training is about to start: everything that can fail was tried. Now remove the run that was to be
-        overwritten, or on resume the rows after `step`, and write config.json."""
+        """Everything that can fail was tried: remove the run that was to be overwritten, or on resume the
+        rows after `step`, and write config.json."""
         if not self.machine.master:
             return
         if wandb_project:
@@ -83,14 +79,15 @@ class RunFolder:
     def _keep_rows(self, step):
         """Drop the rows after `step`, which will be written again, and half a line of a killed process."""
         kept = ""
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                for line in Path(self.metrics).read_text(encoding="utf-8").splitlines(True):
-                    if line.endswith("\n") and json.loads(line)["step"] <= step:
-                        kept += line
-            except (ValueError, KeyError, TypeError):
-                todo = f"move it away, and --resume continues without the rows up to step {step}"
-                raise UserError(f"{self.metrics} is damaged; {todo}") from None
+        try:
+            for line in Path(self.metrics).read_text(encoding="utf-8").splitlines(True):
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept += line
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError):
+            todo = "move it away, and --resume continues without its rows"
+            raise UserError(f"{self.metrics} is damaged; {todo}") from None
         write_text(self.metrics, kept)
 
     def _start_wandb(self, project, resume, described):
@@ -108,8 +105,7 @@ class RunFolder:
         return self.wandb.id
 
     def add(self, row, line, sync=False):
-        """Append a row, a dict, to metrics.jsonl and print `line`. sync: until it is on the disk, so that a
-        checkpoint written next never has a shorter log."""
+        """Append a row, a dict, to metrics.jsonl and print `line`. sync: wait until it is on the disk."""
         if not self.machine.master:
             return
         try:
@@ -119,8 +115,7 @@ class RunFolder:
                 if sync:
                     os.fsync(f.fileno())
         except OSError as e:
-            todo = "make room" + " and use --resume" * os.path.exists(self.last)
-            raise UserError(f"cannot write {self.metrics}: {e.strerror}; {todo}") from None
+            raise UserError(f"cannot write {self.metrics}: {e.strerror}; make room") from None
         if self.wandb:
             self.wandb.log(row, step=row["step"])
         self.machine.say(line)
@@ -151,8 +146,8 @@ def knobs_of_run(c):
         raise UserError(f"{path} is damaged; move it away, and give --resume all knobs")
     if "z_coef" in saved:  # its name until November 2026
         saved["router_z_coef"] = saved["z_coef"]
-    of_command = "out_dir", "resume", "allow_changes", "overwrite", "init_from"
-    return {key: saved[key] for key in vars(c) if key in saved and key not in of_command}
+    of_command = {"out_dir", "resume", "allow_changes", "overwrite", "init_from"}
+    return {key: saved[key] for key in vars(c).keys() & saved.keys() - of_command}
 
 
 def progress(row, max_steps, seconds_per_step):
@@ -174,9 +169,8 @@ def progress(row, max_steps, seconds_per_step):
 
 
 def router_metrics(load, entropy):
-    """Columns about the MoE routers in a step. load (n_layer, E) positions by expert, entropy (n_layer,)
-    nats. Max violation is the busiest expert's load over the mean, minus 1."""
-    violation = load.amax(1) / load.mean(1) - 1  # (n_layer,)
+    """Columns about the MoE routers: load (n_layer, E) positions by expert, entropy (n_layer,) nats."""
+    violation = load.amax(1) / load.mean(1) - 1  # (n_layer,) of the busiest expert
     dead = (load == 0).sum(1)  # (n_layer,)
     return {
         "max_violation": violation.mean().item(),
@@ -189,33 +183,32 @@ def router_metrics(load, entropy):
 
 
 def describe_run(c, machine, model, stream, compiled, micro_steps, step):
-    """The opening lines: what is trained, on what, on how much text; and notes on settings that run but are
-    probably mistakes."""
+    """Say what is trained, on what, on how much text, and which settings are probably mistakes."""
+    say, tokens = machine.say, stream.tokens_at(c.max_steps)
     active = f" ({model.n_params(active=True):,} active)" if c.n_expert else ""
     ranks = f", {machine.world_size} ranks" if machine.distributed else ""
     how = f"{machine.dtype}, {'compiled' if compiled else 'eager'}, {machine.name}"
-    machine.say(f"{model.n_params():,} parameters{active}, {how}{ranks}")
+    say(f"{model.n_params():,} parameters{active}, {how}{ranks}")
     if step >= c.max_steps:
-        todo = "to train longer, use --resume --allow_changes --max_steps=N"
-        machine.say(f"{c.out_dir} is finished: step {step:,} of {c.max_steps:,}; {todo}")
+        say(f"{c.out_dir} is finished: step {step:,} of {c.max_steps:,}")
+        say("to train longer, use --resume --allow_changes --max_steps=N")
         return
     if step:
-        machine.say(f"resuming {c.out_dir} after step {step:,} of {c.max_steps:,}")
-    positions, tokens = c.max_steps * c.total_batch, stream.tokens_at(c.max_steps)
+        say(f"resuming {c.out_dir} after step {step:,} of {c.max_steps:,}")
     if bagged := [p for p in stream.phases if p.bag_size > 1]:
         steps, sizes = sum(p.stop - p.start for p in bagged), [str(p.bag_size) for p in bagged]
+        more = (
+            f"{tokens / c.max_steps / c.total_batch:.2f} x the text of a baseline at the same FLOPs"
+        )
         first = f"{steps:,} of {c.max_steps:,} steps on bags of {'-'.join(sizes)}"
-        text = f"{tokens / positions:.2f} x the text of a baseline at the same FLOPs"
-        machine.say(f"TST: {first}, then ordinary training; {text}")
+        say(f"TST: {first}, then ordinary training; {more}")
     else:
-        machine.say("ordinary training without superposition; --bag_size=2 turns it on")
-    batch, epochs = f"{c.total_batch:,} positions", tokens / stream.epoch_tokens
-    text = f"{tokens:,} tokens, {epochs:.2f} epochs of the corpus"
-    machine.say(f"{c.max_steps:,} steps of {batch}, in {micro_steps} micro-steps per rank; {text}")
+        say("ordinary training without superposition; --bag_size=2 turns it on")
+    size, epochs = f"{c.total_batch:,} positions", tokens / stream.epoch_tokens
+    say(f"{c.max_steps:,} steps of {size}, in {micro_steps} micro-steps per rank")
+    say(f"{tokens:,} tokens, {epochs:.2f} epochs of the corpus")
     decay = round(c.decay_ratio * c.max_steps) if c.schedule == "wsd" else 0
     if c.warmup_steps + decay > c.max_steps:
-        both = f"{c.warmup_steps} steps of warmup and {decay} of decay"
-        machine.say(f"note: {both} do not fit in max_steps {c.max_steps}; lower one of them")
+        say(f"note: {c.warmup_steps} steps of warmup and {decay} of decay do not fit in max_steps")
     if epochs > 8:
-        todo = "use more text, fewer steps (--max_steps) or a smaller model"
-        machine.say(f"note: the run reads its text {epochs:.0f} times and may memorise it; {todo}")
+        say(f"note: the run reads its text {epochs:.0f} times; use more text or fewer steps")

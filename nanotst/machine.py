@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import os
 import platform
-import re
 import signal
 import time
 import traceback
@@ -24,8 +23,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "
 
 def launcher():
     """(rank, local rank, ranks, ranks of this node) from torchrun's variables, (0, 0, 1, 0) without them.
-    Raises UserError if some are missing: with a forgotten WORLD_SIZE=2, one process would train on half of
-    each batch."""
+    Raises UserError if some are missing, or one process would train on half of each batch."""
     if not os.environ.keys() & {"RANK", "WORLD_SIZE"}:
         return 0, 0, 1, 0
     keys = "RANK", "LOCAL_RANK", "WORLD_SIZE"
@@ -39,16 +37,14 @@ def launcher():
 def pick_device(name, local_rank=0):
     """The torch device of a knob: auto (a GPU if there is one), cpu, mps, cuda (the rank's own GPU) or
     cuda:N. Raises UserError if it does not exist."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
-        raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"cuda:{local_rank}" if name == "cuda" else name
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    gpus += ["mps"] * torch.backends.mps.is_available()
-    if name not in ("cpu", *gpus):
-        raise UserError(f"device={name}, but PyTorch sees no such GPU")
-    return name
+    device = f"cuda:{local_rank}" if name == "cuda" else name
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    here += ["mps"] * torch.backends.mps.is_available()
+    if device not in here:
+        raise UserError(f"there is no device={name}; PyTorch sees {', '.join(here)}")
+    return device
 
 
 def best_dtype(device):
@@ -56,14 +52,13 @@ def best_dtype(device):
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        amx_or_avx512 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        fast = device == "cpu" and amx_or_avx512
+        amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+        fast = device == "cpu" and (amx or avx512)
     return "bfloat16" if fast else "float32"
 
 
 def keep_freed_memory():
-    """Make glibc keep freed memory for the next step. By default it returns large tensors to the system, and
-    a step on a CPU spends much of its time on page faults."""
+    """Make glibc keep freed memory for the next step, which else spends much of its time on page faults."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
@@ -72,18 +67,16 @@ def keep_freed_memory():
 
 def join(device):
     """Meet the other ranks at the address in the environment."""
-    how = {
-        "backend": "gloo",
-        "timeout": timedelta(minutes=20),
-    }  # for a rank that compiles or writes
+    wait = timedelta(minutes=20)  # for a rank that compiles or writes
+    how = {"backend": "gloo"}
     if device.startswith("cuda"):
-        how |= {"backend": "nccl", "device_id": torch.device(device)}
+        how = {"backend": "nccl", "device_id": torch.device(device)}
     try:
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=how["timeout"]))
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=wait))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps this store when it restarts, with the addresses of ranks that have died
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(store=store, rank=rank, world_size=ranks, **how)
+        dist.init_process_group(store=store, rank=rank, world_size=ranks, timeout=wait, **how)
     except (RuntimeError, ValueError) as e:
         hint = "check MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         raise UserError(f"the ranks do not find each other ({one_line(e)}); {hint}") from None
@@ -113,8 +106,9 @@ class Machine:
         elif not ranks:
             raise UserError(f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N ...")
         if shard_size and (parallel != "fsdp" or world_size % shard_size):
-            must = f"is for parallel=fsdp, and must divide {world_size} ranks"
-            raise UserError(f"shard_size {shard_size} {must}")
+            raise UserError(
+                f"shard_size {shard_size} needs parallel=fsdp and must divide {world_size}"
+            )
         if ranks and c.device.startswith("cuda:"):
             raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
         device = pick_device(c.device, local_rank)
@@ -129,7 +123,9 @@ class Machine:
         if ranks:
             join(device)
         if c.threads or ranks and device == "cpu":  # torchrun's own choice is a single thread
-            torch.set_num_threads(c.threads or max(1, os.cpu_count() // ranks))
+            bound = hasattr(os, "sched_getaffinity")  # SLURM and containers bind a process to cores
+            cores = len(os.sched_getaffinity(0)) if bound else os.cpu_count()
+            torch.set_num_threads(c.threads or max(1, cores // ranks))
         torch.set_float32_matmul_precision("high")  # TF32 where CUDA still computes in float32
         dtype = best_dtype(device) if c.dtype == "auto" else c.dtype
         return cls(device, dtype, rank, world_size, ranks > 0, parallel, shard_size or world_size)
@@ -152,8 +148,8 @@ class Machine:
     @property
     def peak_flops(self):
         """FLOPs per second of one device in bfloat16, None if unknown or the run is in float32."""
-        known = (flops for name, flops in PEAK_FLOPS.items() if name in self.name)
-        return next(known, None) if self.dtype == "bfloat16" else None
+        known = [flops for name, flops in PEAK_FLOPS.items() if name in self.name]
+        return known[0] if known and self.dtype == "bfloat16" else None
 
     @property
     def memory(self):
@@ -188,8 +184,7 @@ class Machine:
 
     def compile(self, model, wanted, warm_up):
         """(model, whether it is compiled). wanted: auto (on CUDA), on, off. warm_up(model) runs each graph
-        once, so that nothing is compiled later. If compiling fails, training continues without it, except
-        when sharded, since the other ranks have gone ahead."""
+        once. If compiling fails, training continues without it, except if sharded: other ranks went ahead."""
         if wanted == "off" or wanted == "auto" and self.device_type != "cuda":
             warm_up(model)
             return model, False
@@ -216,20 +211,20 @@ class Machine:
         return model, False
 
     def leave(self):
-        """Wait for the other ranks, since rank 0 may still be writing, and leave the group. Delete the DDP
-        wrapper first: if it holds the last reference to the group, it can deadlock with a thread."""
+        """Wait for the other ranks, rank 0 may still be writing, and leave the group. Delete the DDP wrapper
+        first: with the last reference to the group, it can deadlock with a thread."""
         if self.distributed:
             dist.barrier()
             dist.destroy_process_group()
 
 
 class StopSignals:
-    """Whether to stop, after Ctrl-C or SIGTERM to any rank, and whether a checkpoint is due by time."""
+    """Whether to stop, after Ctrl-C or SIGTERM to any rank, and whether a checkpoint is due by time. Ranks
+    agree over gloo, on a CPU tensor, so no step waits for a GPU; without ranks there is nothing to send."""
 
     def __init__(self, machine):
         self.received, self.reason, self.save_due = False, "a signal to another rank", False
         self.save_at = time.perf_counter() + 50  # soon: a crash loses little
-        # the ranks agree by a group on CPUs, since asking GPUs would wait for their work
         self.group = dist.new_group(backend="gloo") if machine.distributed else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
@@ -262,8 +257,8 @@ def as_one(main):
             raise
         except Exception as e:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
             if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
-                todo = "use a smaller --batch_size (the total batch stays the same)"
-                raise UserError(f"out of memory: {todo} or --checkpoint_activations") from None
+                todo = "use a smaller --batch_size (same total batch) or --checkpoint_activations"
+                raise UserError(f"out of memory: {todo}") from None
             if not launcher()[3]:
                 raise
             traceback.print_exc()

@@ -37,17 +37,16 @@ def open_mixture(spec, say=print):
     except (ValueError, ZeroDivisionError):
         raise UserError(f"dataset={spec}: write NAME:SHARE,NAME:SHARE") from None
     if min(shares) <= 0 or sum(shares) != 1:
-        said = " + ".join(map(str, shares)) + f" = {sum(shares)}"
-        raise UserError(f"dataset={spec}: shares must be positive and sum to 1, not {said}")
+        raise UserError(f"dataset={spec}: shares must be positive and sum to 1, not {sum(shares)}")
     if math.lcm(*(share.denominator for share in shares)) > LONGEST_PATTERN:
         raise UserError(f"dataset={spec}: give shares of fewer digits, up to four")
     corpora = [open_corpus(name) for name, *_ in named]
+    first = corpora[0]
     for corpus in corpora:
         if corpus.meta["source"]:
             say(f"{corpus.folder}: {corpus.meta['source'][0]}")
     if len(corpora) == 1:
-        return Mixture([("", corpora[0], Fraction(1))], corpora[0].meta)
-    first = corpora[0]
+        return Mixture([("", first, Fraction(1))], first.meta)
     for other in corpora[1:]:
         check_vocabulary(other, first.meta, first.folder)
         if what := differing(other.meta, first.meta, ("separator",)):
@@ -73,9 +72,8 @@ def open_mixture(spec, say=print):
 class Pattern:
     """Which corpus each row of a run comes from. shares: Fractions that sum to 1.
 
-    The pattern repeats after as many rows as their common denominator. In it, each row goes to the corpus
-    whose next row is due first, among those behind their share. So each is always less than one row off
-    (Tijdeman, "The chairman assignment problem", 1980)."""
+    It repeats after as many rows as their common denominator. Each row goes to the corpus whose next row is
+    due first, among those behind their share (Tijdeman, "The chairman assignment problem", 1980)."""
 
     def __init__(self, shares):
         self.n = math.lcm(*(share.denominator for share in shares))

@@ -35,18 +35,6 @@ class Optimizers(list):
         for optimizer in self:
             optimizer.state.clear()
 
-    def load_state_dict(self, state):
-        """Load moments and counters; rates, decay and betas stay as configured. Raises ValueError or KeyError
-        if the state is another optimizer's."""
-        if not isinstance(state, list) or len(state) != len(self):
-            raise ValueError("the state of another optimizer")
-        for optimizer, saved in zip(self, state):
-            ours = [
-                g | {"params": theirs["params"]}
-                for g, theirs in zip(optimizer.param_groups, saved["param_groups"])
-            ]
-            optimizer.load_state_dict(saved | {"param_groups": ours})
-
 
 def adamw(inits, c, device_type):
     """AdamW, fused, for [(name, parameter, Init)]; weight decay for all but norms and other scales."""

@@ -33,14 +33,13 @@ def check_size(shape, machine):
     memory = machine.memory * (machine.shard_size if machine.parallel == "fsdp" else 1)
     if memory and needed > memory:
         size = f"{n_params:,} parameters takes {needed / 1e9:,.0f} GB, here are {memory / 1e9:,.0f}"
-        hint = " --parallel=fsdp spreads them over the ranks, or" * (machine.parallel == "ddp")
-        todo = f"{hint} give a smaller model: n_embd, n_layer, ff_dim, n_expert or block_size"
-        raise UserError(f"training {size};{todo}")
+        todo = "use --parallel=fsdp on several GPUs or lower n_embd, n_layer, ff_dim or n_expert"
+        raise UserError(f"training {size}; {todo}")
 
 
 def build(config, machine, prepare=None):
-    """A new GPT on the machine's device, sharded under FSDP. A seed gives the same weights either way, and no
-    rank holds more than one whole parameter of a sharded model. prepare(model) runs before sharding."""
+    """A new GPT on the machine's device, sharded under FSDP, one whole parameter at a time. A seed gives the
+    same weights either way. prepare(model) runs before sharding."""
     sharded = machine.parallel == "fsdp"
     with torch.device("meta" if sharded else machine.device):
         model = GPT(config)
@@ -58,8 +57,7 @@ def build(config, machine, prepare=None):
 
 
 def init_weights(model, parts=("",)):
-    """Initialise the parameters whose names start with one of `parts`. Each rank of a sharded model fills one
-    whole parameter at a time."""
+    """Initialise the parameters whose names start with one of `parts`, whole, one after another."""
     for name, p, init in model.inits():
         if name.startswith(tuple(parts)):
             whole = torch.empty(p.shape, device=p.device)
@@ -115,17 +113,17 @@ def clip_gradients(model, limit):
 def compile_units(model):
     """Compile a sharded model, in place, unit by unit, since FSDP's hooks between units and around a router
     cannot be part of a graph. Blocks share one graph."""
-    how = dict(dynamic=False, fullgraph=not model.config.n_expert)
+    whole = not model.config.n_expert
     for unit in (model.embed, *model.blocks, model.head):
-        unit.forward = torch.compile(unit.forward, **how)
+        unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=whole)
 
 
 @torch.no_grad()
 def copy_part(mine, whole):
-    """mine.copy_(whole), where mine may be sharded and this rank has a part of it."""
+    """mine.copy_(whole), where `mine` may be sharded, and `whole` the Parts of a checkpoint."""
+    index = ...
     if isinstance(mine, DTensor):
         where = mine.shape, mine.device_mesh, mine.placements
         shape, offset = compute_local_shape_and_global_offset(*where)
-        whole = whole[tuple(slice(a, a + n) for a, n in zip(offset, shape))]
-        mine = mine.to_local()
-    mine.copy_(whole)
+        index, mine = tuple(slice(a, a + n) for a, n in zip(offset, shape)), mine.to_local()
+    mine.copy_(whole[index])

@@ -88,7 +88,7 @@ def load_file(path, verify=True):
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as e:  # a damaged file can make zipfile, pickle and torch raise anything
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}; use another"
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
         raise UserError(f"{path} is not a checkpoint, or is damaged: {reason}") from None
 
 
@@ -111,8 +111,7 @@ def copy_to_host(state):
 
 
 def write_parts(path, state, parts, group):
-    """Write what copy_to_host gave, on all ranks together. Raises UserError on all of them if one cannot
-    write, and leaves the checkpoint before it."""
+    """Write what copy_to_host gave, on all ranks. If one cannot, all raise UserError, and the old stays."""
     rank, stem = dist.get_rank(group), os.path.splitext(path)[0]
     # random, since a resumed run may save a step again
     folder = of_all_ranks(f"{stem}.step_{state['step']}.{os.urandom(4).hex()}", group)[0]
@@ -131,8 +130,8 @@ def remove_parts(path, but=""):
 
 
 def open_parts(path, state):
-    """state, which a checkpoint's file holds, with Parts in place of sharded tensors. Each rank verifies some
-    of the files. Raises UserError, on all ranks, if a part is damaged or missing."""
+    """The state in a checkpoint's file, with Parts for sharded tensors. Each rank verifies some of the files;
+    all raise UserError if a part is damaged or missing."""
     folder = os.path.join(os.path.dirname(path), os.path.basename(state["folder"]))
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     files, load = [], lambda i: load_file(f"{folder}/rank_{i}.pt", verify=i % ranks == rank)

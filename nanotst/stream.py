@@ -37,11 +37,10 @@ def round_keys(key):
 
 
 def permute(i, n, key):
-    """Places of the numbers i (m,) in the shuffle of 0..n-1 that belongs to `key`, a tuple of integers: (m,)
-    int64.
+    """Places of the numbers i (m,) in the shuffle of 0..n-1 by `key`, a tuple of integers: (m,) int64.
 
     A Feistel network permutes the numbers below a power of 4, at most 4n of them. A number that leaves
-    0..n-1 is sent through again until it is back, which makes a permutation of 0..n-1. Nothing is stored."""
+    0..n-1 is sent through again until it is back. Nothing is stored."""
     half = np.uint64(max(3, (int(n - 1).bit_length() + 1) // 2))  # bits of each half
     mask = (np.uint64(1) << half) - np.uint64(1)
     x, away = np.array(i, dtype=np.uint64), slice(None)
@@ -102,10 +101,9 @@ class Order:
 class TokenStream:
     """Batches of the training corpus.
 
-    sources: [(tokens, share)], tokens being (N,) or anything with a length and slices, and share, a Fraction,
-    the part of all rows that comes from it; block_size L; phases from tst.phase_list; n_rows R of the global
-    batch, of which this process reads `rows` (a range). state: what state() returned when the run stopped
-    after `step` steps. Raises UserError if a corpus is too short."""
+    sources: [(tokens, share of all rows, a Fraction)], tokens with a length and slices; phases from
+    tst.phase_list; n_rows of the global batch, of which this process reads `rows` (a range). state: what
+    state() returned when the run stopped after `step` steps. Raises UserError if a corpus is too short."""
 
     def __init__(
         self, sources, block_size, phases, n_rows, rows, seed=0, device="cpu", state=None, step=0
@@ -139,15 +137,14 @@ class TokenStream:
         n_rows = -(-self.n_rows * int(self.pattern.before[corpus, -1]) // self.pattern.n)
         if order.n_stretches < n_rows:
             which = f"corpus {corpus + 1} of {len(self.tokens)} has {n_tokens:,} tokens"
-            rows = f"{n_rows} rows of {self.block_size} x bag_size {self.phases[0].n_in}"
-            todo = "use smaller ones, a smaller total_batch or more text"
-            raise UserError(f"{which}, too few for {rows}; {todo}")
+            todo = "lower total_batch, block_size or bag_size, or use more text"
+            raise UserError(f"{which}, too few for {n_rows} rows; {todo}")
         return order
 
     def state(self):
         """What a checkpoint needs to continue the stream: plain values."""
-        begin = {"first_step": self.first_step, "tokens_before": self.tokens_before}
-        return {"cut": self.cut, "phases": [astuple(p) for p in self.phases]} | begin
+        state = dict(cut=self.cut, phases=[astuple(p) for p in self.phases])
+        return state | dict(first_step=self.first_step, tokens_before=self.tokens_before)
 
     def _resume(self, state, step):
         """Continue the order of `state`: with its phases up to `step`, and the wanted ones from there on. If
@@ -155,8 +152,6 @@ class TokenStream:
         past, wanted = [Phase(*p) for p in state["phases"]], self.phases
         self.phases = past
         self.first_step, self.tokens_before = state["first_step"], state["tokens_before"]
-        if state["cut"] == self.cut and past == wanted:
-            return
         read = self.tokens_at(step)
         future = [replace(p, start=max(p.start, step)) for p in wanted if p.stop > step]
         future = future or [replace(wanted[-1], start=step, stop=step + 1)]  # a finished run
@@ -206,8 +201,7 @@ class TokenStream:
         return self.known[1][i * len(self.rows) : (i + 1) * len(self.rows)]
 
     def batch(self, step):
-        """The rows of `step` on the device, (rows, L*n_in + n_out), while a thread reads the next
-        step's."""
+        """The rows of `step` on the device, (rows, L*n_in + n_out); a thread reads the next step's."""
         key, ahead = self.ahead
         rows = ahead.result() if key == step else self.read(step)
         self.ahead = step + 1, self.worker.submit(self.read, step + 1)
@@ -218,8 +212,8 @@ def validation_rows(tokens, positions, block_size):
     """Fixed rows, evenly spaced over the validation split, with at most this number of positions in all:
     (n, L+1) int32. Raises UserError if the split is shorter than a row."""
     if len(tokens) <= block_size:
-        long = f"block_size {block_size} is longer than the {len(tokens)} validation tokens"
-        raise UserError(f"{long}: use more validation text or a smaller block_size")
+        n = len(tokens)
+        raise UserError(f"block_size {block_size} needs more validation text than {n} tokens")
     n_rows = max(1, min(positions, len(tokens)) // block_size)
     starts = np.linspace(0, len(tokens) - block_size - 1, n_rows).astype(np.int64)
     rows = np.stack([tokens[i : i + block_size + 1] for i in starts])

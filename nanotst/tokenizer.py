@@ -53,9 +53,7 @@ def get_tokenizer(name: str) -> Tokenizer:
         bpe = tiktoken.get_encoding(name)
     except Exception as e:  # requests, urllib3, hash and file errors have one remedy
         todo = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --encoding=bytes"
-        raise UserError(
-            f"cannot fetch the vocabulary {name!r} ({type(e).__name__}); {todo}"
-        ) from None
+        raise UserError(f"cannot fetch {name!r} ({type(e).__name__}); {todo}") from None
     return _bpe_tokenizer(name, bpe, bpe.eot_token)
 
 
@@ -109,8 +107,8 @@ def _rank_file_tokenizer(path: str) -> Tokenizer:
 
 
 def tokenizer_of(path, checkpoint, data=""):
-    """The Tokenizer of the corpus that the checkpoint at `path` was trained on. Only a vocabulary in a rank
-    file needs the corpus: its folder is `data` or, if that is empty, the one that was trained on."""
+    """The Tokenizer of the corpus that the checkpoint at `path` was trained on. A vocabulary in a rank file
+    is read from the corpus: its folder is `data`, or else the one that was trained on."""
     meta = checkpoint["meta"]
     if meta.get("characters"):
         return character_tokenizer(meta["characters"])
@@ -134,10 +132,10 @@ def character_tokenizer(characters) -> Tokenizer:
     ids = {c: i for i, c in enumerate(characters)}
 
     def encode(text: str) -> np.ndarray:
-        if unknown := next((c for c in text if c not in ids), None):
-            what = f"none of the corpus's {len(ids)} characters"
-            raise UserError(f"the prompt holds {unknown!r}, {what}")
-        return np.array([ids[c] for c in text], dtype=np.int64)
+        try:
+            return np.array([ids[c] for c in text], dtype=np.int64)
+        except KeyError as e:
+            raise UserError(f"the prompt holds {e}, which is not in the corpus") from None
 
     def decode_bytes(tokens) -> bytes:
         return "".join(characters[i] for i in np.ravel(tokens)).encode("utf-8", "replace")

@@ -230,3 +230,9 @@ def test_help(capsys):
     assert re.search(r"^  --bag_size=1 .*ordinary training", page, re.M)
     assert re.search(r"^  --schedule=wsd .*\[wsd, cosine\]$", page, re.M)
     assert {"train", "sample", "tools.plot", "data.text.prepare"} <= set(SCRIPTS)
+
+
+def test_help_shows_folders_from_the_working_directory(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = help_text(importlib.import_module("data.text.prepare").Config)
+    assert re.search(r"^  --out_dir=data/text ", page, re.M)

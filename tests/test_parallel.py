@@ -228,8 +228,8 @@ def test_what_is_reinitialised_at_the_switch_is_the_same_sharded(fsdp, run, tmp_
     "words, knobs",
     [
         ("optimizer=muon needs whole matrices", dict(parallel="fsdp", optimizer="muon")),
-        ("shard_size 2 .* divide 1 ranks", dict(parallel="fsdp", shard_size=2)),
-        ("shard_size 1 is for parallel=fsdp", dict(parallel="ddp", shard_size=1)),
+        ("shard_size 2 .* must divide 1", dict(parallel="fsdp", shard_size=2)),
+        ("shard_size 1 needs parallel=fsdp", dict(parallel="ddp", shard_size=1)),
     ],
 )
 def test_what_cannot_work_is_one_line(run, a_rank, knobs, words):

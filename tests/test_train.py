@@ -310,7 +310,6 @@ def test_all_graphs_are_compiled_before_the_first_step_and_none_after(run, monke
     assert seen + [counter.frame_count] == [3] * 11
 
 
-@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 def test_training_continues_where_compilation_fails(run, tmp_path, monkeypatch, capsys):
     wanted = run(out_dir=str(tmp_path / "eager"))
 
@@ -318,8 +317,7 @@ def test_training_continues_where_compilation_fails(run, tmp_path, monkeypatch, 
         raise OSError("no compiler")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
-    with torch.compiler.config.patch(force_disable_caches=False):  # puts back what the run changes
-        assert column(run(compile="on"), *LEARNED) == column(wanted, *LEARNED)
+    assert column(run(compile="on"), *LEARNED) == column(wanted, *LEARNED)
     assert "continuing without torch.compile" in capsys.readouterr().out
 
 
@@ -608,9 +606,9 @@ def test_a_folder_with_a_checkpoint_or_a_log_holds_a_run(run, tiny):
     (folder / "log").rename(folder / "metrics.jsonl")
     for name in ("last.pt", "best.pt"):
         (folder / name).unlink()
-    with pytest.raises(UserError, match="already holds a run: replace it .--overwrite"):
+    with pytest.raises(UserError, match="already holds a run: .*--overwrite it"):
         run()
-    with pytest.raises(UserError, match="there is no checkpoint.*but with --overwrite"):
+    with pytest.raises(UserError, match="there is no checkpoint.*start without --resume"):
         run(resume=True)
     assert len(run(max_steps=4, overwrite=True)) == 4
 
