@@ -310,6 +310,7 @@ def test_all_graphs_are_compiled_before_the_first_step_and_none_after(run, monke
     assert seen + [counter.frame_count] == [3] * 11
 
 
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 def test_training_continues_where_compilation_fails(run, tmp_path, monkeypatch, capsys):
     wanted = run(out_dir=str(tmp_path / "eager"))
 
@@ -317,7 +318,8 @@ def test_training_continues_where_compilation_fails(run, tmp_path, monkeypatch, 
         raise OSError("no compiler")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
-    assert column(run(compile="on"), *LEARNED) == column(wanted, *LEARNED)
+    with torch.compiler.config.patch(force_disable_caches=False):  # puts back what the run changes
+        assert column(run(compile="on"), *LEARNED) == column(wanted, *LEARNED)
     assert "continuing without torch.compile" in capsys.readouterr().out
 
 
