@@ -193,13 +193,6 @@ def reinitialise(model, optimizer, parts, seed):
         optimizer.forget()
 
 
-def name_of(phase, phases):
-    """What metrics.jsonl calls a phase."""
-    if phase.bag_size > 1:
-        return "superposition"
-    return "recovery" if any(p.bag_size > 1 for p in phases) else "ordinary"
-
-
 @torch.no_grad()
 def validation_loss(net, rows, batch_size, machine):
     """Next-token loss in any phase, nats per token. rows (n, L+1): this rank's share of the validation rows,
@@ -343,6 +336,7 @@ def main(c):
     flops = raw_model.flops_per_position()
     # Rows for the first and the last step of each phase, too, since the switch is what one wants to see
     ends = {p.stop for p in phases} | {p.start + 1 for p in phases}
+    after_bags = "recovery" if phases[0].bag_size > 1 else "ordinary"
     signals, stopping = StopSignals(machine), False
     clock, logged_at = time.perf_counter(), step
     while step < c.max_steps and not stopping:
@@ -390,7 +384,7 @@ def main(c):
         rate = (step - logged_at) * c.total_batch / elapsed  # positions per second
         row = {
             "step": step,
-            "phase": name_of(phase, phases),
+            "phase": "superposition" if phase.bag_size > 1 else after_bags,
             "bag_size": phase.bag_size,
             "loss": loss,
             "lr": optimizer.param_groups[0]["lr"],
