@@ -78,7 +78,7 @@ size_400k() { # three blocks of width 96, as many bytes per parameter
 
 budget() { # does the gain shrink with the budget? Rates at both ends
     for steps in ${STEPS:-500 1000 2000 4000 8000}; do
-        runs=budget sweep "budget_$steps" --bag_size=1,2 --max_steps="$steps" \
+        runs=budget_$steps sweep "budget_$steps" --bag_size=1,2 --max_steps="$steps" \
             --learning_rate="${RATES:-4e-3,8e-3,1.6e-2}"
     done
 }

@@ -247,7 +247,7 @@ def draw(runs, panels=tuple(PANELS)):
     n = len(panels)
     fig, axes = new_figure((1 + 4 * n, 4.8), n)
     sides = sorted(sides_of(runs), key=lambda side: not side.is_baseline)
-    labels = [side.label for side in sides]
+    labels = list(dict.fromkeys(side.label for side in sides))
     for ax, panel in zip(axes, panels):
         title, x, name = PANELS[panel]
         for side in sides:
