@@ -212,6 +212,18 @@ def test_a_writer_that_fails_leaves_the_former_corpus_and_starts_again(tmp_path,
     assert byte_documents(tmp_path / "out") == {"train": ["\3\3"], "val": ["\3"]}
 
 
+def test_each_shard_is_shuffled_in_an_order_of_its_own(tmp_path):
+    out = writer.Writer(str(tmp_path), get_tokenizer("bytes"), {}, shard_tokens=64, seed=5)
+    for split in ("train", "train", "val"):
+        for i in range(1, 33):
+            out.add(split, np.array([i, 0]), 2)
+    out.publish()
+    names = "train_00000.bin", "train_00001.bin", "val.bin"
+    orders = [(tmp_path / name).read_bytes().replace(b"\0", b"") for name in names]
+    assert len({bytes(range(1, 33)), *orders}) == 4
+    assert all(sorted(order) == list(range(1, 33)) for order in orders)
+
+
 def test_token_counts_in_words():
     words = {"10B": 10**10, "2.5M": 2_500_000, "100_000": 10**5, "1e9": 10**9, "3 k": 3000}
     words |= {"0": 0, "0.5k": 500, str(2**48): 2**48}

@@ -176,6 +176,14 @@ def test_weight_decay_and_muon_go_by_kind_not_by_dimensions(forked):
     assert [g["weight_decay"] for g in (matrices, rest, scales)] == [0.3, 0.3, 0]
 
 
+def test_muon_leaves_routers_and_experts_to_adamw():
+    mixture = gpt(**EXPERTS)
+    matrices = make_optimizer(mixture, Config(optimizer="muon"), "cpu").param_groups[0]["params"]
+    names = {id(p): name for name, p in mixture.named_parameters()}
+    found = {names[id(p)].split(".", 2)[-1] for p in matrices}
+    assert found == {"attn.qkv.weight", "attn.out.weight"} and len(matrices) == 4
+
+
 def test_a_parameter_without_an_initial_value_is_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(model_module, "MLP", lambda config: Gated(config, layer=True))
     with pytest.raises(ValueError, match="blocks.0.mlp.norm.weight has no initial.*LayerNorm"):

@@ -95,7 +95,7 @@ def test_the_defaults_of_train_and_sample_fit_each_other():
 
 
 def test_a_prompt_may_be_in_a_file(checkpoint, tmp_path, capsys):
-    (tmp_path / "prompt.txt").write_text("a\nb")
+    (tmp_path / "prompt.txt").write_text("a\nb", encoding="utf-8-sig")  # with a byte-order mark
     prompt = f"FILE:{tmp_path}/prompt.txt"
     assert say(capsys, checkpoint=checkpoint, prompt=prompt, n_tokens=0).startswith("a\nb\n---")
 

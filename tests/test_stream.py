@@ -94,7 +94,7 @@ def starts_by_hand(phases, n, seed=5):
 
 
 @lists
-@pytest.mark.parametrize("n", [1000, 403])
+@pytest.mark.parametrize("n", [1000, 403, 398])  # 398: 33 runs of 12, the last without 3 targets
 def test_stream_equals_a_plain_loop(phases, n):
     """Nothing is replayed or left out, wherever the switches are, in later epochs too."""
     s = stream(phases, n=n)

@@ -9,6 +9,7 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -163,6 +164,7 @@ def assert_plain(rows, plain, rel=1e-5):
         (dict(superposition_ratio=1.0), [(0, 10, 3, 3)]),
         (dict(bag_size="4-2"), [(0, 2, 4, 4), (2, 4, 2, 2), (4, 10, 1, 1)]),
         (dict(grad_clip=0.1), TST),  # acts in every step
+        (dict(grad_clip=0.0), TST),  # off
     ],
 )
 def test_training_equals_a_plain_loop(run, tiny, knobs, phases):
@@ -501,6 +503,13 @@ def test_ranks_agree_when_to_save_and_to_stop(monkeypatch):
 # ---- what a row says
 
 
+def test_the_peak_of_a_gpu_is_that_in_bfloat16(monkeypatch):
+    """989 TFLOP/s, dense, by NVIDIA's data sheet. In float32 there is no MFU."""
+    monkeypatch.setattr(machine.Machine, "name", "NVIDIA H100 80GB HBM3")
+    dtypes = "bfloat16", "float32"
+    assert [machine.Machine("cpu", d).peak_flops for d in dtypes] == [989e12, None]
+
+
 def test_the_clock_counts_what_was_trained_since_the_last_row(run, monkeypatch):
     slow_clock(monkeypatch, 1.0)
     rows = run(log_interval=4, eval_interval=100)
@@ -534,6 +543,14 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, tiny, monke
     with pytest.raises(UserError, match="not finite|nan"):
         run(save_interval=1)
     assert all(p.isfinite().all() for p in load(tiny().out_dir)["model"].values())
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(run, tiny):
+    """The training loss, of the weights before the step, still is; nothing is written."""
+    with pytest.raises(UserError, match="the loss is not finite at step 1, .3.*nan"):
+        run(learning_rate=1e10, warmup_steps=0, eval_interval=1)
+    files = set(os.listdir(tiny().out_dir))
+    assert not files & {"metrics.jsonl", "last.pt", "best.pt"}
 
 
 def test_a_damaged_log_is_one_line_that_helps(run, tiny):
@@ -613,6 +630,19 @@ def test_a_folder_with_a_checkpoint_or_a_log_holds_a_run(run, tiny):
     with pytest.raises(UserError, match="there is no checkpoint.*start without --resume"):
         run(resume=True)
     assert len(run(max_steps=4, overwrite=True)) == 4
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(run, tiny):
+    """The lock is the system's: it ends with the process that holds it."""
+    lock = Path(tiny().out_dir, "lock")
+    lock.parent.mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    command = [sys.executable, "-c", f"{code}; print(flush=True); sys.stdin.read()", str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="run is in use by another process"):
+            run()
+    assert run()[-1]["step"] == 10
 
 
 def test_a_run_is_overwritten_only_when_the_new_one_has_warmed_up(run, tiny, monkeypatch):
