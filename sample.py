@@ -17,7 +17,7 @@ from nanotst.checkpoint import find_checkpoint, load_model
 from nanotst.configurator import entry_point
 from nanotst.kernels import use_twins
 from nanotst.machine import Machine, pick_device
-from nanotst.tokenizer import tokenizer_of
+from nanotst.vocabulary import tokenizer_of
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 stream, mixture           which text each step reads
 corpus, formats           token files, and the folders that hold them
-tokenizer                 text to ids and back
+tokenizer, vocabulary     text to ids and back
 optim                     AdamW, Muon, the learning-rate schedule
 machine, parallel         device, ranks, signals; DDP and FSDP
 checkpoint, sharded       saving, loading, resuming

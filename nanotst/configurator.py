@@ -36,7 +36,8 @@ def entry_point(main, cls, argv=None, known=None):
 
     known(knobs): dict of values for knobs that the command line does not give."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # the terminal may lack a character
+        if hasattr(stream, "reconfigure"):  # not if it is closed, or a notebook's
+            stream.reconfigure(errors="replace")  # the terminal may lack a character
     argv = sys.argv[1:] if argv is None else argv
     try:
         config = parse(cls, argv)

@@ -126,6 +126,10 @@ class Machine:
             bound = hasattr(os, "sched_getaffinity")  # SLURM and containers bind a process to cores
             cores = len(os.sched_getaffinity(0)) if bound else os.cpu_count()
             torch.set_num_threads(c.threads or max(1, cores // ranks))
+        try:  # torch makes this folder, or fails, even if nothing is compiled
+            os.makedirs(os.environ["TORCHINDUCTOR_CACHE_DIR"], exist_ok=True)
+        except (KeyError, OSError):
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
         torch.set_float32_matmul_precision("high")  # TF32 where CUDA still computes in float32
         dtype = best_dtype(device) if c.dtype == "auto" else c.dtype
         return cls(device, dtype, rank, world_size, ranks > 0, parallel, shard_size or world_size)
@@ -194,7 +198,7 @@ class Machine:
             warm_up(model)
             return model, True
         # a process that was killed while compiling may have left a broken file in the cache
-        missing = "continuing without torch.compile; it needs a C++ compiler, on CUDA Triton"
+        missing = "going on without torch.compile; it needs a C++ compiler, on CUDA Triton"
         for then in ("trying again without its cache", missing):
             try:
                 compiled = torch.compile(model, dynamic=False, fullgraph=True)

@@ -23,7 +23,8 @@ from model import GPT, Attention, GPTConfig
 from nanotst import UserError
 from nanotst.configurator import parse
 from nanotst.huggingface import load_hf
-from nanotst.tokenizer import _bpe_tokenizer, character_tokenizer, get_tokenizer
+from nanotst.tokenizer import _bpe_tokenizer, get_tokenizer
+from nanotst.vocabulary import character_tokenizer
 from tools import export
 
 DENSE = dict(

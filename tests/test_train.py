@@ -322,7 +322,7 @@ def test_training_continues_where_compilation_fails(run, tmp_path, monkeypatch, 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
     with torch.compiler.config.patch(force_disable_caches=False):  # puts back what the run changes
         assert column(run(compile="on"), *LEARNED) == column(wanted, *LEARNED)
-    assert "continuing without torch.compile" in capsys.readouterr().out
+    assert "going on without torch.compile" in capsys.readouterr().out
 
 
 # ---- mixture of experts

@@ -19,7 +19,8 @@ from nanotst import UserError
 from nanotst.checkpoint import load_model
 from nanotst.configurator import entry_point
 from nanotst.huggingface import KINDS, import_transformers, model_type_of, parts, tensor_table
-from nanotst.tokenizer import LLAMA3_PATTERN, tokenizer_of
+from nanotst.tokenizer import LLAMA3_PATTERN
+from nanotst.vocabulary import tokenizer_of
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit

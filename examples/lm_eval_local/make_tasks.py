@@ -23,7 +23,7 @@ import numpy as np
 from nanotst import UserError
 from nanotst.configurator import entry_point
 from nanotst.corpus import open_corpus
-from nanotst.tokenizer import tokenizer_of
+from nanotst.vocabulary import tokenizer_of
 
 CLOSING = """["'”’)\\]]*"""  # what may follow a full stop
 LAST_WORD = re.compile(rf"(?<=\S )[^\W\d]\w{{3,}}(?=[.!?]{CLOSING}\s|[^\w\n]*\n)")
