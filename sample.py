@@ -48,7 +48,7 @@ def main(c):
     check(c)
     prompt = c.prompt
     if prompt.startswith("FILE:"):
-        prompt = Path(prompt[5:]).read_text(encoding="utf-8-sig")
+        prompt = Path(prompt[5:]).read_bytes().decode("utf-8-sig")  # with its own line ends
     device, path = pick_device(c.device), find_checkpoint(c.checkpoint)
     model, checkpoint = load_model(path)
     model.to(device).eval()

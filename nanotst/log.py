@@ -56,7 +56,8 @@ class RunFolder:
         except (ImportError, OSError):
             pass  # Windows, or a file system without locks
         if self._held() and not resume and not overwrite:
-            todo = "--resume it, --overwrite it or choose another --out_dir"
+            todo = "--resume it, " * os.path.exists(self.last)
+            todo += "--overwrite it or choose another --out_dir"
             raise UserError(f"{self.out_dir} already holds a run: {todo}")
 
     def _held(self):

@@ -95,9 +95,9 @@ def test_the_defaults_of_train_and_sample_fit_each_other():
 
 
 def test_a_prompt_may_be_in_a_file(checkpoint, tmp_path, capsys):
-    (tmp_path / "prompt.txt").write_text("a\nb", encoding="utf-8-sig")  # with a byte-order mark
+    (tmp_path / "prompt.txt").write_bytes("a\r\nb".encode("utf-8-sig"))  # from Windows
     prompt = f"FILE:{tmp_path}/prompt.txt"
-    assert say(capsys, checkpoint=checkpoint, prompt=prompt, n_tokens=0).startswith("a\nb\n---")
+    assert say(capsys, checkpoint=checkpoint, prompt=prompt, n_tokens=0).startswith("a\r\nb\n---")
 
 
 def test_a_prompt_beyond_the_context_is_said(checkpoint, capsys):
