@@ -123,6 +123,8 @@ def main(config):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         files, made_of = wheel_files(folder), f"the wheels in {WHEELS.name}"
         if config.source == "wheels" and (problem := fetch_wheels(folder)):
+            if "MATCH THE HASHES" in problem:
+                raise UserError(f"pip got other files than {WHEELS.name} pins: {problem}")
             print(f"warning: pip cannot fetch the wheels that {WHEELS.name} pins ({problem});")
             print("the packages of this machine are taken instead: LOSSES WILL DIFFER")
             knobs["source"] = "installed"
