@@ -109,9 +109,7 @@ class Config:
     eval_interval: Free[int] = 100  # steps between validation losses
     eval_positions: int = 131072  # positions in the fixed validation rows of each corpus
     log_interval: Free[int] = 20  # steps between rows of metrics.jsonl
-    save_interval: Free[int] = (
-        500  # steps between checkpoints, one every few minutes too; 0: at the end
-    )
+    save_interval: Free[int] = 500  # steps between checkpoints, also some by time; 0: at the end
     wandb_project: Free[str] = ""  # project to log to on Weights & Biases
 
     # Machine
@@ -239,7 +237,7 @@ def main(c):
     # so that any number of ranks trains on the same rows in the same step.
     n_rows = c.total_batch // c.block_size
     per_rank = n_rows // world_size
-    rows = range(machine.rank * per_rank, (machine.rank + 1) * per_rank)  # those of this rank
+    rows = range(machine.rank * per_rank, (machine.rank + 1) * per_rank)  # of this rank
     batch_size = c.batch_size or per_rank
     micro_steps = per_rank // batch_size
     sources = [(part.train, share) for _, part, share in corpus.parts]

@@ -106,9 +106,8 @@ class Machine:
         elif not ranks:
             raise UserError(f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N ...")
         if shard_size and (parallel != "fsdp" or world_size % shard_size):
-            raise UserError(
-                f"shard_size {shard_size} needs parallel=fsdp and must divide {world_size}"
-            )
+            todo = f"needs parallel=fsdp and must divide {world_size}"
+            raise UserError(f"shard_size {shard_size} {todo}")
         if ranks and c.device.startswith("cuda:"):
             raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
         device = pick_device(c.device, local_rank)
@@ -162,7 +161,8 @@ class Machine:
             return torch.cuda.get_device_properties(self.device).total_memory
         if not hasattr(os, "sysconf"):
             return 0
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // self.world_size
+        ranks = launcher()[3] or 1  # of this node
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
 
     def versions(self):
         """What results may depend on, as plain values."""
@@ -189,6 +189,9 @@ class Machine:
     def compile(self, model, wanted, warm_up):
         """(model, whether it is compiled). wanted: auto (on CUDA), on, off. warm_up(model) runs each graph
         once. If compiling fails, training continues without it, except if sharded: other ranks went ahead."""
+        if wanted != "off" and model.config.n_expert and self.dtype == "float32":
+            self.say("experts compile in bfloat16 only; going on without torch.compile")
+            wanted = "off"
         if wanted == "off" or wanted == "auto" and self.device_type != "cuda":
             warm_up(model)
             return model, False

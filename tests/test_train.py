@@ -312,6 +312,13 @@ def test_all_graphs_are_compiled_before_the_first_step_and_none_after(run, monke
     assert seen + [counter.frame_count] == [3] * 11
 
 
+def test_float32_experts_train_eagerly_and_say_so(run, monkeypatch, capsys):
+    """Their grouped products compile in bfloat16 only; a CPU without it meets this in `make moe`."""
+    monkeypatch.setattr(torch, "compile", None)
+    assert len(run(compile="on", dtype="float32", n_expert=4, top_k=2)) == 10
+    assert "experts compile in bfloat16 only" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 def test_training_continues_where_compilation_fails(run, tmp_path, monkeypatch, capsys):
     wanted = run(out_dir=str(tmp_path / "eager"))
