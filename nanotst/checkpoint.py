@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from model import GPT, GPTConfig
 from nanotst import UserError, sharded
+from nanotst.configurator import renamed
 from nanotst.corpus import check_same, check_vocabulary
 from nanotst.parallel import copy_part
 from nanotst.sharded import map_tensors, of_all_ranks
@@ -88,8 +89,7 @@ def read(path):
     keys = ("model", "config", "meta")
     if type(saved) is not dict or any(not isinstance(saved.get(key), dict) for key in keys):
         raise UserError(f"{path} is not a checkpoint of this repository")
-    if "z_coef" in saved["config"]:  # its name until November 2026
-        saved["config"]["router_z_coef"] = saved["config"].pop("z_coef")
+    saved["config"] = renamed(saved["config"])
     return sharded.open_parts(path, saved) if "folder" in saved else saved
 
 

@@ -26,6 +26,7 @@ from nanotst import UserError
 T = TypeVar("T")
 Free = Annotated[T, "free"]  # Free[int]: may differ on resume, since training stays the same
 Bags = Annotated[T, "bags"]  # Bags[int]: has no effect without superposition
+RENAMED = {"tokens_per_second": "positions_per_second", "z_coef": "router_z_coef"}  # November 2026
 LARGEST = {int: 2**63, float: 1e30}  # float32 ends at 3.4e38
 WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 ARITHMETIC = ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Constant
@@ -86,6 +87,11 @@ def parse(cls, argv, known=()):
     if positional:
         raise UserError(f"one argument too many: {positional[0]!r}, see --help")
     return cls(**values)
+
+
+def renamed(values):
+    """A dict of knobs or metrics of an old run with today's names for its keys."""
+    return {RENAMED.get(key, key): value for key, value in values.items()}
 
 
 def marked(cls, mark):
@@ -153,10 +159,8 @@ def help_text(cls):
     """The --help page of a dataclass: its docstring, the comments between the fields as headings, and the
     comment on each field's line."""
     lines, fields = [inspect.getdoc(cls)], {f.name: f for f in dataclasses.fields(cls)}
-    source = re.sub(r"\(\n\s+(.*)\n\s+\)", r"\1", inspect.getsource(cls))  # a value in brackets
-    for heading, key, text in re.findall(
-        r"^    (?:# (.*)|(\w+): [^#\n]*(?:# (.*))?)$", source, re.M
-    ):
+    line = re.compile(r"^    (?:# (.*)|(\w+): [^#\n]*(?:# (.*))?)$", re.M)
+    for heading, key, text in line.findall(inspect.getsource(cls)):
         if heading:
             lines += ["", heading]
         elif key in fields:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nanotst import UserError
 from nanotst.checkpoint import remove
+from nanotst.configurator import renamed
 from nanotst.files import write_safely
 from nanotst.machine import one_line
 from nanotst.sharded import of_all_ranks, together
@@ -50,7 +51,7 @@ class RunFolder:
             import fcntl
 
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             todo = "wait for it or choose another --out_dir"
             raise UserError(f"{self.out_dir} is in use by another process; {todo}") from None
         except (ImportError, OSError):
@@ -145,8 +146,7 @@ def knobs_of_run(c):
     saved = read_json(path).get("config")
     if not isinstance(saved, dict):
         raise UserError(f"{path} is damaged; move it away, and give --resume all knobs")
-    if "z_coef" in saved:  # its name until November 2026
-        saved["router_z_coef"] = saved["z_coef"]
+    saved = renamed(saved)  # as later versions name them
     of_command = {"out_dir", "resume", "allow_changes", "overwrite", "init_from"}
     return {key: saved[key] for key in vars(c).keys() & saved.keys() - of_command}
 
@@ -198,11 +198,9 @@ def describe_run(c, machine, model, stream, compiled, micro_steps, step):
         say(f"resuming {c.out_dir} after step {step:,} of {c.max_steps:,}")
     if bagged := [p for p in stream.phases if p.bag_size > 1]:
         steps, sizes = sum(p.stop - p.start for p in bagged), [str(p.bag_size) for p in bagged]
-        more = (
-            f"{tokens / c.max_steps / c.total_batch:.2f} x the text of a baseline at the same FLOPs"
-        )
         first = f"{steps:,} of {c.max_steps:,} steps on bags of {'-'.join(sizes)}"
-        say(f"TST: {first}, then ordinary training; {more}")
+        more = f"{tokens / c.max_steps / c.total_batch:.2f} x the text of a baseline"
+        say(f"TST: {first}, then ordinary training; {more} at the same FLOPs")
     else:
         say("ordinary training without superposition; --bag_size=2 turns it on")
     size, epochs = f"{c.total_batch:,} positions", tokens / stream.epoch_tokens

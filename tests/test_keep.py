@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from nanotst import UserError
-from nanotst.configurator import parse
+from nanotst.configurator import RENAMED, parse
 from tools import keep, plot, runs
 
 KNOBS = dict(out_dir="out/x", seed=1, bag_size=4, superposition_ratio=0.3, schedule="wsd")
@@ -156,4 +156,4 @@ def test_the_committed_results_are_read():
     for path in ROOT.glob("results/*/runs.csv"):
         found = runs.read_runs([path.parent])
         assert found and any(len(run["rows"]) > 1 for run in found)
-        assert not any(runs.RENAMED.keys() & run["facts"].keys() for run in found)
+        assert not any(RENAMED.keys() & run["facts"].keys() for run in found)

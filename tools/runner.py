@@ -21,9 +21,9 @@ import torch
 
 import train
 from nanotst import UserError
-from nanotst.configurator import parse
+from nanotst.configurator import parse, renamed
 from tools.plot import save_picture
-from tools.runs import BAGS, ENDS, FREE, is_baseline, load_metrics, read_runs, renamed, write_table
+from tools.runs import BAGS, ENDS, FREE, is_baseline, load_metrics, read_runs, write_table
 
 TRAINER = train.__file__
 COMMAS = {"dataset", "reinit_at_switch"}  # one value of these may hold commas

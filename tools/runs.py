@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from nanotst import UserError
-from nanotst.configurator import Bags, Free, marked
+from nanotst.configurator import Bags, Free, marked, renamed
 from nanotst.files import write_safely
 from train import Config
 
@@ -24,13 +24,7 @@ CORPUS = ("encoding", "vocab_size", "bytes_per_token", "train_tokens", "val_toke
 MODEL = ("parameters", "active_parameters")
 ENDS = ("positions", "data_tokens", "flops", "seconds", "val_loss", "val_bpb")
 NUMBERS = ("step", "bag_size", "loss", *ENDS)
-RENAMED = {"tokens_per_second": "positions_per_second", "z_coef": "router_z_coef"}  # November 2026
 IN_TABLE = {"bag_size", "superposition_ratio", "max_steps", "seed", "dataset"}  # need no note
-
-
-def renamed(values):
-    """A dict with today's names for its keys."""
-    return {RENAMED.get(key, key): value for key, value in values.items()}
 
 
 def load_metrics(folder):
