@@ -75,9 +75,7 @@ def check_phases(phases):
             raise ValueError(f"bag sizes must be at least 1, got {min(phase.n_in, phase.n_out)}")
     for before, after in zip(phases, phases[1:]):
         if before.stop != after.start:
-            raise ValueError(
-                f"a phase stops at {before.stop}, the next one starts at {after.start}"
-            )
+            raise ValueError(f"a phase stops at {before.stop}, the next starts at {after.start}")
         if before.n_in % after.n_in:
             raise ValueError(f"bags of {before.n_in} do not divide into bags of {after.n_in}")
 

@@ -134,7 +134,7 @@ def cut_point(data, limit):
     """data: the next limit + 2 bytes of a long document -> where to cut it, at most limit.
 
     Before a single space between two words, because the split patterns of GPT-2, its successors and Llama 3
-    all start a new piece there: the tokens are those of the uncut document. Text without such a place
+    all start a new piece there: the tokens are the same as without cuts. Text without such a place
     (base64, Chinese) is cut at a line end, or else between two characters; its tokens may differ there.
     """
     if match := re.match(rb"(?s).*[A-Za-z](?= [A-Za-z])", data):

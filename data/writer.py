@@ -7,7 +7,7 @@
                          source (lines for people), sha256 (of the other files), knobs (what it was made from)
     tokenizer.model      copy of the rank file, only with encoding "tokenizer.model"
 
-Until it is complete it lies in unfinished.tmp. A preparation that was stopped resumes after its finished
+Until it is complete, it is in unfinished.tmp. A preparation that was stopped resumes after its finished
 shards, and writes the same files as one that was not.
 """
 

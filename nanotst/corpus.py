@@ -127,7 +127,7 @@ class Tokens:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def _read(self, i, start, stop):
-        """[start:stop] of the split, which lies in file i."""
+        """[start:stop] of the split, all of it in file i."""
         path, start, stop = self.paths[i], start - self.stops[i], stop - self.stops[i]
         if size_and_time(path) != self.states[i]:  # reading beyond its end would kill the process
             raise UserError(f"{path} has changed while it was in use; start again")

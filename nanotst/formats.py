@@ -1,4 +1,4 @@
-"""What lies in the folder of a prepared corpus: its token files, in order, and what is known about them.
+"""What is in the folder of a prepared corpus: its token files, in order, and what is known about them.
 
 Formats that are read as they are, all little-endian:
 

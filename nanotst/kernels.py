@@ -62,12 +62,10 @@ def agree(twins, config, machine, kinds, loss, document_bags):
     for twin in twins:
         swap(mine, twin)
     mine.head.chunk_rows = batches[0][0][..., 0].numel() // 2  # two chunks
+    exact = "float32" if experts or machine.device_type == "mps" else "float64"
     precision, good = torch.get_float32_matmul_precision(), True
     torch.set_float32_matmul_precision("highest")  # no TF32
-    for dtype in (
-        "float32" if experts or machine.device_type == "mps" else "float64",
-        machine.dtype,
-    ):
+    for dtype in (exact, machine.dtype):
         wanted = outcome(plain, batches, dtype, machine)
         try:
             got = outcome(mine, batches, dtype, machine)

@@ -102,7 +102,7 @@ class TokenStream:
     """Batches of the training corpus.
 
     sources: [(tokens, share of all rows, a Fraction)], tokens with a length and slices; phases from
-    tst.phase_list; n_rows of the global batch, of which this process reads `rows` (a range). state: what
+    tst.phase_list; n_rows: rows of the global batch; this process reads `rows` of them (a range). state: what
     state() returned when the run stopped after `step` steps. Raises UserError if a corpus is too short."""
 
     def __init__(

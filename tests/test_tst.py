@@ -97,8 +97,8 @@ def test_an_impossible_list_of_phases_is_refused(arguments, message):
 @pytest.mark.parametrize(
     "phases, message",
     [
-        ([Phase(0, 3, 2, 7), Phase(4, 9, 1, 5)], "stops at 3, the next one starts at 4"),
-        ([Phase(0, 3, 2, 7), Phase(2, 9, 1, 5)], "stops at 3, the next one starts at 2"),
+        ([Phase(0, 3, 2, 7), Phase(4, 9, 1, 5)], "stops at 3, the next starts at 4"),
+        ([Phase(0, 3, 2, 7), Phase(2, 9, 1, 5)], "stops at 3, the next starts at 2"),
         ([Phase(0, 3, 2, 7), Phase(3, 3, 1, 5)], "no steps"),
         ([Phase(0, 3, 3, 7), Phase(3, 4, 2, 5)], "bags of 3 do not divide into bags of 2"),
     ],

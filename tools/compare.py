@@ -27,7 +27,7 @@ from tools.runs import is_baseline
 class Config:
     """Usage: python -m tools.compare [CONFIG.py ...] [--key=value ...] [--seeds=1,2,3] [--lengths=1,1.5,2]
 
-    The keys are those of train.py and say what TST trains. Other knobs:"""
+    The keys are train.py's and say what TST trains. Other knobs:"""
 
     arguments: list[str]  # config files and knobs of train.py
 

@@ -73,7 +73,7 @@ def mean_and_error(side, base=None):
     """Mean loss of a side, or its difference to a baseline, and the standard error: (K,) each.
 
     side, base (seeds, n, K): losses in K buckets of the same n rows. Neighbouring rows are often from one
-    document, so the text's part of the error is that of the means of BLOCKS blocks. The seeds' part needs two
+    document, so the text's part of the error comes from the means of BLOCKS blocks. The seeds' part needs two
     seeds; a side with one adds nothing."""
     paired = side.mean(0) - (0 if base is None else base.mean(0))  # (n, K)
     parts = np.array_split(paired, min(BLOCKS, len(paired)))

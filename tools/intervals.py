@@ -58,7 +58,7 @@ def first_zero(points):
 
 def speedup(lengths, differences):
     """Interval of the length at which a baseline would end as low as a run, from Intervals of the run's loss
-    minus those of baselines of ascending `lengths`. Linear over log length; 0 or inf if it is shorter or
+    minus the losses of baselines of ascending `lengths`. Linear over log length; 0 or inf if it is shorter or
     longer than all of them. Its bounds are where theirs are zero."""
 
     def crossing(minus):

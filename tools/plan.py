@@ -77,7 +77,7 @@ def memory(c, gpt, rows, way, micro_steps):
     block = sum(p.numel() for p in gpt.blocks[0].parameters())
     params, table, C = sum(p.numel() for p in gpt.parameters()), gpt.embed.weight.numel(), m.n_embd
     matrices = sum(p.numel() for _, p, init in gpt.inits() if init.kind == "matrix")
-    moments = 8 * params - 4 * matrices * (c.optimizer == "muon")  # of which Muon has one
+    moments = 8 * params - 4 * matrices * (c.optimizer == "muon")  # Muon has one
     gathered = (4 * e + 4) * max(block, table) * fsdp  # two units, and gradients to be summed
 
     attention, mlp = (n * kept for kept in kept_by_block(c, m, n))
@@ -162,7 +162,7 @@ def command(c, argv, way, rows):
         start = f"torchrun --standalone --nproc_per_node={c.gpus} train.py"
     if c.gpus > 8:
         start = f"sbatch --nodes={c.gpus // 8} examples/slurm.sh"
-    own = Config.__annotations__  # without those of train.py
+    own = Config.__annotations__  # not the knobs of train.py
     given = [a for a in argv if a[2:].split("=")[0].replace("-", "_") not in own]
     parallel = "fsdp" if way.parallel == "FSDP" else c.parallel
     chosen = dict(batch_size=rows, checkpoint_activations=way.recompute, parallel=parallel)

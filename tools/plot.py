@@ -150,18 +150,15 @@ def exchange_rate(side, gain):
 
 def met_again(side, baseline):
     """When after the last switch a side meets a baseline's validation loss at equal FLOPs, as text."""
-    base = curve(baseline.rows, "flops", side.y)
-    switch, gap = (
-        side.switch["step"],
-        lambda row: row[side.y] - np.interp(row["flops"], *zip(*base)),
-    )
+    base, switch = curve(baseline.rows, "flops", side.y), side.switch["step"]
+    gap = lambda row: row[side.y] - np.interp(row["flops"], *zip(*base))
     own = [row for row in side.rows if row["step"] > switch and row["flops"] >= base[0][0]]
     steps = first_zero([(row["step"], gap(row)) for row in own]) - switch
     return "not met" if steps == math.inf else f"met about {steps:,.0f} steps after the switch"
 
 
 def about(side, baselines):
-    """A line on TST: its switch, and its end against those of the baselines."""
+    """A line about TST: its switch, and how it ends compared with the baselines."""
     said, switch = [], side.switch["step"]
     logged = [[row for row in run["rows"] if "loss" in row] for run in side.runs]
     pairs = [pair for rows in logged for pair in zip(rows, rows[1:])]
@@ -285,7 +282,7 @@ def points_of(runs, knobs):
 
 
 def gains_of(points):
-    """{point: Interval of its loss minus that of the baseline with the same other knobs}"""
+    """{point: Interval of its loss minus the loss of the baseline with the same other knobs}"""
     other = lambda point: tuple(pair for pair in point if pair[0] not in BAGS)
     baselines = {other(point): losses for point, losses in points.items() if BASELINE in point}
     bagged = [point for point in points if BASELINE not in point and other(point) in baselines]
