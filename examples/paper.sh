@@ -62,6 +62,23 @@ texts() { # prepare them first: data/english, and data/english_1024 with a vocab
         dataset=$text runs=$text sweep "$text" --bag_size=1,2
     done
 }
+vocabularies() { # the first 1,024 and 4,096 of GPT-2's tokens, for the text of a corpus of bytes
+    "$python" - "data/$dataset" "$out" <<'END'
+import base64, pathlib, sys, tiktoken
+corpus, out = map(pathlib.Path, sys.argv[1:])
+for split in "train", "val":
+    text = (corpus / f"{split}.bin").read_bytes().replace(b"\0", b"\n<|endoftext|>\n")
+    (out / f"{split}.txt").write_bytes(text)
+ranks = [base64.b64encode(token) for token in tiktoken.get_encoding("gpt2")._mergeable_ranks]
+for n in 1024, 4096:
+    (out / f"{n}.tiktoken").write_bytes(b"".join(b"%s %d\n" % (ranks[i], i) for i in range(n)))
+END
+    for n in 1024 4096; do
+        dataset=$out/vocabulary_$n runs=vocabulary_${n}_runs
+        "$python" data/text/prepare.py "$out/train.txt" --val="$out/val.txt" --encoding="$out/$n.tiktoken" --out_dir="$dataset"
+        sweep "vocabulary_$n" --bag_size=1,2,3,4,6
+    done
+}
 repeat() { # corpora so small that TST with s 2 and r 0.3 reads them 2, 4, 8 and 16 times
     for times in ${TIMES:-2 4 8 16}; do
         small=$out/repeat_$times
