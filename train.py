@@ -257,7 +257,8 @@ def main(c):
     check_size(shape, machine)
     torch.manual_seed(c.seed)
     sizes = [(p.n_in, p.n_out) for p in phases]
-    twins = lambda model: use_twins(model, machine, sizes, c.loss, c.document_bags)
+    how = c.loss, c.document_bags, c.compile != "off"
+    twins = lambda model: use_twins(model, machine, sizes, *how)
     model = build(shape, machine, prepare=None if c.plain else twins)
     if c.init_from and not c.resume:
         if c.init_from.startswith("hf:"):

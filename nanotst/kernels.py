@@ -13,23 +13,26 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import tst
-from model import GPT, Head, MoE, swiglu
+from model import GPT, Attention, Head, MoE, swiglu
 from nanotst.cpu import TWINS_ON_CPU, compute_dtype, tall_product
 
 BOUNDS = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.05}  # largest relative error in a trial
 
 
-def use_twins(model, machine, kinds=(), loss="mce", document_bags=False):
+def use_twins(model, machine, kinds=(), loss="mce", document_bags=False, compiled=False):
     """Turn modules of the model into their twins where these agree with the plain code, and print a line for
     each twin that does not. Call it before the model is sharded, wrapped or compiled.
 
-    kinds: every (n_in, n_out) of the run's phases; loss, document_bags: as in train.py. Parameters keep their
-    names, so checkpoints do not depend on twins."""
-    on_cpu = TWINS_ON_CPU if machine.device_type == "cpu" else []
-    groups = [[FusedHead, *on_cpu], *([[GroupedMoE]] if model.config.n_expert else [])]
+    kinds: every (n_in, n_out) of the run's phases; loss, document_bags: as in train.py; compiled: whether the
+    model will be. Parameters keep their names, so checkpoints do not depend on twins."""
+    here = TWINS_ON_CPU if machine.device_type == "cpu" else []
+    if machine.device_type == "cuda" and compiled and model.config.attention_window:
+        here = [WindowAttention]
+    groups = [[FusedHead, *here], *([[GroupedMoE]] if model.config.n_expert else [])]
     case = model.config, machine, list(dict.fromkeys([*kinds, (1, 1)])), loss, document_bags
     changed = None
     if machine.master:  # all of a group at once, one by one only if that fails
@@ -173,6 +176,20 @@ class Take(torch.autograd.Function):
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
         return grad[inverse].unflatten(0, (-1, ctx.k)).sum(1), None, None, None  # (N, C)
+
+
+class WindowAttention(Attention):
+    """Skips the keys outside the window block by block; a dense mask rules flash attention out. Only for
+    compiled models on CUDA: eager, it is slow, and on a CPU it has no backward pass."""
+
+    replaces = "Attention.attend"
+
+    def attend(self, q, k, v):
+        L = q.size(2)
+        seen = lambda b, h, i, j: (j <= i) & (i - j < self.window)
+        # traced, the layers share one mask
+        mask = create_block_mask(seen, None, None, L, L, device=q.device)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
 
 
 class FusedHead(Head):

@@ -18,7 +18,13 @@ import tst
 from model import GPT, Attention, BagEmbedding, GPTConfig, Head, Linear, MoE, RMSNorm, swiglu
 from nanotst import kernels
 from nanotst.cpu import AttentionOnCPU, BagEmbeddingOnCPU, LinearOnCPU, tall_product
-from nanotst.kernels import FusedHead, GroupedMoE, linear_multi_hot_cross_entropy, use_twins
+from nanotst.kernels import (
+    FusedHead,
+    GroupedMoE,
+    WindowAttention,
+    linear_multi_hot_cross_entropy,
+    use_twins,
+)
 from nanotst.machine import Machine
 from tst import LOSSES, bag_weights
 
@@ -277,6 +283,25 @@ def loop_attention(q, k, v, window=0):
         scores = q[:, h] @ k[:, h // groups].mT / math.sqrt(q.size(3))  # (B, L, L)
         heads.append(scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v[:, h // groups])
     return torch.stack(heads, dim=1)  # (B, H, L, D)
+
+
+@pytest.mark.parametrize("L, H, K, window", [(300, 4, 4, 70), (40, 4, 2, 3), (130, 2, 1, 600)])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_a_window_by_blocks_equals_a_loop_over_heads(L, H, K, window):
+    """Values alone: on a CPU flex attention has no backward pass. Its gradients are in tests/cuda."""
+    q, k, v = (torch.randn(2, heads, L, 8) for heads in (H, K, K))
+    layer = WindowAttention(GPTConfig(**SHAPE | dict(attention_window=window)))
+    with torch.no_grad():
+        assert_close([layer.attend(q, k, v)], [loop_attention(q, k, v, window)])
+
+
+def test_a_window_by_blocks_is_for_compiled_models_on_cuda(monkeypatch):
+    tried = []
+    monkeypatch.setattr(kernels, "agree", lambda twins, *case: not tried.append(twins))
+    config = GPTConfig(**SHAPE | dict(attention_window=5))
+    for device, compiled in (("cuda", True), ("cuda", False), ("cpu", True)):
+        use_twins(GPT(config), Machine(device, "float32"), compiled=compiled)
+    assert [WindowAttention in twins for twins in tried] == [True, False, False]
 
 
 @pytest.mark.parametrize("L", [1, 7, 512, 513])  # short rows and long ones have their own code

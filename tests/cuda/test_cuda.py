@@ -133,10 +133,13 @@ def test_bag_embedding(V, s, compiled):
     "L, heads, kv_heads, window", [(512, 4, 4, 0), (1024, 8, 2, 0), (300, 4, 2, 64)]
 )
 def test_attention(L, heads, kv_heads, window, compiled):
-    """Grouped heads and a window, in bfloat16, against a plain softmax in float64."""
+    """Grouped heads and a window, in bfloat16, against a plain softmax in float64. Compiled, a window is flex
+    attention's, whose gradients test_whole_model compares."""
     c = GPTConfig(64, L, 1, heads, 32 * heads, n_kv_head=kv_heads, attention_window=window)
     model = GPT(c).to(DEVICE)
     attention, D = model.blocks[0].attn, c.head_dim
+    if compiled and window:
+        attention.__class__ = kernels.WindowAttention
     x = torch.randn(2, L, c.n_embd, device=DEVICE)  # (B, L, C)
     with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
         found = (torch.compile(attention) if compiled else attention)(x, model.cos, model.sin)
@@ -172,7 +175,7 @@ def test_whole_model(name, dtype):
     own = own | dict(top_k=8 if low else 2) if name == "mixture" else own
     plain = GPT(GPTConfig(500, 128, 2, 4, 64, **own))
     model = copy.deepcopy(plain).to(DEVICE)
-    kernels.use_twins(model, Machine(DEVICE, dtype), [(4, 4)])
+    kernels.use_twins(model, Machine(DEVICE, dtype), [(4, 4)], compiled=low)
     tokens = torch.randint(500, (4, 129 * 4))  # (B, L*s + s)
     loss, _ = plain(*bags_and_labels(tokens, 4, 4))
     loss.backward()
