@@ -15,6 +15,8 @@ from nanotst import UserError
 class Optimizers(list):
     """Several torch optimizers as one, each for some of the parameters."""
 
+    keep_gradients = False  # zeroed in place, not freed: CUDA graphs add to them where they lie
+
     @property
     def param_groups(self):
         return [group for optimizer in self for group in optimizer.param_groups]
@@ -25,7 +27,7 @@ class Optimizers(list):
 
     def zero_grad(self):
         for optimizer in self:
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not self.keep_gradients)
 
     def state_dict(self):
         return [optimizer.state_dict() for optimizer in self]
@@ -69,6 +71,7 @@ OPTIMIZERS = {"adamw": all_adamw, "muon": muon}
 def make_optimizer(model, c, device_type):
     """The optimizer named by the knobs, for all parameters of the model."""
     optimizers = Optimizers(OPTIMIZERS[c.optimizer](model, c, device_type))
+    optimizers.keep_gradients = c.compile == "graphs"
     for group in optimizers.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizers

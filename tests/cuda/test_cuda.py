@@ -229,6 +229,15 @@ def test_as_many_graphs_as_kinds_of_step(run, monkeypatch, knobs):
     assert after_warm_up == [3] and graphs["unique_graphs"] == 3
 
 
+@pytest.mark.parametrize("batch_size", [8, 4, 2])  # 1, 2 and 4 micro-steps
+def test_cuda_graphs_train_like_eager_code(run, tmp_path, batch_size):
+    """Across the switch and with evaluations between the steps."""
+    knobs = dict(device=DEVICE, dtype="float32", batch_size=batch_size, eval_interval=2)
+    eager = run(**knobs, compile="off", out_dir=str(tmp_path / "eager"))
+    graphs = run(**knobs, compile="graphs", out_dir=str(tmp_path / "graphs"))
+    assert losses(graphs) == pytest.approx(losses(eager), rel=2e-3)
+
+
 def test_deterministic_runs_are_bit_equal_and_so_is_a_resumed_one(run, tmp_path, monkeypatch):
     knobs = dict(
         device=DEVICE, dtype="bfloat16", compile="on", deterministic=True, n_embd=64, ff_dim=64
