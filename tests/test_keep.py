@@ -100,7 +100,7 @@ def test_names_tell_runs_apart(tmp_path):
     main(*folders, f"--out_dir={tmp_path}/kept")
     names = [run["run"] for run in read(tmp_path / "kept" / "runs.csv")]
     assert names == ["fast/seed1", "slow/seed1"]
-    with pytest.raises(UserError, match="two runs have the same name"):
+    with pytest.raises(UserError, match="one run is given twice"):
         main(folders[0], folders[0], f"--out_dir={tmp_path}/kept")
     with pytest.raises(UserError, match="3 labels for 2 runs"):
         main(*folders, f"--out_dir={tmp_path}/kept", "--labels=a,b,c")

@@ -1,4 +1,4 @@
-"""tools/sweep.py and tools/runner.py, with tests/stub_trainer.py in the place of train.py."""
+"""tools/sweep.py, with tests/stub_trainer.py in the place of train.py."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from stub_trainer import end_of, lines, names
 
 from nanotst import UserError
 from nanotst.configurator import parse
-from tools import runner, sweep
+from tools import sweep
 
 STEPS = 20
 GIVEN = [f"--max_steps={STEPS}", "--learning_rate=0.01", "--plot=no"]
@@ -23,11 +23,11 @@ GIVEN = [f"--max_steps={STEPS}", "--learning_rate=0.01", "--plot=no"]
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
     """swept("--key=a,b", ...) runs a sweep in this process -> its folder."""
-    monkeypatch.setattr(runner, "TRAINER", stub_trainer.__file__)
+    monkeypatch.setattr(sweep, "TRAINER", stub_trainer.__file__)
 
     def start(*arguments):
         argv = [*GIVEN, f"--out_dir={tmp_path}/sweep", *arguments]
-        sweep.main(parse(sweep.Config, runner.places(argv, sweep.Config)))
+        sweep.main(parse(sweep.Config, sweep.places(argv, sweep.Config)))
         return tmp_path / "sweep"
 
     return start
@@ -98,12 +98,15 @@ def test_interrupted_runs_resume_or_start_again(swept):
     (out / "seed2" / "last.pt").unlink()
     swept("--seed=1,2,3")
     flags = [[arg for arg in starts(out / f"seed{i}")[-1][0] if "=" not in arg] for i in (1, 2, 3)]
-    assert flags == [["--resume"], ["--overwrite"], []] and len(starts(out / "seed3")) == 1
+    assert (
+        flags == [["--resume"], ["--overwrite"], ["--overwrite"]]
+        and len(starts(out / "seed3")) == 1
+    )
 
 
 def test_a_failed_run_is_reported_and_tried_again(swept, tmp_path, capsys):
     missing, there = tmp_path / "missing", tmp_path / "there"
-    with pytest.raises(UserError, match="none of 2 runs is done: error: no corpus"):
+    with pytest.raises(UserError, match="none of 2 runs is done"):
         swept(f"--dataset={missing};{there}")
     there.write_text("")
     with pytest.raises(UserError, match="1 of 2 runs failed; the same command tries them again"):
@@ -171,8 +174,8 @@ def test_jobs_share_cores_and_gpus(swept, monkeypatch):
 @pytest.fixture
 def figures(monkeypatch):
     """The pictures that are drawn."""
-    figures, save = [], runner.save_picture
-    monkeypatch.setattr(runner, "save_picture", lambda *to: (figures.append(to[0]), save(*to)))
+    figures, save = [], sweep.save_picture
+    monkeypatch.setattr(sweep, "save_picture", lambda *to: (figures.append(to[0]), save(*to)))
     return figures
 
 
