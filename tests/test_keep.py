@@ -147,7 +147,7 @@ def test_kept_runs_are_chosen_by_name_or_label(pair, tmp_path, capsys):
 
 def test_the_table_of_a_sweep_is_not_taken_for_kept_runs(tmp_path):
     (tmp_path / "runs.csv").write_text("run,seed,step,val_loss\nseed1,1,20,3.0\n")
-    with pytest.raises(UserError, match="not written by tools.keep; name the folders of its runs"):
+    with pytest.raises(UserError, match="not the folder of a run"):
         runs.read_runs([tmp_path])
 
 

@@ -61,12 +61,11 @@ def plan(config):
 
 def main(config):
     members = plan(config)
-    sweep.run_members(members, config.jobs, config.threads)
-    runs = sweep.finished(members)
+    runs = sweep.run_members(members, config.jobs, config.threads)
     for run in runs:
         run["label"] = "baseline" if is_baseline(run["facts"]) else "TST"
     picture = lambda: draw(runs, ["flops", "data"])
-    sweep.write_results("compare", config, table(runs), members, picture)
+    sweep.write_results("compare", config, members, table(runs), picture)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from tools.runs import LEARNED, NUMBERS, read_runs, read_table, write_table
 class Config:
     """Usage: python -m tools.keep RUN [RUN ...] --out_dir=results/NAME [--key=value ...]
 
-    A run is named after its folder, with folders above if two of the given runs have one name. Runs that are
-    already kept stay, unless a new one has the same name.
+    A run is named after its folder, with the folders above that not all of the given runs share. Runs that
+    are already kept stay, unless a new one has the same name.
     """
 
     runs: list[str]  # run folders of train.py

@@ -111,12 +111,11 @@ def speedup_of(side, baselines):
     if side.is_baseline or not side.finished or not baselines:
         return Interval(math.nan), "-"
     lengths = [end.end["flops"] / side.end["flops"] for end in baselines]
-    if len(lengths) > 1:
-        gain = speedup(lengths, [difference(side.losses, end.losses) for end in baselines])
-        return gain, gain.text(lambda value: times(value, lengths))
-    (end,) = baselines
-    factor = end.end["flops"] / reached(side, end.end[side.y])
-    return Interval(math.inf), times(math.inf, [factor]) if factor else "not reached"
+    if len(lengths) == 1:
+        bound = baselines[0].end["flops"] / reached(side, baselines[0].end[side.y])
+        return Interval(math.inf), times(math.inf, [bound]) if bound else "not reached"
+    gain = speedup(lengths, [difference(side.losses, end.losses) for end in baselines])
+    return gain, gain.text(lambda value: times(value, lengths))
 
 
 def undecayed_speedup(side, longest):
@@ -149,18 +148,18 @@ def met_again(side, baseline):
 def about(side, baselines):
     """A line about TST: its switch, and how it ends compared with the baselines."""
     said, switch = [], side.switch["step"]
-    logged = [[row for row in run["rows"] if "loss" in row] for run in side.runs]
-    pairs = [pair for rows in logged for pair in pairwise(rows)]
+    pairs = [pair for run in side.runs for pair in pairwise(run["rows"])]
     if jumps := [(a["loss"], b["loss"]) for a, b in pairs if a["step"] == switch]:
         old, new = np.mean(jumps, axis=0)
         jump = f"{old:.3f} -> {new:.3f} ({new - old:+.3f})"
         said.append(f"training loss {jump} after step {switch:,.0f}")
-    for key, what in (("flops", "FLOPs"), ("data_tokens", "data")):
-        for near in baselines:
-            if abs(near.end[key] / side.end[key] - 1) < 0.01:
-                said.append(f"equal {what} {difference(side.losses, near.losses).text()}")
-                if key == "flops":
-                    said.append(f"the baseline's validation loss {met_again(side, near)}")
+    for near in baselines:
+        minus = difference(side.losses, near.losses).text()
+        if math.isclose(near.end["flops"], side.end["flops"], rel_tol=0.01):
+            said.append(f"equal FLOPs {minus}")
+            said.append(f"the baseline's validation loss {met_again(side, near)}")
+        if math.isclose(near.end["data_tokens"], side.end["data_tokens"], rel_tol=0.01):
+            said.append(f"equal data {minus}")
     gain, text = speedup_of(side, baselines)
     if 0 < gain.value < math.inf:
         rate = exchange_rate(side, gain).text("{:.2f}".format)

@@ -6,6 +6,7 @@ facts (knobs, corpus, model, machine and command, as text). One in a run folder 
 
 import csv
 import json
+import os
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -103,9 +104,6 @@ def read_kept(folder, wanted):
         name = line.pop("run")
         curves.setdefault(name, []).append({key: float(v) for key, v in line.items()})
     for line in read_table(folder / "runs.csv"):
-        if not {"label", "steps", "max_steps", "bag_size"} <= line.keys():
-            todo = "name the folders of its runs"
-            raise UserError(f"{folder / 'runs.csv'} was not written by tools.keep; {todo}")
         name, label = line.pop("run"), line.pop("label")
         if fnmatch(name, wanted) or fnmatch(label, wanted):
             last = {k: float(line[k]) for k in ENDS if k in line} | {"step": float(line["steps"])}
@@ -115,29 +113,24 @@ def read_kept(folder, wanted):
     return runs
 
 
-def name_folders(runs):
-    """Name runs after their folders, with as many folders above as tell them apart."""
-    paths = [run["path"] for run in runs]
-    if len(set(paths)) < len(paths):
-        raise UserError("one run is given twice")
-    depth = 1
-    while len({path.parts[-depth:] for path in paths}) < len(paths):
-        depth += 1
-    for run in runs:
-        run["name"] = run["label"] = "/".join(run["path"].parts[-depth:])
-
-
 def read_runs(paths, labels=""):
-    """The runs that `paths` name: run folders, folders of tools/keep.py, or KEPT/PATTERN. `labels`, separated
-    by commas, are one for each run or one for all; kept runs have labels already."""
+    """The runs that `paths` name: run folders, folders of tools/keep.py, or KEPT/PATTERN. A new run has the
+    name of its folder, with the folders above that not all share. `labels`, separated by commas, are one for
+    each run or one for all."""
     runs = []
     for path in map(Path, paths):
-        kept = next((p for p in (path, *path.parents) if (p / "runs.csv").exists()), None)
+        kept = next((p for p in (path, *path.parents) if (p / "curves.csv").exists()), None)
         if kept and not (path / "metrics.jsonl").exists():
             runs += read_kept(kept, "*" if path == kept else path.relative_to(kept).as_posix())
         else:
             runs.append(read_folder(path))
-    name_folders([run for run in runs if "path" in run])
+    folders = [run["path"] for run in runs if "path" in run]
+    if len(set(folders)) < len(folders):
+        raise UserError("one run is given twice")
+    for run in runs:
+        if "path" in run:
+            shared = os.path.commonpath([path.parent for path in folders])
+            run["name"] = run["label"] = run["path"].relative_to(shared).as_posix()
     labels = labels.split(",") if labels else [run["label"] for run in runs]
     labels = labels * len(runs) if len(labels) == 1 else labels
     if len(labels) != len(runs):

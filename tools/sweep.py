@@ -109,10 +109,10 @@ def members_of(given, choices, varied, out_dir):
         settings = vars(parse(train.Config, given + flags(chosen)))
         point = {knob: settings[knob] for knob in varied}
         if is_baseline(settings):
-            plain = lambda knobs: {k: v for k, v in knobs.items() if k not in BAGS}
-            one = {"bag_size": 1}
-            settings, chosen = one | plain(settings), one | plain(chosen)
-            point = (one if BAGS & point.keys() else {}) | plain(point)
+            active = lambda knobs: {k: v for k, v in knobs.items() if k not in BAGS}
+            point, settings, chosen = (
+                {"bag_size": 1} | active(knobs) for knobs in (point, settings, chosen)
+            )
         settings = {knob: settings[knob] for knob in LEARNED if knob in settings}
         name = "_".join(f"{SHORT.get(knob, knob + '=')}{value}" for knob, value in point.items())
         folder = Path(out_dir) / (re.sub(r"[^\w.+=-]", "-", name) or "run")
@@ -135,14 +135,14 @@ def start(member, threads, gpu):
     command = [sys.executable, TRAINER, *member.arguments, *own, again]
     env = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": gpu, "PYTHONUNBUFFERED": "1"}
     with open(folder / "log.txt", "a") as log:
-        log.write(f"$ {' '.join(command)}\n")
-        log.flush()
+        print("$", *command, file=log, flush=True)
         output = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         return subprocess.Popen(command, env=os.environ | env, start_new_session=True, **output)
 
 
 def run_members(members, jobs=0, threads=0):
-    """Train the members that are not done, `jobs` at a time (0: one per GPU, or one)."""
+    """Train the members that are not done, `jobs` at a time (0: one per GPU, or one). Returns the finished
+    ones as tools/runs.py reads them. UserError if there are none."""
     waiting = [member for member in members if member.end() is None]
     if done := len(members) - len(waiting):
         print(f"{done} of {len(members)} runs are done already")
@@ -181,17 +181,12 @@ def run_members(members, jobs=0, threads=0):
             process.terminate()
         for process, _ in running.values():
             process.wait()
-
-
-def finished(members):
-    """The finished ones, as tools/runs.py reads them. UserError if there are none."""
-    done = [member.folder for member in members if member.end()]
     if not done:
         raise UserError(f"none of {len(members)} runs is done")
-    return read_runs(done)
+    return read_runs([member.folder for member in members if member.end()])
 
 
-def write_results(tool, config, text, members, draw):
+def write_results(tool, config, members, text, draw):
     """Print `text` and write it as table.md, the ends of the members as runs.csv, and the figure that draw()
     makes as TOOL.png. UserError, after all that: some runs failed."""
     out_dir, command = Path(config.out_dir), f"python -m tools.{tool} {shlex.join(sys.argv[1:])}"
@@ -211,9 +206,9 @@ def write_results(tool, config, text, members, draw):
 
 def main(config):
     members, varied = plan(config.arguments, config.out_dir)
-    run_members(members, config.jobs, config.threads)
-    points = Points(finished(members), [knob for knob in varied if knob != "seed"])
-    write_results("sweep", config, points.table(), members, points.draw)
+    runs = run_members(members, config.jobs, config.threads)
+    points = Points(runs, [knob for knob in varied if knob != "seed"])
+    write_results("sweep", config, members, points.table(), points.draw)
 
 
 if __name__ == "__main__":
