@@ -1,8 +1,7 @@
-"""Turn finished runs into the small form that results/ holds: a table of runs, and thinned curves.
+"""Turn finished runs into the small form that results/ holds and tools/plot.py reads.
 
-runs.csv starts with name and label, the knobs that differ between runs, and the results; machine, versions,
-command, corpus, model and all other knobs follow. curves.csv holds those rows of metrics.jsonl that a picture
-needs. python -m tools.plot results/NAME reads both.
+runs.csv has the name, label and results of each run, and all that made it; curves.csv has those rows of
+metrics.jsonl that a picture needs.
 """
 
 import re

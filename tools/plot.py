@@ -1,8 +1,4 @@
-"""Compare training runs: a table, and validation loss drawn at equal FLOPs, equal data and equal time.
-
-Reads run folders of train.py and what tools/keep.py kept of such runs in results/. A note names what differs
-between the runs (model, corpus, learning rate); different tokenizers compare in bits per byte.
-"""
+"""Compare training runs: a table, and validation loss drawn at equal FLOPs, equal data and equal time."""
 
 import math
 import sys
@@ -34,7 +30,8 @@ class Config:
     python -m tools.plot results/sizes --by=bag_size    final losses minus the baseline's, by bag size
 
     Runs of one label, length and bag size are seeds of one side: they share a colour and a line of the table.
-    A run that was stopped early has no speed-up and is nobody's baseline.
+    A run that was stopped early has no speed-up and is nobody's baseline. Runs with different tokenizers
+    compare in bits per byte.
     """
 
     runs: list[str]  # run folders, kept folders, or KEPT/PATTERN of names or labels
@@ -60,7 +57,8 @@ class Side:
     """Runs that differ by seed alone. y is the loss that counts."""
 
     def __init__(self, runs, y="val_loss"):
-        self.runs, self.label, self.facts, self.y = runs, runs[0]["label"], runs[0]["facts"], y
+        self.runs, self.y = runs, y
+        self.label, self.facts = runs[0]["label"], runs[0]["facts"]
         seeds = [{row["step"]: row for row in run["validated"]} for run in runs]
         steps = sorted(set.intersection(*map(set, seeds)))  # where all were validated
         rows = [seed[step] for seed in seeds for step in steps]
@@ -257,7 +255,8 @@ class Points:
     of superposition."""
 
     def __init__(self, runs, knobs):
-        self.knobs, self.losses, y = list(dict.fromkeys([*knobs, "bag_size"])), {}, measure_of(runs)
+        self.knobs = list(dict.fromkeys([*knobs, "bag_size"]))
+        self.losses, y = {}, measure_of(runs)
         for run in runs:
             point = tuple(run["facts"].get(knob, "-") for knob in self.knobs)
             point = self.baseline(point) if is_baseline(run["facts"]) else point

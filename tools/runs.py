@@ -106,8 +106,9 @@ def read_kept(folder, wanted):
     for line in read_table(folder / "runs.csv"):
         name, label = line.pop("run"), line.pop("label")
         if fnmatch(name, wanted) or fnmatch(label, wanted):
-            last = {k: float(line[k]) for k in ENDS if k in line} | {"step": float(line["steps"])}
-            runs.append(dict(name=name, label=label, rows=curves.get(name, [last]), facts=line))
+            last = {key: float(line[key]) for key in ENDS if key in line}
+            rows = curves.get(name, [{"step": float(line["steps"])} | last])
+            runs.append(dict(name=name, label=label, rows=rows, facts=line))
     if not runs:
         raise UserError(f"{folder}: no run of the name or label {wanted} is kept there")
     return runs
@@ -136,7 +137,8 @@ def read_runs(paths, labels=""):
     if len(labels) != len(runs):
         raise UserError(f"--labels has {len(labels)} labels for {len(runs)} runs")
     for run, label in zip(runs, labels):
-        run |= {"label": label, "validated": [row for row in run["rows"] if "val_loss" in row]}
+        run["label"] = label
+        run["validated"] = [row for row in run["rows"] if "val_loss" in row]
         if not run["validated"]:
             raise UserError(f"{run['name']}: no validation rows")
     return runs

@@ -1,4 +1,4 @@
-"""Train a grid of runs, several at a time, and tabulate their final losses. tools/compare.py uses it, too."""
+"""Train a grid of runs, several at a time, and tabulate their final losses."""
 
 import dataclasses
 import itertools
@@ -75,21 +75,14 @@ def places(argv, config):
     return [arg[2:] if arg.startswith("--") and not is_own(arg) else arg for arg in argv]
 
 
-def read_grid(arguments):
-    """(config files, {knob: its values as text}), from "a,b,c", or "a;b,c;d" if one value may hold commas."""
-    files, grid = [arg for arg in arguments if arg.endswith(".py")], {}
-    for arg in arguments:
-        if arg not in files:
-            key, equals, text = arg.partition("=")
-            key, separator = key.replace("-", "_"), ";" if key in COMMAS or ";" in text else ","
-            values = text.removesuffix(";").split(separator) if equals else ["True"]
-            grid[key] = list(dict.fromkeys(values))
-    return files, grid
-
-
 def plan(arguments, out_dir):
     """(members, varied): the runs of a grid, and the knobs with several values, the seed last."""
-    files, grid = read_grid(arguments)
+    files, grid = [arg for arg in arguments if arg.endswith(".py")], {}
+    for key, equals, text in (arg.partition("=") for arg in arguments if arg not in files):
+        key = key.replace("-", "_")
+        separator = ";" if key in COMMAS or ";" in text else ","
+        values = text.removesuffix(";").split(separator) if equals else ["True"]
+        grid[key] = list(dict.fromkeys(values))
     varied = sorted((k for k, values in grid.items() if len(values) > 1), key=lambda k: k == "seed")
     if free := [knob for knob in varied if knob in FREE]:
         raise UserError(f"--{free[0]} takes one value: it does not change what is learned")
@@ -103,16 +96,14 @@ def members_of(given, choices, varied, out_dir):
     one, named by the knobs in `varied`. UserError if another run is in its way."""
     there, members = {}, {}
     flags = lambda knobs: [f"--{knob}={value}" for knob, value in knobs.items()]
+    plain = lambda knobs: {"bag_size": 1} | {k: v for k, v in knobs.items() if k not in BAGS}
     for path in sorted(Path(out_dir).glob("*/config.json")):  # a younger knob has its default
         there[path.parent] = vars(train.Config()) | renamed(json.loads(path.read_text())["config"])
     for chosen in choices:
         settings = vars(parse(train.Config, given + flags(chosen)))
         point = {knob: settings[knob] for knob in varied}
         if is_baseline(settings):
-            active = lambda knobs: {k: v for k, v in knobs.items() if k not in BAGS}
-            point, settings, chosen = (
-                {"bag_size": 1} | active(knobs) for knobs in (point, settings, chosen)
-            )
+            point, settings, chosen = map(plain, (point, settings, chosen))
         settings = {knob: settings[knob] for knob in LEARNED if knob in settings}
         name = "_".join(f"{SHORT.get(knob, knob + '=')}{value}" for knob, value in point.items())
         folder = Path(out_dir) / (re.sub(r"[^\w.+=-]", "-", name) or "run")
