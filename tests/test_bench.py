@@ -17,7 +17,6 @@ from nanotst import UserError
 from nanotst.configurator import parse
 from nanotst.machine import Machine
 from tools import bench, sweep
-from tools.runner import places
 
 ON_CPU = dict(device="cpu", dtype="float32", compile="off", repeats=1)
 
@@ -240,7 +239,7 @@ def test_every_part_of_gpu_sh_is_command_lines_that_work(tmp_path):
                 c = parse(bench.Config, arguments)
                 assert set(c.parts.split(",")) <= set(bench.PARTS)
                 continue
-            c = parse(sweep.Config, places(arguments, sweep.Config))
+            c = parse(sweep.Config, sweep.places(arguments, sweep.Config))
             for member in sweep.plan(c.arguments, tmp_path / c.out_dir)[0]:
                 run = parse(train.Config, member.arguments)
                 train.check(run, 1)

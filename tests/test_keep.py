@@ -100,7 +100,7 @@ def test_names_tell_runs_apart(tmp_path):
     main(*folders, f"--out_dir={tmp_path}/kept")
     names = [run["run"] for run in read(tmp_path / "kept" / "runs.csv")]
     assert names == ["fast/seed1", "slow/seed1"]
-    with pytest.raises(UserError, match="two runs have the same name"):
+    with pytest.raises(UserError, match="one run is given twice"):
         main(folders[0], folders[0], f"--out_dir={tmp_path}/kept")
     with pytest.raises(UserError, match="3 labels for 2 runs"):
         main(*folders, f"--out_dir={tmp_path}/kept", "--labels=a,b,c")
@@ -147,7 +147,7 @@ def test_kept_runs_are_chosen_by_name_or_label(pair, tmp_path, capsys):
 
 def test_the_table_of_a_sweep_is_not_taken_for_kept_runs(tmp_path):
     (tmp_path / "runs.csv").write_text("run,seed,step,val_loss\nseed1,1,20,3.0\n")
-    with pytest.raises(UserError, match="not written by tools.keep; name the folders of its runs"):
+    with pytest.raises(UserError, match="not the folder of a run"):
         runs.read_runs([tmp_path])
 
 

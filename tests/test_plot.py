@@ -36,7 +36,8 @@ def facts_of(rows, **knobs):
 
 
 def run_of(rows, label="run", **knobs):
-    return dict(name=label, label=label, rows=rows, facts=facts_of(rows, **knobs))
+    facts = facts_of(rows, **knobs)
+    return dict(name=label, label=label, rows=rows, validated=rows, facts=facts)
 
 
 def side_of(losses, *args, **knobs):
@@ -84,7 +85,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line):
 def test_old_names_are_read(tmp_path):
     folder = write(tmp_path / "run", [dict(step=1, mfu=None, tokens_per_second=7.0)], z_coef=0.5)
     assert runs.load_metrics(folder) == [dict(step=1, positions_per_second=7.0)]
-    assert runs.describe(folder)[0]["router_z_coef"] == "0.5"
+    assert runs.read_facts(tmp_path / "run" / "config.json")["router_z_coef"] == "0.5"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_old_names_are_read(tmp_path):
         (["{}/train"], "train: no validation rows"),
         (["{}/run", "--labels=a,b"], "2 labels for 1 runs"),
         (["{}/run", "--panels=flops,steps"], "flops, data, time, not 'steps'"),
-        (["{}/broken"], "broken/config.json is missing or damaged"),
+        (["{}/broken"], "broken/config.json is damaged"),
     ],
 )
 def test_errors_say_what_is_wrong(tmp_path, args, message):
@@ -152,9 +153,9 @@ def test_a_loss_is_reached_where_the_curve_stays_below():
 def test_the_false_speedup_is_read_before_the_decay():
     # 5 - step / 100 down to 4 in step 80, where the decay of 20 % starts; then 3
     long = side_of([5 - step / 100 for step in range(10, 81, 10)] + [3.5, 3.0])
-    assert plot.undecayed_speedup(ending_at(4.3, 20), [long]) == pytest.approx(70 / 20)
-    assert plot.undecayed_speedup(ending_at(3.5, 20), [long]) is None  # reached in the decay
-    assert plot.undecayed_speedup(ending_at(4.3, 80), [long]) is None  # no longer baseline
+    assert plot.undecayed_speedup(ending_at(4.3, 20), long) == pytest.approx(70 / 20)
+    assert plot.undecayed_speedup(ending_at(3.5, 20), long) is None  # reached in the decay
+    assert plot.undecayed_speedup(ending_at(4.3, 80), long) is None  # no longer baseline
 
 
 def test_met_again_is_where_the_curves_cross_after_the_switch():
@@ -198,9 +199,9 @@ def test_a_note_names_the_knobs_and_the_corpus_that_differ():
     assert runs.notes_on_differences([dense, moe]) == [f"Not the same in all runs: {differ}."]
 
 
-def test_runs_of_one_folder_name_are_told_apart_by_their_paths(tmp_path):
-    one, two = (write(tmp_path / name / "tst", rows_of([3.0])) for name in ("a", "b"))
-    assert [run["name"] for run in runs.read_runs([one, two])] == [one, two]
+def test_runs_of_one_folder_name_are_told_apart_by_the_folders_above(tmp_path):
+    one, two = (write(tmp_path / name / "x" / "tst", rows_of([3.0])) for name in ("a", "b"))
+    assert [run["name"] for run in runs.read_runs([one, two])] == ["a/x/tst", "b/x/tst"]
     assert [run["name"] for run in runs.read_runs([one])] == ["tst"]
 
 

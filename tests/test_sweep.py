@@ -1,4 +1,4 @@
-"""tools/sweep.py and tools/runner.py, with tests/stub_trainer.py in the place of train.py."""
+"""tools/sweep.py, with tests/stub_trainer.py in the place of train.py."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from stub_trainer import end_of, lines, names
 
 from nanotst import UserError
 from nanotst.configurator import parse
-from tools import runner, sweep
+from tools import sweep
 
 STEPS = 20
 GIVEN = [f"--max_steps={STEPS}", "--learning_rate=0.01", "--plot=no"]
@@ -23,11 +23,11 @@ GIVEN = [f"--max_steps={STEPS}", "--learning_rate=0.01", "--plot=no"]
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
     """swept("--key=a,b", ...) runs a sweep in this process -> its folder."""
-    monkeypatch.setattr(runner, "TRAINER", stub_trainer.__file__)
+    monkeypatch.setattr(sweep, "TRAINER", stub_trainer.__file__)
 
     def start(*arguments):
         argv = [*GIVEN, f"--out_dir={tmp_path}/sweep", *arguments]
-        sweep.main(parse(sweep.Config, runner.places(argv, sweep.Config)))
+        sweep.main(parse(sweep.Config, sweep.places(argv, sweep.Config)))
         return tmp_path / "sweep"
 
     return start
@@ -91,19 +91,24 @@ def test_finished_runs_are_skipped_and_a_grid_may_grow(swept, capsys):
 def test_interrupted_runs_resume_or_start_again(swept):
     out = swept("--seed=1,2,3")
     for seed, steps in ((1, 14), (2, 4)):
-        log = out / f"seed{seed}" / "metrics.jsonl"
+        log = out / f"s1_seed{seed}" / "metrics.jsonl"
         rows = log.read_text().splitlines(keepends=True)[:steps]
         log.write_text("".join(rows) + '{"step": 15, "lo')
-    (out / "seed1" / "last.pt").write_text("10")
-    (out / "seed2" / "last.pt").unlink()
+    (out / "s1_seed1" / "last.pt").write_text("10")
+    (out / "s1_seed2" / "last.pt").unlink()
     swept("--seed=1,2,3")
-    flags = [[arg for arg in starts(out / f"seed{i}")[-1][0] if "=" not in arg] for i in (1, 2, 3)]
-    assert flags == [["--resume"], ["--overwrite"], []] and len(starts(out / "seed3")) == 1
+    flags = [
+        [arg for arg in starts(out / f"s1_seed{i}")[-1][0] if "=" not in arg] for i in (1, 2, 3)
+    ]
+    assert (
+        flags == [["--resume"], ["--overwrite"], ["--overwrite"]]
+        and len(starts(out / "s1_seed3")) == 1
+    )
 
 
 def test_a_failed_run_is_reported_and_tried_again(swept, tmp_path, capsys):
     missing, there = tmp_path / "missing", tmp_path / "there"
-    with pytest.raises(UserError, match="none of 2 runs is done: error: no corpus"):
+    with pytest.raises(UserError, match="none of 2 runs is done"):
         swept(f"--dataset={missing};{there}")
     there.write_text("")
     with pytest.raises(UserError, match="1 of 2 runs failed; the same command tries them again"):
@@ -118,7 +123,7 @@ def test_a_failed_run_is_reported_and_tried_again(swept, tmp_path, capsys):
 
 def test_another_run_in_the_folder_is_not_touched(swept, tmp_path):
     swept("--seed=1,2", "--max_steps=10")
-    with pytest.raises(UserError, match="seed1 holds a run with other knobs: give another"):
+    with pytest.raises(UserError, match="s1_seed1 holds a run with other knobs: give another"):
         swept("--seed=1,2")
     (tmp_path / "sweep" / "s2").mkdir()
     (tmp_path / "sweep" / "s2" / "metrics.jsonl").write_text("")
@@ -128,7 +133,7 @@ def test_another_run_in_the_folder_is_not_touched(swept, tmp_path):
 
 def test_runs_of_older_code_are_recognised(swept, capsys):
     """A knob that is younger than a run had its default; one had another name."""
-    path = swept("--seed=1,2", "--router_z_coef=0.1") / "seed1" / "config.json"
+    path = swept("--seed=1,2", "--router_z_coef=0.1") / "s1_seed1" / "config.json"
     described = json.loads(path.read_text())  # without most knobs
     described["config"]["z_coef"] = described["config"].pop("router_z_coef")
     path.write_text(json.dumps(described))
@@ -138,7 +143,7 @@ def test_runs_of_older_code_are_recognised(swept, capsys):
 
 def test_ctrl_c_stops_the_runs_at_a_checkpoint_and_the_next_start_resumes(swept, tmp_path):
     arguments = ["--seed=1,2", "--jobs=2", "--min_lr_ratio=0.02", "--max_steps=40"]
-    logs = [tmp_path / "sweep" / f"seed{i}" / "metrics.jsonl" for i in (1, 2)]
+    logs = [tmp_path / "sweep" / f"s1_seed{i}" / "metrics.jsonl" for i in (1, 2)]
 
     def interrupt():
         while not all(log.exists() and log.stat().st_size for log in logs):
@@ -171,8 +176,8 @@ def test_jobs_share_cores_and_gpus(swept, monkeypatch):
 @pytest.fixture
 def figures(monkeypatch):
     """The pictures that are drawn."""
-    figures, save = [], runner.save_picture
-    monkeypatch.setattr(runner, "save_picture", lambda *to: (figures.append(to[0]), save(*to)))
+    figures, save = [], sweep.save_picture
+    monkeypatch.setattr(sweep, "save_picture", lambda *to: (figures.append(to[0]), save(*to)))
     return figures
 
 

@@ -1,16 +1,4 @@
-"""The paper's three comparisons of TST with ordinary training, from one command.
-
-    python -m tools.compare config/curves.py --seeds=1,2,3 --lengths=1,1.5,2 --jobs=2
-
-equal FLOPs   a baseline of as many steps: which one ends lower?
-equal loss    baselines of several lengths, each with its own decay: how many FLOPs does one need to end where
-              TST ends? Interpolated between their ends, over the logarithm of FLOPs
-equal data    a baseline that reads as many tokens as TST, in more steps: what is the data worth without TST?
-
-Both sides should train at their own best learning rates, which python -m tools.sweep shows. Run the same
-command again to resume; more lengths or seeds only add runs. At the end out_dir holds table.md, runs.csv and
-compare.png.
-"""
+"""The paper's three comparisons of TST with ordinary training, from one command."""
 
 import sys
 from dataclasses import dataclass
@@ -18,7 +6,7 @@ from dataclasses import dataclass
 import train
 from nanotst import UserError
 from nanotst.configurator import entry_point, parse
-from tools import runner
+from tools import sweep
 from tools.plot import draw, table
 from tools.runs import is_baseline
 
@@ -27,7 +15,16 @@ from tools.runs import is_baseline
 class Config:
     """Usage: python -m tools.compare [CONFIG.py ...] [--key=value ...] [--seeds=1,2,3] [--lengths=1,1.5,2]
 
-    The keys are train.py's and say what TST trains. Other knobs:"""
+    equal FLOPs   a baseline of as many steps: which one ends lower?
+    equal loss    baselines of several lengths, each with its own decay: how many FLOPs does one need to end
+                  where TST ends? Interpolated between their ends, over the logarithm of FLOPs
+    equal data    a baseline that reads as many tokens as TST, in more steps: what is the data worth without
+                  TST?
+
+    The keys are train.py's and say what TST trains. Both sides should train at their own best learning rates,
+    which python -m tools.sweep shows. Run the same command again to resume; more lengths or seeds only add
+    runs. At the end out_dir holds table.md, runs.csv and compare.png. Other knobs:
+    """
 
     arguments: list[str]  # config files and knobs of train.py
 
@@ -42,12 +39,10 @@ class Config:
 
 def plan(config):
     """The members: TST, and the baselines of all lengths."""
-    files, grid = runner.read_grid(config.arguments)
-    if several := [key for key, values in grid.items() if len(values) > 1 or key == "seed"]:
-        todo = "--seeds, --lengths and --baseline_learning_rate vary here, all knobs in tools.sweep"
-        raise UserError(f"--{several[0]} takes one value, and --seed none: {todo}")
-    given = {key: values[0] for key, values in grid.items()}
-    tst = parse(train.Config, runner.make_member(files, given, [], config.out_dir).arguments)
+    given = [arg if arg.endswith(".py") else f"--{arg}" for arg in config.arguments]
+    tst = parse(train.Config, given)
+    if any(arg.startswith("--seed=") for arg in given):
+        raise UserError("give --seeds, not --seed")
     if is_baseline(vars(tst)):
         raise UserError("there is no superposition to compare: give a --bag_size above 1")
     try:
@@ -58,26 +53,20 @@ def plan(config):
     if all(abs(as_much / length - 1) > 0.01 for length in lengths):
         lengths.append(as_much)
     baseline = {"bag_size": 1, "learning_rate": config.baseline_learning_rate or tst.learning_rate}
-    sides = [{}, *(baseline | {"max_steps": steps} for steps in sorted(set(lengths)))]
+    sides = [{}, *(baseline | {"max_steps": steps} for steps in sorted({*lengths}))]
+    choices = [side | {"seed": seed} for side in sides for seed in config.seeds.split(",")]
     varied = ["bag_size", "superposition_ratio", "max_steps", "seed"]
-    members = [
-        runner.make_member(files, given | side | {"seed": seed}, varied, config.out_dir)
-        for side in sides
-        for seed in config.seeds.split(",")
-    ]
-    runner.find_folders(members, config.out_dir)
-    return members
+    return sweep.members_of(given, choices, varied, config.out_dir)
 
 
 def main(config):
     members = plan(config)
-    failed = runner.run_members(members, config.jobs, config.threads)
-    runs = runner.finished(members, failed)
+    runs = sweep.run_members(members, config.jobs, config.threads)
     for run in runs:
         run["label"] = "baseline" if is_baseline(run["facts"]) else "TST"
     picture = lambda: draw(runs, ["flops", "data"])
-    runner.write_results("compare", config, table(runs), members, picture, failed)
+    sweep.write_results("compare", config, members, table(runs), picture)
 
 
 if __name__ == "__main__":
-    entry_point(main, Config, runner.places(sys.argv[1:], Config))
+    entry_point(main, Config, sweep.places(sys.argv[1:], Config))

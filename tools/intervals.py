@@ -5,22 +5,21 @@ runs of one seed share their initial weights but not the order of their text.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 
-@dataclass
-class Interval:
-    """A value with its 95 % interval; the bounds are NaN if there are too few seeds."""
+class Interval(NamedTuple):
+    """A value with its 95 % confidence interval; the bounds are NaN if there are too few seeds."""
 
     value: float
     low: float = math.nan
     high: float = math.nan
 
     def text(self, show="{:+.4f}".format):
-        bounds = f" (95 % {show(self.low)} to {show(self.high)})"
-        return show(self.value) + ("" if math.isnan(self.low + self.high) else bounds)
+        value, low, high = map(show, self)
+        return value if math.isnan(self.low + self.high) else f"{value} (95 % {low} to {high})"
 
 
 def student_t(freedom):
@@ -39,20 +38,20 @@ def seeds_text(losses):
 
 def difference(ours, theirs):
     """Interval of mean(ours) - mean(theirs), two lists of losses; its bounds need two seeds of each."""
-    value = float(np.mean(ours) - np.mean(theirs))
-    if min(len(ours), len(theirs)) < 2:
-        return Interval(value)
-    freedom = len(ours) + len(theirs) - 2
-    variance = sum(np.var(side) * len(side) for side in (ours, theirs)) / freedom
-    half = student_t(freedom) * math.sqrt(variance * (1 / len(ours) + 1 / len(theirs)))
+    value, half = float(np.mean(ours) - np.mean(theirs)), math.nan
+    if min(len(ours), len(theirs)) > 1:
+        freedom = len(ours) + len(theirs) - 2
+        variance = sum(np.var(side) * len(side) for side in (ours, theirs)) / freedom
+        half = student_t(freedom) * math.sqrt(variance * (1 / len(ours) + 1 / len(theirs)))
     return Interval(value, value - half, value + half)
 
 
-def first_zero(points):
-    """x where y of the points [(x, y)] first falls to zero, linear between them; inf if it does not."""
-    for (x0, y0), (x1, y1) in zip(points[:1] + points, points):
-        if y1 <= 0:
-            return np.interp(0, [y1, y0], [x1, x0])
+def first_zero(x, y):
+    """x where y first falls to zero, linear between the points; inf if it does not."""
+    for i in range(len(y)):
+        if y[i] <= 0:
+            before = max(i - 1, 0)
+            return np.interp(0, [y[i], y[before]], [x[i], x[before]])
     return math.inf
 
 
@@ -64,10 +63,10 @@ def speedup(lengths, differences):
     def crossing(minus):
         if np.isnan(minus).any():
             return math.nan
-        missing = first_zero(list(zip(np.log(lengths), np.negative(minus))))
-        return 0.0 if minus[0] > 0 else math.exp(missing)
+        return 0.0 if minus[0] > 0 else math.exp(first_zero(np.log(lengths), -minus))
 
-    return Interval(*map(crossing, zip(*((d.value, d.high, d.low) for d in differences))))
+    value, low, high = np.transpose(differences)
+    return Interval(crossing(value), crossing(high), crossing(low))
 
 
 def times(factor, lengths):

@@ -1,26 +1,24 @@
-"""Turn finished runs into the small form that results/ holds: a table of runs, and thinned curves.
+"""Turn finished runs into the small form that results/ holds and tools/plot.py reads.
 
-runs.csv starts with name and label, the knobs that differ between runs, and the results; machine, versions,
-command, corpus, model and all other knobs follow. curves.csv holds those rows of metrics.jsonl that a picture
-needs. python -m tools.plot results/NAME reads both.
+runs.csv has the name, label and results of each run, and all that made it; curves.csv has those rows of
+metrics.jsonl that a picture needs.
 """
 
 import re
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanotst import UserError
+import numpy as np
+
 from nanotst.configurator import entry_point
-from tools.runs import FREE, NUMBERS, describe, final, load_metrics, read_table, write_table
-from train import Config as Knobs
+from tools.runs import LEARNED, NUMBERS, read_runs, read_table, write_table
 
 
 @dataclass
 class Config:
     """Usage: python -m tools.keep RUN [RUN ...] --out_dir=results/NAME [--key=value ...]
 
-    A run is named after its folder, with the folder above if two of the given runs have one name. Runs that
+    A run is named after its folder, with the folders above that not all of the given runs share. Runs that
     are already kept stay, unless a new one has the same name.
     """
 
@@ -31,79 +29,53 @@ class Config:
     points: int = 40  # rows of a curve, besides those with a validation loss or at a switch
 
 
-WHERE = {"device": "machine", "dtype": "precision", "world_size": "ranks"}  # other names for these
-LEFT_OUT = {"step", "lr", "grad_norm", "epoch", "mfu", "positions_per_second"}  # others stay
+LEFT_OUT = ("lr", "grad_norm", "epoch", "mfu", "positions_per_second")  # other metrics stay
+# the folders of absolute paths, which mean nothing on another machine
+FOLDERS = re.compile(r"(^|[=:,\s])(?:[A-Za-z]:)?[/\\](?:[^/\\\s=,]+[/\\])*")
 NOT_KNOBS = ("out_dir", "resume", "allow_changes", "overwrite")  # nothing about a finished run
 
 
-def names_of(paths):
-    """Names of run folders."""
-    paths = [Path(path).resolve() for path in paths]
-    for names in ([p.name for p in paths], [f"{p.parent.name}/{p.name}" for p in paths]):
-        if len(set(names)) == len(names):
-            return names
-    raise UserError("two runs have the same name; keep them in different folders")
-
-
-def cells(row, but=()):
-    """The numbers of a row as text, floats with nine digits, which tell all float32 apart."""
-    numbers = {k: v for k, v in row.items() if type(v) in (int, float) and k not in but}
+def cells(row):
+    """The numbers of a row that are kept, as text: floats with nine digits, which tell all float32 apart."""
+    numbers = {k: v for k, v in row.items() if type(v) in (int, float) and k not in LEFT_OUT}
     return {k: f"{v:.9g}" if type(v) is float else str(v) for k, v in numbers.items()}
 
 
-def without_folders(text):
-    """`text` without the folders of absolute paths, which mean nothing on another machine."""
-    return re.sub(r"(^|[=:,\s])(?:[A-Za-z]:)?[/\\](?:[^/\\\s=,]+[/\\])*", r"\1", text)
-
-
-def summary(folder, name, label, rows):
+def summary(run):
     """A run's row of runs.csv: {column: text}."""
-    facts, described = describe(folder)
-    facts = {k: without_folders(v) for k, v in facts.items() if k not in NOT_KNOBS}
-    best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
-    ends = {"steps": final(rows)["step"], "val_loss": 0.0, "best_val_loss": best["val_loss"]}
-    ends |= {"best_step": best["step"]} | final(rows)
-    rates = [row["positions_per_second"] for row in rows if "positions_per_second" in row]
-    where = {WHERE.get(k, k): str(v) for k, v in described["versions"].items()}
-    where["positions_per_second"] = str(round(statistics.median(rates))) if rates else ""
-    where["command"] = " ".join(without_folders(arg) for arg in described["command"])
-    return {"run": name, "label": label} | cells(ends, LEFT_OUT) | where | facts
+    last = dict(run["validated"][-1])
+    best = min(run["validated"], key=lambda row: row["val_loss"])
+    ends = {"steps": last.pop("step"), "val_loss": last["val_loss"]}
+    ends |= {"best_val_loss": best["val_loss"], "best_step": best["step"]} | last
+    rates = [row["positions_per_second"] for row in run["rows"] if "positions_per_second" in row]
+    rate = {"positions_per_second": str(round(np.median(rates)))} if rates else {}
+    facts = {k: FOLDERS.sub(r"\1", v) for k, v in run["facts"].items() if k not in NOT_KNOBS}
+    return {"run": run["name"], "label": run["label"]} | cells(ends) | rate | facts
 
 
 def thinned(rows, points):
     """The rows of a curve: about `points` of them, and those with a validation loss and around a switch."""
-    every = len(rows) // points + 1
-    sizes = [row.get("bag_size") for row in rows]
-    switches = [i for i in range(1, len(rows)) if sizes[i] != sizes[i - 1]]
-    kept = {*range(0, len(rows), every), *switches, *(i - 1 for i in switches), len(rows) - 1}
-    return [row for i, row in enumerate(rows) if i in kept or "val_loss" in row]
-
-
-def columns_of(runs):
-    """The columns of runs.csv: who, the knobs that differ, and all others as `summary` orders them."""
-    learned = [key for key in Knobs.__dataclass_fields__ if key not in FREE]
-    differ = [key for key in learned if len({run.get(key) for run in runs}) > 1]
-    return list(dict.fromkeys(["run", "label", *differ, *(key for run in runs for key in run)]))
+    every, sizes = len(rows) // points + 1, [row.get("bag_size") for row in rows]
+    at_switch = lambda i: len(set(sizes[max(i - 1, 0) : i + 2])) > 1
+    wanted = lambda i: i % every == 0 or at_switch(i) or "val_loss" in rows[i]
+    return [row for i, row in enumerate(rows) if wanted(i)]
 
 
 def main(config):
-    names, out_dir = names_of(config.runs), Path(config.out_dir)
-    labels = config.labels.split(",") if config.labels else names
-    labels = labels * len(names) if len(labels) == 1 else labels
-    if len(labels) != len(names):
-        raise UserError(f"--labels has {len(labels)} labels for {len(names)} runs")
+    new, out_dir = read_runs(config.runs, config.labels), Path(config.out_dir)
     runs = {line["run"]: line for line in read_table(out_dir / "runs.csv")}
+    names = [run["name"] for run in new]
     points = [row for row in read_table(out_dir / "curves.csv") if row["run"] not in names]
-    for folder, name, label in zip(config.runs, names, labels):
-        rows = load_metrics(folder)
-        runs[name] = summary(folder, name, label, rows)
+    for run in new:
+        name, label = run["name"], run["label"]
+        runs[name] = summary(run)
         if {"all", name, label} & set(config.curves.split(",")):
-            curve = thinned(rows, config.points)
-            points += [{"run": name} | cells(row, LEFT_OUT - {"step"}) for row in curve]
+            points += [{"run": name} | cells(row) for row in thinned(run["rows"], config.points)]
         print(f"{name}: kept as {label}, val_loss {runs[name]['val_loss']}")
-    write_table(out_dir / "runs.csv", columns_of(runs.values()), runs.values())
-    columns = dict.fromkeys(["run", *NUMBERS, *(key for row in points for key in row)])
-    write_table(out_dir / "curves.csv", list(columns), points)
+    lines = list(runs.values())
+    differ = [knob for knob in LEARNED if len({line.get(knob) for line in lines}) > 1]
+    write_table(out_dir / "runs.csv", ["run", "label", *differ], lines)
+    write_table(out_dir / "curves.csv", ["run", *NUMBERS], points)
     print(f"{out_dir}: {len(runs)} runs, curves of {len({row['run'] for row in points})}")
 
 

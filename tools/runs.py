@@ -1,12 +1,12 @@
 """Reads training runs for all of tools/: metrics.jsonl and config.json, or what tools/keep.py kept of them.
 
-A run is a dict of name, label (None if it has none), rows (as in metrics.jsonl) and facts (knobs, corpus and
-model, as text).
+A run is a dict of name, label, rows (as in metrics.jsonl), validated (the rows with a validation loss) and
+facts (knobs, corpus, model, machine and command, as text). One in a run folder has a path.
 """
 
 import csv
-import io
 import json
+import os
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,9 +19,11 @@ from train import Config
 # Knobs that change nothing that is learned. A resumed run has its corpus and its weights already, so two are
 # free in train.py that are not free here.
 FREE = marked(Config, Free) - {"dataset", "init_from"}
+LEARNED = [knob for knob in Config.__dataclass_fields__ if knob not in FREE]
 BAGS = marked(Config, Bags)  # idle without superposition
 CORPUS = ("encoding", "vocab_size", "bytes_per_token", "train_tokens", "val_tokens", "fingerprint")
 MODEL = ("parameters", "active_parameters")
+WHERE = {"device": "machine", "dtype": "precision", "world_size": "ranks"}  # knobs have these names
 ENDS = ("positions", "data_tokens", "flops", "seconds", "val_loss", "val_bpb")
 NUMBERS = ("step", "bag_size", "loss", *ENDS)
 IN_TABLE = {"bag_size", "superposition_ratio", "max_steps", "seed", "dataset"}  # need no note
@@ -47,17 +49,18 @@ def load_metrics(folder):
     return rows
 
 
-def describe(folder):
-    """(facts of a run folder, its config.json)."""
-    path = Path(folder) / "config.json"
+def read_facts(path):
+    """The facts in a config.json. A knob that is younger than the run had its default."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-        facts = {key: described["data"].get(key) for key in CORPUS}
-        facts |= {key: described.get(key) for key in MODEL} | renamed(described["config"])
-        facts["max_steps"] = int(facts["max_steps"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is missing or damaged, so how it was made is not known") from None
-    return {k: str(v) for k, v in facts.items() if v not in (None, "")}, described
+        facts = {WHERE.get(k, k): v for k, v in described.get("versions", {}).items()}
+        facts["command"] = " ".join(described.get("command", []))
+        facts |= {key: described["data"].get(key) for key in CORPUS}
+        facts |= {key: described.get(key) for key in MODEL}
+        facts |= vars(Config()) | renamed(described["config"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged, so how the run was made is not known") from None
+    return {k: str(v) for k, v in facts.items() if v not in (None, "")}
 
 
 def read_table(path):
@@ -68,66 +71,75 @@ def read_table(path):
         return [renamed({k: v for k, v in line.items() if v}) for line in csv.DictReader(f)]
 
 
-def write_table(path, columns, lines):
-    """Write a CSV file with these columns of lines, dicts."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_safely(path, lambda temporary: Path(temporary).write_bytes(table.getvalue().encode()))
+def write_table(path, first, lines):
+    """Write a CSV file of lines, dicts. The columns in `first` are the first ones."""
+    columns = dict.fromkeys([*first, *(key for line in lines for key in line)])
 
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, list(columns), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
 
-def numbers(line, keys):
-    """Those `keys` of a row of text that it has, as numbers."""
-    known = {key: line[key] for key in keys if key in line}
-    return {key: int(v) if v.isdigit() else float(v) for key, v in known.items()}
+    write_safely(path, write)
 
 
 def read_folder(path):
     """The run in a run folder. If it has no config.json, what its rows tell of it."""
     rows = load_metrics(path)
     if (path / "config.json").exists():
-        facts = describe(path)[0]
+        facts = read_facts(path / "config.json")
     else:
         print(f"note: {path} has no config.json and is taken for finished", file=sys.stderr)
         most = lambda key: str(max((row.get(key, 1) for row in rows), default=1))
         facts = {"max_steps": most("step"), "bag_size": most("bag_size")}
-    return dict(name=path.resolve().name, label=None, rows=rows, facts=facts, path=str(path))
+    return dict(rows=rows, facts=facts, path=path.resolve())
 
 
 def read_kept(folder, wanted):
     """Runs that tools/keep.py kept in `folder` and whose name or label matches the pattern `wanted`. The rows
     of a run without a curve are its last one alone."""
-    rows, runs = {}, []
+    curves, runs = {}, []
     for line in read_table(folder / "curves.csv"):
-        rows.setdefault(line.pop("run"), []).append(numbers(line, line))
+        name = line.pop("run")
+        curves.setdefault(name, []).append({key: float(v) for key, v in line.items()})
     for line in read_table(folder / "runs.csv"):
-        if not {"label", "steps", "max_steps", "bag_size"} <= line.keys():
-            todo = "name the folders of its runs"
-            raise UserError(f"{folder / 'runs.csv'} was not written by tools.keep; {todo}")
-        name, label = line["run"], line["label"]
+        name, label = line.pop("run"), line.pop("label")
         if fnmatch(name, wanted) or fnmatch(label, wanted):
-            last = {"step": int(line["steps"])} | numbers(line, ENDS)
-            runs.append(dict(name=name, label=label, rows=rows.get(name, [last]), facts=line))
+            last = {key: float(line[key]) for key in ENDS if key in line}
+            rows = curves.get(name, [{"step": float(line["steps"])} | last])
+            runs.append(dict(name=name, label=label, rows=rows, facts=line))
     if not runs:
         raise UserError(f"{folder}: no run of the name or label {wanted} is kept there")
     return runs
 
 
-def read_runs(paths):
-    """The runs that `paths` name: run folders, folders of tools/keep.py, or KEPT/PATTERN."""
+def read_runs(paths, labels=""):
+    """The runs that `paths` name: run folders, folders of tools/keep.py, or KEPT/PATTERN. A new run has the
+    name of its folder, with the folders above that not all share. `labels`, separated by commas, are one for
+    each run or one for all."""
     runs = []
     for path in map(Path, paths):
-        kept = next((p for p in (path, *path.parents) if (p / "runs.csv").exists()), None)
+        kept = next((p for p in (path, *path.parents) if (p / "curves.csv").exists()), None)
         if kept and not (path / "metrics.jsonl").exists():
             runs += read_kept(kept, "*" if path == kept else path.relative_to(kept).as_posix())
         else:
             runs.append(read_folder(path))
-    names = [run["name"] for run in runs]
+    folders = [run["path"] for run in runs if "path" in run]
+    if len(set(folders)) < len(folders):
+        raise UserError("one run is given twice")
     for run in runs:
-        if names.count(run["name"]) > 1:
-            run["name"] = run.get("path", run["name"])
-        if not any("val_loss" in row for row in run["rows"]):
+        if "path" in run:
+            shared = os.path.commonpath([path.parent for path in folders])
+            run["name"] = run["label"] = run["path"].relative_to(shared).as_posix()
+    labels = labels.split(",") if labels else [run["label"] for run in runs]
+    labels = labels * len(runs) if len(labels) == 1 else labels
+    if len(labels) != len(runs):
+        raise UserError(f"--labels has {len(labels)} labels for {len(runs)} runs")
+    for run, label in zip(runs, labels):
+        run["label"] = label
+        run["validated"] = [row for row in run["rows"] if "val_loss" in row]
+        if not run["validated"]:
             raise UserError(f"{run['name']}: no validation rows")
     return runs
 
@@ -135,11 +147,6 @@ def read_runs(paths):
 def is_baseline(facts):
     """Whether a run with these knobs has no superposition."""
     return str(facts["bag_size"]) == "1" or float(facts.get("superposition_ratio", 1)) == 0
-
-
-def final(rows):
-    """The last row with a validation loss."""
-    return next(row for row in reversed(rows) if "val_loss" in row)
 
 
 def tokenizers_of(runs):
@@ -152,7 +159,7 @@ def measure_of(runs):
     if len(tokenizers_of(runs)) == 1:
         return "val_loss"
     for run in runs:
-        if "val_bpb" not in final(run["rows"]):
+        if "val_bpb" not in run["validated"][-1]:
             raise UserError(f"{run['name']} has no val_bpb, by which different tokenizers compare")
     return "val_bpb"
 
@@ -160,14 +167,14 @@ def measure_of(runs):
 def notes_on_differences(runs):
     """Sentences that name what differs between runs apart from the columns of the table."""
     found = []
-    for fact in ("vocab_size", *CORPUS[3:5], *Config.__dataclass_fields__, "parameters"):
-        values = {}  # value: labels; a knob that is younger than a run is no difference
+    for fact in ("vocab_size", "train_tokens", "val_tokens", *LEARNED, "parameters"):
+        labels = {}  # of each value; a knob that is younger than a run is no difference
         for run in runs:
-            if fact in run["facts"] and fact not in FREE | IN_TABLE:
-                values.setdefault(run["facts"][fact], {})[run["label"]] = None
-        if len(values) > 1:
-            few = sum(map(len, values.values())) < 5
-            said = [f"{v} ({', '.join(labels)})" if few else v for v, labels in values.items()]
+            if fact in run["facts"] and fact not in IN_TABLE:
+                labels.setdefault(run["facts"][fact], {})[run["label"]] = None
+        if len(labels) > 1:
+            few = sum(map(len, labels.values())) < 5
+            said = [f"{v} ({', '.join(who)})" if few else v for v, who in labels.items()]
             found.append(f"{fact} {', '.join(said)}")
     notes = [f"Not the same in all runs: {'; '.join(found)}."] if found else []
     if len(tokenizers_of(runs)) > 1:
