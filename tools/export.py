@@ -18,7 +18,7 @@ import torch
 from nanotst import UserError
 from nanotst.checkpoint import load_model
 from nanotst.configurator import entry_point
-from nanotst.huggingface import KINDS, import_transformers, model_type_of, parts, tensor_table
+from nanotst.huggingface import KINDS, import_transformers, model_type_of, tensor_table
 from nanotst.tokenizer import LLAMA3_PATTERN
 from nanotst.vocabulary import tokenizer_of
 
@@ -80,10 +80,9 @@ def save_hf(model, folder, dtype="float32", overwrite=False, files=(), **options
         raise UserError(f"{what}, or --overwrite one that holds an earlier export alone")
     for p in model.parameters():
         p.copy_(p.to(getattr(torch, dtype)))
-    state = model.state_dict()
-    for ours, names in tensor_table(c).items():
-        for name, part in zip(names, parts(c, ours, state[ours])):
-            tensors[name] = part.to(getattr(torch, dtype), copy=True).contiguous()
+    for ours, (names, views) in tensor_table(model).items():
+        for name, view in zip(names, views(model.get_parameter(ours))):
+            tensors[name] = view.to(getattr(torch, dtype), copy=True).contiguous()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as temporary:
         new = Path(temporary, "new")
