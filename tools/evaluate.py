@@ -6,16 +6,14 @@ position p (from 0) predicts the next one from p + 1 tokens of context.
 """
 
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import GPT
 from nanotst import UserError
-from nanotst.checkpoint import find_checkpoint, load_checkpoint, load_weights, model_config
+from nanotst.checkpoint import load_model
 from nanotst.configurator import entry_point
 from nanotst.corpus import check_vocabulary
 from nanotst.kernels import use_twins
@@ -43,7 +41,7 @@ class Config:
     """
 
     checkpoints: list[str]  # best.pt or last.pt, as train.py writes them
-    labels: str = ""  # a label for each checkpoint, comma-separated; empty: their folders
+    labels: str = ""  # a label for each checkpoint, comma-separated; empty: their paths
     dataset: str = ""  # a corpus with the same vocabulary; empty: the first checkpoint's
     by_position: bool = False  # show the loss by tokens of context, too
     eval_positions: int = 2**19  # positions to evaluate, spread over the validation split
@@ -84,69 +82,67 @@ def mean_and_error(side, base=None):
 
 
 def read_checkpoints(c):
-    """A dict for each: name (its path), label, saved (the checkpoint), facts (knobs and corpus as text)."""
-    paths = [find_checkpoint(path) for path in c.checkpoints]
-    folders = [Path(path).resolve().parent.name for path in paths]
-    labels = folders if len(set(folders)) == len(folders) else paths
-    labels = c.labels.split(",") if c.labels else labels
-    if len(labels) != len(paths):
-        raise UserError(f"--labels has {len(labels)} labels for {len(paths)} checkpoints")
-    runs = [dict(name=p, label=label, saved=load_checkpoint(p)) for p, label in zip(paths, labels)]
-    for run in runs:
-        known = (run["saved"]["meta"] | run["saved"]["config"]).items()
-        run["facts"] = {key: str(value) for key, value in known if value != ""}
+    """A dict for each: path, label, model, its knobs, the meta of its corpus, and both as text, the facts."""
+    labels, runs = c.labels.split(",") if c.labels else c.checkpoints, []
+    if len(labels) != len(c.checkpoints):
+        raise UserError(f"--labels has {len(labels)} labels for {len(c.checkpoints)} checkpoints")
+    for path, label in zip(c.checkpoints, labels):
+        model, saved = load_model(path)
+        knobs, meta = saved["config"], saved["meta"]
+        facts = {key: str(value) for key, value in (meta | knobs).items() if value != ""}
+        runs.append(dict(path=path, label=label, model=model, knobs=knobs, meta=meta, facts=facts))
     return runs
 
 
-def losses_of(run, rows, device):
+def losses_of(model, rows, device):
     """Mean loss on each row (n, L+1) by bucket and, last, over all positions: (n, K+1)."""
-    shape = model_config(run["saved"]["config"], run["saved"]["meta"])
-    model = GPT(replace(shape, block_size=rows.size(1) - 1))
-    load_weights(model, run["saved"]["model"], run["name"])
+    model.to(device).eval()
     use_twins(model, Machine(device, "float32"))
-    losses = position_losses(model.to(device).eval(), rows, device).double().numpy()  # (n, L)
+    losses = position_losses(model, rows, device).double().numpy()  # (n, L)
     parts = [losses[:, first - 1 : last].mean(1) for first, last in buckets_of(losses.shape[1])]
     return np.stack([*parts, losses.mean(1)], axis=1)
 
 
-def tables(losses, bag_sizes, buckets, bytes_per_token):
-    """Markdown: the loss of each side over all positions, and by tokens of context."""
-
-    def cell(label, i, base=None):
-        loss, error = (x[i] for x in mean_and_error(losses[label], base))
-        return f"{loss:{'' if base is None else '+'}.4f}" + f" ± {error:.4f}" * bool(error)
-
+def table_of(losses, bag_sizes, names, bytes_per_token):
+    """Markdown with a column for each side and each difference. losses: {label: (seeds, n, K)} in K buckets,
+    of these `names`, the last of all positions."""
     baseline, *others = losses
-    whole = [["", "seeds", "bag size", "nats per token", "bits per byte", f"minus {baseline}"]]
+    columns = [["", "seeds", "bag size", *names, "bits per byte"]]
+
+    def cells(sign, *sides):
+        pairs = zip(*mean_and_error(*sides))
+        return [f"{loss:{sign}.4f}" + f" ± {error:.4f}" * bool(error) for loss, error in pairs]
+
     for label, side in losses.items():
         bits = side[..., -1].mean() / math.log(2) / (bytes_per_token or math.nan)
-        row = [label, str(len(side)), bag_sizes[label], cell(label, -1), f"{bits:.4f}"]
-        whole.append([*row, cell(label, -1, losses[baseline]) if label != baseline else ""])
-    parts = [["context", *losses, *(f"{label} - {baseline}" for label in others)]]
-    for i, (first, last) in enumerate(buckets):
-        differences = [cell(label, i, losses[baseline]) for label in others]
-        context = f"{first:,}-{last:,}" if first < last else f"{first}"
-        parts.append([context, *(cell(label, i) for label in losses), *differences])
-    return markdown_table(whole), markdown_table(parts)
+        columns.append([label, str(len(side)), bag_sizes[label], *cells("", side), f"{bits:.4f}"])
+    for label in others:
+        differences = cells("+", losses[label], losses[baseline])
+        columns.append([f"{label} - {baseline}", "", "", *differences, ""])
+    return markdown_table(list(zip(*columns)))
 
 
 def main(c):
     device, runs = pick_device(c.device), read_checkpoints(c)
-    spec = c.dataset or runs[0]["saved"]["config"]["dataset"]
-    block_size = min(run["saved"]["config"]["block_size"] for run in runs)
+    spec = c.dataset or runs[0]["knobs"]["dataset"]
+    block_size = min(run["knobs"]["block_size"] for run in runs)
     text, buckets = open_mixture(spec), buckets_of(block_size)
+    names = [f"context {first:,}-{last:,}" for first, last in buckets] + ["all positions"]
+    names = names if c.by_position else names[-1:]
     bag_sizes = {run["label"]: run["facts"]["bag_size"] for run in runs}
     for run in runs:
-        check_vocabulary(text, run["saved"]["meta"], run["name"])
+        check_vocabulary(text, run["meta"], run["path"])
     for name, corpus, _ in text.parts:  # several if the checkpoints read a mixture
         rows = validation_rows(corpus.val, c.eval_positions, block_size)  # (n, L+1)
         losses = {label: [] for label in bag_sizes}
         for run in runs:
-            losses[run["label"]].append(losses_of(run, rows, device))
+            found = losses_of(run["model"], rows, device)  # (n, K)
+            losses[run["label"]].append(found[:, -len(names) :])
         losses = {label: np.stack(seeds) for label, seeds in losses.items()}
-        whole, parts = tables(losses, bag_sizes, buckets, corpus.bytes_per_token)
-        print(f"{name or spec}: {len(rows):,} validation rows of {block_size:,} tokens\n")
-        print(f"{whole}\n" + f"\n{parts}\n" * c.by_position)
+        print(
+            f"{name or spec}: {len(rows):,} validation rows of {block_size:,} tokens, nats per token\n"
+        )
+        print(table_of(losses, bag_sizes, names, corpus.bytes_per_token), end="\n\n")
     print(ABOUT_ERRORS, *notes_on_differences(runs), sep="\n")
 
 
