@@ -26,7 +26,7 @@ class Config:
         python data/dclm/prepare.py --tokens=10B [--encoding=path/to/llama-3/tokenizer.model]
         python data/fineweb_edu/prepare.py --tokens=10B
 
-    Files are removed when their tokens are written. The same command resumes a preparation.
+    A file is removed when it has been read. The same command resumes a preparation.
     """
 
     tokens: str = "10B"  # tokens to train on; 0 for all there are
@@ -76,14 +76,16 @@ def main(config, name):
     out = Writer(out_dir, tokenizer, knobs, knobs["shard_tokens"], config.seed)
     out.source = [f"{repo} at {commit}, seed {config.seed}"]
 
-    def fetch(path):
-        print(f"fetching {path}")
-        with asking(f"fetching {path} of {repo}"):
-            return hub.hf_hub_download(repo, path, local_dir=out.folder, **where)
+    def fetched(name):
+        print(f"fetching {name}")
+        with asking(f"fetching {name} of {repo}"):
+            path = hub.hf_hub_download(repo, name, local_dir=out.folder, **where)
+        yield path
+        os.remove(path)
 
-    inputs = [("val", files[:1], knobs["val_tokens"])]
-    inputs += [("train", [path], knobs["tokens"]) for path in files[1:]]
-    prepare(inputs, out, Options(), fetch)
+    inputs = [("val", fetched(files[0]), knobs["val_tokens"])]
+    inputs += [("train", fetched(name), knobs["tokens"]) for name in files[1:]]
+    prepare(inputs, out, Options())
 
 
 @contextlib.contextmanager

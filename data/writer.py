@@ -37,12 +37,11 @@ AHEAD = 64  # documents that are tokenised ahead of the one being written
 SAID = {"train": "documents for training", "val": "documents held out for validation"}
 
 
-def prepare(inputs, out, options, fetch=None):
+def prepare(inputs, out, options):
     """Tokenise `inputs` and write them with the Writer `out`, from where an earlier preparation stopped.
 
-    inputs: [(split, names, limit)]. The split is "train", "val", or "" to choose by a hash of each document.
-    It gets `limit` tokens at most, or all with 0. Each input has its own shards. The names are paths, or
-    fetch(name) returns the path of a file, which is removed when its shards are finished.
+    inputs: [(split, paths, limit)]. The split is "train", "val", or "" to choose by a hash of each document.
+    It gets `limit` tokens at most, or all with 0. Each input has its own shards.
     """
     state = out.resume()
     notes = state["notes"] = Counter(state["notes"])
@@ -51,12 +50,11 @@ def prepare(inputs, out, options, fetch=None):
     bar = tqdm(unit=" tokens", unit_scale=True, disable=None)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for i in range(state["inputs"], len(inputs)):
-            split, names, limit = inputs[i]
+            split, paths, limit = inputs[i]
             limit = limit or float("inf")
             if state["tokens"].get(split, 0) >= limit:  # "val" after a kill before the next file
                 state["documents"] = 0
                 continue
-            paths = [fetch(name) for name in names] if fetch else names
             documents = choose(paths, split, options, state["held_out"])
             documents = islice(documents, state["documents"], None)
             for place, key, seen, ids, n_bytes in tokenised(documents, out.tokenizer, pool):
@@ -72,8 +70,6 @@ def prepare(inputs, out, options, fetch=None):
                     break
             state.update(inputs=i + 1, documents=0)
             out.close_shards()
-            for path in paths if fetch else []:
-                os.remove(path)
     out.publish()
     print(*(f"{n:,} {what}" for what, n in list(notes.items())[:20] if n), sep="\n")
 
