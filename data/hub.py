@@ -14,7 +14,6 @@ from data.writer import PROGRESS, Writer, prepare, prepared, read_json, token_co
 from nanotst import UserError
 from nanotst.configurator import entry_point
 from nanotst.corpus import differing
-from nanotst.formats import DATA
 from nanotst.tokenizer import get_tokenizer
 
 
@@ -40,17 +39,9 @@ class Config:
     out_dir: str = ""  # folder to write to; empty: the one of the script
 
 
-# name: repository, end of the names of its files, folder in it
-REPOSITORIES = {
-    "dclm": ("mlfoundations/dclm-baseline-1.0", ".jsonl.zst", ""),
-    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", ".parquet", "sample/100BT"),
-}
-
-
-def main(config, name):
-    """The corpus `name` of REPOSITORIES."""
-    repo, suffix, folder = REPOSITORIES[name]
-    out_dir, folder = config.out_dir or os.path.join(DATA, name), config.folder or folder
+def main(config, script, repo, suffix, folder=""):
+    """The corpus of the files *`suffix` of a repository, beside `script` unless `config` says otherwise."""
+    out_dir, folder = config.out_dir or os.path.dirname(script), config.folder or folder
     knobs = dict(repo=repo, folder=folder, revision=config.revision, seed=config.seed)
     for key in ("tokens", "val_tokens", "shard_tokens"):
         knobs[key] = token_count(getattr(config, key), key)
@@ -98,5 +89,5 @@ def asking(doing):
         raise UserError(f"{doing} failed ({type(e).__name__}: {e!s:.200}); {todo}") from e
 
 
-def command(name):
-    entry_point(lambda config: main(config, name), Config)
+def command(*corpus):
+    entry_point(lambda config: main(config, *corpus), Config)

@@ -245,8 +245,8 @@ def rows(documents):
 
 
 CORPORA = {
-    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample/100BT/{}.parquet", rows),
-    "dclm": ("mlfoundations/dclm-baseline-1.0", "global-shard_0{}/shard_processed.jsonl.zst", zst),
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample/100BT/{}.parquet", rows, "sample/100BT"),
+    "dclm": ("mlfoundations/dclm-baseline-1.0", "shard_0{}/processed.jsonl.zst", zst, ""),
 }
 
 
@@ -257,7 +257,8 @@ class Hub:
     """What data/hub.py uses of huggingface_hub, for one repository of four files of 60 documents."""
 
     def __init__(self, corpus):
-        self.corpus, (self.repo, self.name, pack) = corpus, CORPORA[corpus]
+        self.script = f"{ROOT}/data/{corpus}/prepare.py"
+        self.repo, self.name, pack, self.folder = CORPORA[corpus]
         self.documents = {self.name.format(i): make_documents(60, i) for i in range(4)}
         self.files = {name: pack(documents) for name, documents in self.documents.items()}
         self.files["sample/100BT/README.md"] = b"no data"
@@ -285,7 +286,8 @@ class Hub:
         return str(path)
 
     def prepare(self, out, **knobs):
-        data_hub.main(data_hub.Config(out_dir=str(out), **FEW | knobs), self.corpus)
+        where = self.script, self.repo, self.name[-8:], self.folder
+        data_hub.main(data_hub.Config(out_dir=str(out), **FEW | knobs), *where)
 
 
 @pytest.fixture
@@ -297,9 +299,9 @@ def hub(request, monkeypatch):
 
 @pytest.mark.parametrize("hub", CORPORA, indirect=True)
 def test_a_corpus_from_the_hub(tmp_path, hub, monkeypatch):
-    script, knobs = f"{ROOT}/data/{hub.corpus}/prepare.py", FEW | {"out_dir": tmp_path / "out"}
-    monkeypatch.setattr(sys, "argv", [script, *(f"--{key}={knobs[key]}" for key in knobs)])
-    runpy.run_path(script, run_name="__main__")
+    knobs = [f"--{key}={value}" for key, value in FEW.items()]
+    monkeypatch.setattr(sys, "argv", [hub.script, *knobs, f"--out_dir={tmp_path / 'out'}"])
+    runpy.run_path(hub.script, run_name="__main__")
     assert sorted(hub.fetched) == sorted(hub.documents) and hub.asked == [None]
     splits = byte_documents(tmp_path / "out")
     # the first file in the order of the seed is held out, each training document is there once

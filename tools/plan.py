@@ -115,9 +115,8 @@ def plan(c, argv):
     try:
         vocab_size = c.vocab_size or open_mixture(c.dataset).meta["vocab_size"]
     except UserError:
-        if c.dataset not in VOCAB_SIZES:
+        if not (vocab_size := VOCAB_SIZES.get(c.dataset)):
             raise
-        vocab_size = VOCAB_SIZES[c.dataset]
     with torch.device("meta"):
         gpt = GPT(model_config(vars(c), {"vocab_size": vocab_size}))
     kinds = {"ddp": "DDP", "fsdp": "FSDP"} if c.gpus > 1 else {"auto": "one GPU"}

@@ -7,4 +7,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import hub  # noqa: E402
 
 if __name__ == "__main__":
-    hub.command("fineweb_edu")
+    hub.command(__file__, "HuggingFaceFW/fineweb-edu", ".parquet", "sample/100BT")
