@@ -42,30 +42,11 @@ class Config(train.Config):
     vocab_size: int = 0  # 0: the dataset's, or as in tools/bench.py if it is not prepared yet
 
 
-def kept_by_block(c, m, n):
-    """Bytes per position that attention and MLP of a block keep for the backward pass, of n positions.
-
-    Compiled code keeps the inputs of matrix products and what attention saves. Eager code also keeps a norm's
-    input and quotient in float32, the sigmoid and a product in SwiGLU."""
-    e, eager = 4 if c.dtype == "float32" else 2, c.compile == "off"
-    q, kv = m.n_head * m.head_dim, m.n_kv_head * m.head_dim
-    norm = m.n_embd * (8 if eager else e)
-    attention = 3 * e * (q + kv)  # queries, keys and values, some of them twice, and the result
-    if c.device == "cpu" and m.block_size <= 512:  # the CPU's own attention keeps its softmax
-        attention = e * (4 * q + m.n_head * m.block_size)
-    attention += 8 * (q + kv) * (m.qk_norm and eager)
-    mlp = e * (m.n_embd + (5 if eager else 3) * m.ff_dim)
-    if m.n_expert:  # on a CPU each expert has empty rows, up to a multiple of 64
-        rows = m.top_k + 63 * min(m.n_expert, n * m.top_k) / n * (c.device == "cpu")
-        mlp = rows * (mlp + e * m.n_embd) + 4 * m.n_embd * eager
-    return attention + norm + e * m.n_embd, mlp + norm
-
-
 def memory(c, gpt, rows, micro_steps):
     """{part: bytes} of one GPU at the worst moment of a step: the loss, or the backward pass of the last or
     the first block. rows: of a micro-batch; micro_steps: of a GPU."""
     m, e, n = gpt.config, 4 if c.dtype == "float32" else 2, rows * gpt.config.block_size
-    cpu, fsdp = c.device == "cpu", c.parallel == "fsdp"
+    cpu, fsdp, eager = c.device == "cpu", c.parallel == "fsdp", c.compile == "off"
     shards = (c.shard_size or c.gpus) if fsdp else 1
     block = sum(p.numel() for p in gpt.blocks[0].parameters())
     params, table, C = sum(p.numel() for p in gpt.parameters()), gpt.embed.weight.numel(), m.n_embd
@@ -73,12 +54,25 @@ def memory(c, gpt, rows, micro_steps):
     moments = 8 * params - 4 * matrices * (c.optimizer == "muon")  # Muon has one
     gathered = (4 * e + 4) * max(block, table) * fsdp  # two units, and gradients to be summed
 
-    attention, mlp = (n * kept for kept in kept_by_block(c, m, n))
-    inputs = e * n * C
-    each = inputs if c.checkpoint_activations else attention + mlp
-    inside = attention + mlp + 2 * e * n * (m.ff_dim + C) * max(1, m.top_k)  # gradients, too
-    if cpu and m.block_size <= 512:
-        inside = max(inside, attention + 12 * n * m.n_head * m.block_size)
+    # What a block keeps for the backward pass, bytes per position. Compiled code keeps the inputs of matrix
+    # products and what attention saves. Eager code also keeps a norm's input and quotient in float32, the
+    # sigmoid and a product in SwiGLU.
+    q, kv, heads = m.n_head * m.head_dim, m.n_kv_head * m.head_dim, m.n_head * m.block_size
+    norm = C * (8 if eager else e)
+    softmax = cpu and m.block_size <= 512  # the CPU's own attention keeps it
+    # queries, keys and values, some of them twice, and the result
+    attention = e * (4 * q + heads) if softmax else 3 * e * (q + kv)
+    attention += norm + e * C + 8 * (q + kv) * (m.qk_norm and eager)
+    mlp = e * (C + (5 if eager else 3) * m.ff_dim)
+    if m.n_expert:  # on a CPU each expert has empty rows, up to a multiple of 64
+        top_k = m.top_k + 63 * min(m.n_expert, n * m.top_k) / n * cpu
+        mlp = top_k * (mlp + e * C) + 4 * C * eager
+    kept = attention + mlp + norm
+    inside = kept + 2 * e * (m.ff_dim + C) * max(1, m.top_k)  # gradients, too
+    if softmax:
+        inside = max(inside, attention + 12 * heads)
+    each = e * C if c.checkpoint_activations else kept
+
     chunk = min(n * table // C, 2**26 if cpu else 2**29)  # logits that the fused loss holds at once
     by_parts = cpu and 16 * table <= n * (table / C + C)  # how the head's gradient is summed
     loss = e * chunk + (1 + 16 * by_parts) * (4 if e == 4 else 6) * table
@@ -87,15 +81,14 @@ def memory(c, gpt, rows, micro_steps):
     # with both there are two of each. A compiled graph returns them all at its end.
     total = 4 * params / shards
     held = total * ((micro_steps > 1) + (c.parallel == "ddp"))
-    last = held + total * (c.compile != "off" and not fsdp) if held else total
-    states = 4 * params / shards, moments / shards, gathered
+    last = held + total * (not eager and not fsdp) if held else total
     worst = max(
-        (held, m.n_layer * each + 5 * inputs, loss),
-        (held, (m.n_layer - 1) * each + inside, 0),
-        (last, inside, 0),
+        (held, n * (m.n_layer * each + 5 * e * C), loss),
+        (held, n * ((m.n_layer - 1) * each + inside), 0),
+        (last, n * inside, 0),
         key=sum,
     )
-    return dict(zip(PARTS, (*states, *worst)))
+    return dict(zip(PARTS, (total, moments / shards, gathered, *worst)))
 
 
 def largest(c, gpt, rank_rows):
