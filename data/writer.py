@@ -197,10 +197,9 @@ class Writer:
         n_train, n_val = self.state["tokens"].values()
         if not (n_train and n_val):
             shutil.rmtree(self.folder)
-            raise UserError(
-                f"{n_train:,} tokens to train on and {n_val:,} held out for validation: give --val=FILE, "
-                "another --val_fraction, or a --separator that splits the text"
-            )
+            what = f"{n_train:,} tokens to train on and {n_val:,} held out for validation"
+            todo = "give --val=FILE, another --val_fraction, or a --separator that splits the text"
+            raise UserError(f"{what}: {todo}")
         # a single shard needs no number
         many = tuple(name[:-10] for name in shards if name.endswith("_00001.bin"))
         names = {s: s if s.startswith(many) else s.replace("_00000", "") for s in shards}
