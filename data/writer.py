@@ -43,7 +43,8 @@ def prepare(inputs, out, options):
     inputs: [(split, paths, limit)]. The split is "train", "val", or "" to choose by a hash of each document.
     It gets `limit` tokens at most, or all with 0. Each input has its own shards.
     """
-    state = out.resume()
+    saved = read_json(os.path.join(out.out_dir, PROGRESS))
+    state = out.state = saved if saved.get("knobs") == out.knobs else out.state
     notes = state["notes"] = Counter(state["notes"])
     if state["shards"]:
         print(f"resuming after {len(state['shards'])} finished shards in {out.folder}")
@@ -157,13 +158,6 @@ class Writer:
         self.n_open = {"train": 0, "val": 0}  # tokens in them
         self.state = dict(knobs=knobs, shards={}, tokens={**self.n_open}, bytes={**self.n_open})
         self.state |= dict(inputs=0, documents=0, notes={}, held_out={})  # that were read
-
-    def resume(self):
-        """Keep the finished shards of a preparation that was stopped. -> the state, where it was."""
-        saved = read_json(os.path.join(self.out_dir, PROGRESS))
-        if saved.get("knobs") == self.knobs:
-            self.state = saved
-        return self.state
 
     def add(self, split, ids, n_bytes):
         """ids: (T,), a document with its separator; n_bytes: of its text, one for the separator."""
