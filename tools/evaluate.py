@@ -56,15 +56,20 @@ def buckets_of(block_size):
     return [(start + 1, end) for start, end in zip([0, *ends], ends)]
 
 
-@torch.no_grad()
-def position_losses(model, rows, device):
-    """Next-token loss of rows (n, L+1) at each position, in float32: (n, L), nats."""
-    out, length = [], rows.size(1) - 1
+def losses_of(model, rows, device):
+    """Next-token loss, nats, on each row (n, L+1) by bucket and, last, over all positions: (n, K+1)."""
+    model.to(device).eval()
+    use_twins(model, Machine(device, "float32"))
+    losses, length = [], rows.size(1) - 1
     for part in rows.split(max(1, LOGITS // (length * model.config.vocab_size))):
         tokens = part.to(device).long()  # (B, L+1)
-        logits = model(tokens[:, :-1]).float()  # (B, L, V)
-        out.append(F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").cpu())
-    return torch.cat(out)
+        with torch.no_grad():
+            logits = model(tokens[:, :-1]).float()  # (B, L, V)
+        loss = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        losses.append(loss.cpu().double().numpy())
+    losses = np.concatenate(losses)  # (n, L)
+    parts = [losses[:, first - 1 : last].mean(1) for first, last in buckets_of(length)]
+    return np.stack([*parts, losses.mean(1)], axis=1)
 
 
 def mean_and_error(side, base=None):
@@ -92,15 +97,6 @@ def read_checkpoints(c):
         facts = {key: str(value) for key, value in (meta | knobs).items() if value != ""}
         runs.append(dict(path=path, label=label, model=model, knobs=knobs, meta=meta, facts=facts))
     return runs
-
-
-def losses_of(model, rows, device):
-    """Mean loss on each row (n, L+1) by bucket and, last, over all positions: (n, K+1)."""
-    model.to(device).eval()
-    use_twins(model, Machine(device, "float32"))
-    losses = position_losses(model, rows, device).double().numpy()  # (n, L)
-    parts = [losses[:, first - 1 : last].mean(1) for first, last in buckets_of(losses.shape[1])]
-    return np.stack([*parts, losses.mean(1)], axis=1)
 
 
 def table_of(losses, bag_sizes, names, bytes_per_token):

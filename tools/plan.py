@@ -91,15 +91,6 @@ def memory(c, gpt, rows, micro_steps):
     return dict(zip(PARTS, (total, moments / shards, gathered, *worst)))
 
 
-def largest(c, gpt, rank_rows):
-    """The largest micro-batch that fits, or one row: (rows, {part: bytes}, whether it fits)."""
-    for rows in (n for n in range(rank_rows, 0, -1) if rank_rows % n == 0):
-        parts = memory(c, gpt, rows, rank_rows // rows)
-        fits = MARGIN * sum(parts.values()) <= (c.gpu_memory - c.reserve) * 1e9
-        if fits or rows == 1:
-            return rows, parts, fits
-
-
 def plan(c, argv):
     """Print the plan. c: the knobs in argv. Raises UserError where train.py would."""
     if c.gpus < 1 or c.gpus > 8 and c.gpus % 8 or c.gpus % (c.shard_size or 1):
@@ -128,7 +119,10 @@ def plan(c, argv):
     for recompute, kind in itertools.product((False, True), kinds):
         way = replace(c, parallel=kind, checkpoint_activations=recompute)
         name = kinds[kind] + ", recomputing" * recompute
-        rows, parts, fits = largest(way, gpt, rank_rows)
+        for rows in (n for n in range(rank_rows, 0, -1) if rank_rows % n == 0):
+            parts = memory(way, gpt, rows, rank_rows // rows)
+            if fits := MARGIN * sum(parts.values()) <= (c.gpu_memory - c.reserve) * 1e9:
+                break  # the largest micro-batch that fits
         if fits and not advice:  # the first that fits
             advice = f"recommended: {name}, {rank_rows // rows} micro-steps of {rows} rows\n"
             advice += command(c, argv, replace(way, batch_size=rows))
