@@ -13,6 +13,7 @@ from conftest import TINY, read_rows, write_corpus
 import train
 from model import GPT, GPTConfig
 from nanotst import UserError
+from nanotst.checkpoint import load_model
 from nanotst.configurator import parse
 from nanotst.corpus import open_corpus
 from nanotst.stream import validation_rows
@@ -156,8 +157,7 @@ def test_the_loss_by_context_is_the_mean_of_all_seeds(runs, said):
     corpus, paths, _ = runs
     text = said(*paths, "--labels=plain,plain,TST,TST", "--by_position", "--eval_positions=480")
     rows = validation_rows(open_corpus(corpus).val, 480, 16)  # (n, 17)
-    saved = evaluate.read_checkpoints(evaluate.Config(paths))
-    losses = [evaluate.losses_of(run["model"], rows, "cpu").mean(0) for run in saved]
+    losses = [evaluate.losses_of(load_model(path)[0], rows, "cpu").mean(0) for path in paths]
     plain, tst = sum(losses[:2]) / 2, sum(losses[2:]) / 2
     for i, context in enumerate(("1-1", "2-2", "3-4", "5-8", "9-16")):
         found = [number(cell) for cell in cells(text, f"context {context}")]

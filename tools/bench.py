@@ -242,8 +242,7 @@ def moe(b):
     variants = {}
     for n, k in [(0, 1), *kinds]:
         kind = f"{n} experts, top {k}" if n else "dense"
-        one = Step(b, name, n_expert=n, top_k=k, ff_dim=ff_dim // k, **changes)
-        variants[kind] = one, 1
+        variants[kind] = Step(b, name, n_expert=n, top_k=k, ff_dim=ff_dim // k, **changes), 1
     time_steps(b, "mixture of experts against dense at equal active parameters", variants)
 
 

@@ -86,19 +86,6 @@ def mean_and_error(side, base=None):
     return paired.mean(0), np.sqrt(np.square(errors).sum(0))
 
 
-def read_checkpoints(c):
-    """A dict for each: path, label, model, its knobs, the meta of its corpus, and both as text, the facts."""
-    labels, runs = c.labels.split(",") if c.labels else c.checkpoints, []
-    if len(labels) != len(c.checkpoints):
-        raise UserError(f"--labels has {len(labels)} labels for {len(c.checkpoints)} checkpoints")
-    for path, label in zip(c.checkpoints, labels):
-        model, saved = load_model(path)
-        knobs, meta = saved["config"], saved["meta"]
-        facts = {key: str(value) for key, value in (meta | knobs).items() if value != ""}
-        runs.append(dict(path=path, label=label, model=model, knobs=knobs, meta=meta, facts=facts))
-    return runs
-
-
 def table_of(losses, bag_sizes, names, bytes_per_token):
     """Markdown with a column for each side and each difference. losses: {label: (seeds, n, K)} in K buckets,
     of these `names`, the last of all positions."""
@@ -119,9 +106,15 @@ def table_of(losses, bag_sizes, names, bytes_per_token):
 
 
 def main(c):
-    device, runs = pick_device(c.device), read_checkpoints(c)
-    spec = c.dataset or runs[0]["knobs"]["dataset"]
-    block_size = min(run["knobs"]["block_size"] for run in runs)
+    labels, runs = c.labels.split(",") if c.labels else c.checkpoints, []
+    if len(labels) != len(c.checkpoints):
+        raise UserError(f"--labels has {len(labels)} labels for {len(c.checkpoints)} checkpoints")
+    for path, label in zip(c.checkpoints, labels):
+        model, saved = load_model(path)
+        facts = {k: str(v) for k, v in (saved["meta"] | saved["config"]).items() if v != ""}
+        runs.append(dict(path=path, label=label, model=model, meta=saved["meta"], facts=facts))
+    spec, device = c.dataset or runs[0]["facts"]["dataset"], pick_device(c.device)
+    block_size = min(run["model"].config.block_size for run in runs)
     text, buckets = open_mixture(spec), buckets_of(block_size)
     names = [f"context {first:,}-{last:,}" for first, last in buckets] + ["all positions"]
     names = names if c.by_position else names[-1:]
