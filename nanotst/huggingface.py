@@ -53,8 +53,7 @@ def model_type_of(c):
 
 
 def tensor_table(model):
-    """{our tensor: (the tensors of transformers that it holds, a function that returns their views of it)},
-    without those that transformers does not know."""
+    """{our tensor: (names of its parts in transformers, a function that cuts it into them)}."""
     c = model.config
     mixtral = model_type_of(c) == "mixtral"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")

@@ -117,7 +117,7 @@ def test_the_loss_is_the_one_that_training_logs(runs, said):
     _, paths, losses = runs
     text = said(*paths, "--labels=plain,plain,TST,TST", "--eval_positions=480")
     assert "30 validation rows of 16 tokens" in text and "context" not in text
-    assert cells(text, "") == ["plain", "TST", "TST - plain"]
+    assert cells(text, "nats per token") == ["plain", "TST", "TST - plain"]
     assert cells(text, "seeds") == ["2", "2", ""] and cells(text, "bag size") == ["1", "3", ""]
     plain, tst = sum(losses[:2]) / 2, sum(losses[2:]) / 2
     found = [number(cell) for cell in cells(text, "all positions")]

@@ -100,8 +100,7 @@ class Bench:
         return {name: statistics.median(ts) for name, ts in times.items()}
 
     def table(self, title, rows):
-        """Print rows, dicts of column to number or text, under a title, and keep them as figures; some
-        columns get another one with ratios to the first row."""
+        """Print rows, dicts of column to number or text, and keep them. Adds ratios to the first row."""
         self.figures[title] = rows
         for key in ("ms", "MB", "tokens/s"):
             for row in rows if key in rows[0] else ():

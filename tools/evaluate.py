@@ -32,13 +32,11 @@ spread of seeds only for sides with several. With one seed, a difference may be 
 class Config:
     """Usage: python -m tools.evaluate CHECKPOINT [CHECKPOINT ...] [--key=value ...]
 
-    python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --by_position
+    python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --by_position --dataset=english
     python -m tools.evaluate b1/best.pt b2/best.pt t1/best.pt t2/best.pt --labels=baseline,baseline,TST,TST
-    python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --dataset=english
 
-    Checkpoints with the same label are seeds of one side, whose losses are averaged. The first side is the
-    one that the others are compared with.
-    """
+    Checkpoints with the same label are seeds of one side, whose losses are averaged. The others are compared
+    with the first side."""
 
     checkpoints: list[str]  # best.pt or last.pt, as train.py writes them
     labels: str = ""  # a label for each checkpoint, comma-separated; empty: their paths
@@ -87,10 +85,9 @@ def mean_and_error(side, base=None):
 
 
 def table_of(losses, bag_sizes, names, bytes_per_token):
-    """Markdown with a column for each side and each difference. losses: {label: (seeds, n, K)} in K buckets,
-    of these `names`, the last of all positions."""
+    """Markdown, a column for each side and each difference. losses: {label: (seeds, n, K)}, names: (K,)."""
     baseline, *others = losses
-    columns = [["", "seeds", "bag size", *names, "bits per byte"]]
+    columns = [["nats per token", "seeds", "bag size", *names, "bits per byte"]]
 
     def cells(sign, *sides):
         pairs = zip(*mean_and_error(*sides))
@@ -128,9 +125,7 @@ def main(c):
             found = losses_of(run["model"], rows, device)  # (n, K)
             losses[run["label"]].append(found[:, -len(names) :])
         losses = {label: np.stack(seeds) for label, seeds in losses.items()}
-        print(
-            f"{name or spec}: {len(rows):,} validation rows of {block_size:,} tokens, nats per token\n"
-        )
+        print(f"{name or spec}: {len(rows):,} validation rows of {block_size:,} tokens\n")
         print(table_of(losses, bag_sizes, names, corpus.bytes_per_token), end="\n\n")
     print(ABOUT_ERRORS, *notes_on_differences(runs), sep="\n")
 
