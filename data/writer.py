@@ -143,10 +143,9 @@ def prepared(out_dir, knobs, overwrite=False):
 class Writer:
     """out = Writer(out_dir, tokenizer, knobs); out.add(split, ids, n_bytes) for each document; out.publish()
 
-    A preparation that fails, is killed or fills the disk before publish() leaves the former corpus or none.
-    `knobs`, a dict of plain values, says what the corpus is made from; ask prepared() first. The document
-    that fills shard_tokens ends a shard, which is held in memory until then. With a seed the documents of a
-    shard are shuffled.
+    A preparation that stops before publish() leaves the former corpus or none. `knobs`, a dict of plain
+    values, says what the corpus is made from; ask prepared() first. The document that fills shard_tokens ends
+    a shard, which is held in memory until then. With a seed the documents of a shard are shuffled.
     """
 
     def __init__(self, out_dir, tokenizer, knobs, shard_tokens=0, seed=None):

@@ -269,8 +269,8 @@ def time_trainer(folder, arguments):
 
 
 def nanogpt(b):
-    """train.py against nanoGPT's own, in turn: same layers, heads, width, context, batch and text, which is
-    random, with words as frequent as in a language (Zipf's law)."""
+    """train.py against nanoGPT's own, in turn, with the same shape, batch and text: random words, as frequent
+    as in a language (Zipf's law)."""
     if not Path(b.c.nanogpt, "configurator.py").exists():
         raise UserError("--nanogpt must name a clone of karpathy/nanoGPT")
     shape, rows, _ = read_shape(b, b.shape)

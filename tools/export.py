@@ -45,10 +45,10 @@ class Config:
 def save_hf(
     model, folder, dtype="float32", overwrite=False, files=(), separator=None, balance_coef=0.0
 ):
-    """Write a GPT as a Hugging Face folder, rounding the model's weights to dtype. files: {file name: dict}
-    of further JSON files; separator: id of the token between documents; balance_coef: weight of the experts'
-    balance loss. Raises UserError, and leaves what was there as it was, if transformers computes other logits
-    than the model or if the folder holds anything but an earlier export."""
+    """Write a GPT as a Hugging Face folder, rounding the model's weights to dtype. files: {name: dict} of
+    JSON files; separator: id of the token between documents; balance_coef: weight of the balance loss. Raises
+    UserError, and changes nothing, if transformers computes other logits than the model or if the folder
+    holds anything but an earlier export."""
     from safetensors.torch import save_file
 
     folder, c, tensors = Path(folder).resolve(), model.config, {}
@@ -95,7 +95,7 @@ def save_hf(
 
 def compare(model, folder):
     """Raise UserError unless transformers computes the model's logits from a folder, in float32 on random
-    tokens. Rounding may send a position to other experts, so with experts the best of three rows counts."""
+    tokens. With experts the best of three rows counts, since rounding may choose other ones."""
     c, auto = model.config, import_transformers().AutoModelForCausalLM
     theirs = auto.from_pretrained(folder, dtype=torch.float32)
     short = min(c.block_size, max(64, 2 * c.attention_window))

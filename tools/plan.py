@@ -54,9 +54,9 @@ def memory(c, gpt, rows, micro_steps):
     moments = 8 * params - 4 * matrices * (c.optimizer == "muon")  # Muon has one
     gathered = (4 * e + 4) * max(block, table) * fsdp  # two units, and gradients to be summed
 
-    # What a block keeps for the backward pass, bytes per position. Compiled code keeps the inputs of matrix
-    # products and what attention saves. Eager code also keeps a norm's input and quotient in float32, the
-    # sigmoid and a product in SwiGLU.
+    # Bytes per position that a block keeps for its backward pass. Compiled code keeps the inputs of matrix
+    # products and what attention saves. Eager code also keeps a norm's input and quotient in float32, and
+    # the sigmoid and a product in SwiGLU.
     q, kv, heads = m.n_head * m.head_dim, m.n_kv_head * m.head_dim, m.n_head * m.block_size
     norm = C * (8 if eager else e)
     softmax = cpu and m.block_size <= 512  # the CPU's own attention keeps it

@@ -81,10 +81,9 @@ def choose(files):
     """files: the content of each. -> {"train": documents, "val": documents} in the order of the corpus. The
     hash of a file's content decides where it comes, and whether it is held out for validation.
 
-    Packages hold files that differ in a few lines only (copied models, generated siblings, pip's _vendor
-    folder), which no hash of the content catches. A training file that mostly repeats earlier ones is left
-    out. A held-out file would measure memory: it is compared with all training files and earlier held-out
-    ones.
+    Packages hold files that differ in a few lines only, which no hash of the content catches. A training file
+    that mostly repeats earlier ones is left out, and so is a held-out file that mostly repeats any training
+    file or an earlier held-out one: it would measure memory.
     """
     by_hash = {hashlib.sha256(data).digest(): data for data in files if usable(data)}
     chosen, seen, total = {"train": [], "val": []}, set(), 0
