@@ -65,6 +65,7 @@ def losses_of(model, rows, device):
             logits = model(tokens[:, :-1]).float()  # (B, L, V)
         loss = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         losses.append(loss.cpu().double().numpy())
+    model.cpu()  # room for the next one
     losses = np.concatenate(losses)  # (n, L)
     parts = [losses[:, first - 1 : last].mean(1) for first, last in buckets_of(length)]
     return np.stack([*parts, losses.mean(1)], axis=1)
