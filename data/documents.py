@@ -76,9 +76,9 @@ def unpacked(path):
 
 
 def text_documents(file, path, options):
-    """Yield (path, text) between separators. The line end before a separator or the end of the file belongs
-    to no document. After options.cut bytes a text ends at the next empty line; after three times as many at
-    the next line end, after four times before a word."""
+    """Yield (path, text) between separators, without the line end before a separator or the end of the file.
+    After options.cut bytes a text ends at the next empty line; after three times as many at the next line
+    end, after four times before a word."""
     separator, cut, most = options.separator.encode(), options.cut, 4 * options.cut
     text, line_start = bytearray(), True
     line = file.readline(min(PIECE, cut)).removeprefix(MARK)  # long lines come in parts

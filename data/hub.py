@@ -4,6 +4,7 @@ huggingface_hub does the fetching. It resumes broken downloads, retries, and che
 HF_TOKEN and HF_HOME mean what they always do.
 """
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from data.documents import Options, needs
 from data.writer import PROGRESS, Writer, prepare, prepared, read_json, token_count
 from nanotst import UserError
+from nanotst.configurator import entry_point
 from nanotst.corpus import differing
 from nanotst.tokenizer import get_tokenizer
 
@@ -23,7 +25,7 @@ class Config:
         python data/dclm/prepare.py --tokens=10B [--encoding=path/to/llama-3/tokenizer.model]
         python data/fineweb_edu/prepare.py --tokens=10B
 
-    Files are removed when their tokens are written. The same command resumes a preparation.
+    A file is removed when it has been read. The same command resumes a preparation.
     """
 
     tokens: str = "10B"  # tokens to train on; 0 for all there are
@@ -37,10 +39,9 @@ class Config:
     out_dir: str = ""  # folder to write to; empty: the one of the script
 
 
-def prepare_from_hub(config, out_dir, repo, suffix, folder=""):
-    """The corpus of the files *`suffix` of a repository on the hub. out_dir, folder: unless `config` has
-    others."""
-    out_dir, folder = config.out_dir or str(out_dir), config.folder or folder
+def main(config, script, repo, suffix, folder=""):
+    """The corpus of the files *`suffix` of a repository, beside `script` unless `config` says otherwise."""
+    out_dir, folder = config.out_dir or os.path.dirname(script), config.folder or folder
     knobs = dict(repo=repo, folder=folder, revision=config.revision, seed=config.seed)
     for key in ("tokens", "val_tokens", "shard_tokens"):
         knobs[key] = token_count(getattr(config, key), key)
@@ -52,34 +53,41 @@ def prepare_from_hub(config, out_dir, repo, suffix, folder=""):
     hub = needs("huggingface_hub", repo)
     begun = read_json(os.path.join(out_dir, PROGRESS)).get("knobs", {})
     revision = config.revision if differing(knobs, begun, knobs) else begun["commit"]
-    api, listing = hub.HfApi(), f"listing {repo}/{folder}"
-    commit = ask(listing, api.dataset_info, repo, revision=revision or None).sha
-    where = dict(repo_type="dataset", revision=commit)
-    tree = lambda: list(api.list_repo_tree(repo, folder or None, recursive=True, **where))
-    files = [f for f in ask(listing, tree) if f.path.endswith(suffix)]
+    api, there = hub.HfApi(), f"{repo}/{folder}"
+    with asking(f"listing {there}"):
+        knobs["commit"] = commit = api.dataset_info(repo, revision=revision or None).sha
+        where = dict(repo_type="dataset", revision=commit)
+        tree = api.list_repo_tree(repo, folder or None, recursive=True, **where)
+        files = [file.path for file in tree if file.path.endswith(suffix)]
     if len(files) < 2:
-        raise UserError(f"{repo}/{folder} has {len(files)} files *{suffix}, two are needed")
+        raise UserError(f"{there} has {len(files)} files *{suffix}, two are needed")
     # the first files are a sample of all
-    files.sort(key=lambda f: hashlib.sha256(f"{config.seed} {f.path}".encode()).digest())
-    print(f"{repo}/{folder} at {commit}: {len(files):,} files")
-    knobs["commit"] = commit
+    files.sort(key=lambda path: hashlib.sha256(f"{config.seed} {path}".encode()).digest())
+    print(f"{there} at {commit}: {len(files):,} files")
     out = Writer(out_dir, tokenizer, knobs, knobs["shard_tokens"], config.seed)
     out.source = [f"{repo} at {commit}, seed {config.seed}"]
-    where["local_dir"] = out.folder
 
-    def fetch(name):
+    def fetched(name):
         print(f"fetching {name}")
-        return ask(f"fetching {name} of {repo}", hub.hf_hub_download, repo, name, **where)
+        with asking(f"fetching {name} of {repo}"):
+            path = hub.hf_hub_download(repo, name, local_dir=out.folder, **where)
+        yield path
+        os.remove(path)
 
-    inputs = [("val", [files[0].path], knobs["val_tokens"])]
-    inputs += [("train", [f.path], knobs["tokens"]) for f in files[1:]]
-    prepare(inputs, out, Options(), fetch)
+    inputs = [("val", fetched(files[0]), knobs["val_tokens"])]
+    inputs += [("train", fetched(name), knobs["tokens"]) for name in files[1:]]
+    prepare(inputs, out, Options())
 
 
-def ask(doing, function, *args, **kwargs):
-    """Call huggingface_hub. Its errors are of many classes, and all the network's or the hub's."""
+@contextlib.contextmanager
+def asking(doing):
+    """For calls of huggingface_hub. Its errors are of many classes, and all the network's or the hub's."""
     try:
-        return function(*args, **kwargs)
+        yield
     except Exception as e:
         todo = "the same command resumes"
         raise UserError(f"{doing} failed ({type(e).__name__}: {e!s:.200}); {todo}") from e
+
+
+def command(*corpus):
+    entry_point(lambda config: main(config, *corpus), Config)

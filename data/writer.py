@@ -37,26 +37,25 @@ AHEAD = 64  # documents that are tokenised ahead of the one being written
 SAID = {"train": "documents for training", "val": "documents held out for validation"}
 
 
-def prepare(inputs, out, options, fetch=None):
+def prepare(inputs, out, options):
     """Tokenise `inputs` and write them with the Writer `out`, from where an earlier preparation stopped.
 
-    inputs: [(split, names, limit)]. The split is "train", "val", or "" to choose by a hash of each document.
-    It gets `limit` tokens at most, or all with 0. Each input has its own shards. The names are paths, or
-    fetch(name) returns the path of a file, which is removed when its shards are finished.
+    inputs: [(split, paths, limit)]. The split is "train", "val", or "" to choose by a hash of each document.
+    It gets `limit` tokens at most, or all with 0. Each input has its own shards.
     """
-    state = out.resume()
+    saved = read_json(os.path.join(out.out_dir, PROGRESS))
+    state = out.state = saved if saved.get("knobs") == out.knobs else out.state
     notes = state["notes"] = Counter(state["notes"])
     if state["shards"]:
         print(f"resuming after {len(state['shards'])} finished shards in {out.folder}")
     bar = tqdm(unit=" tokens", unit_scale=True, disable=None)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for i in range(state["inputs"], len(inputs)):
-            split, names, limit = inputs[i]
+            split, paths, limit = inputs[i]
             limit = limit or float("inf")
             if state["tokens"].get(split, 0) >= limit:  # "val" after a kill before the next file
                 state["documents"] = 0
                 continue
-            paths = [fetch(name) for name in names] if fetch else names
             documents = choose(paths, split, options, state["held_out"])
             documents = islice(documents, state["documents"], None)
             for place, key, seen, ids, n_bytes in tokenised(documents, out.tokenizer, pool):
@@ -72,8 +71,6 @@ def prepare(inputs, out, options, fetch=None):
                     break
             state.update(inputs=i + 1, documents=0)
             out.close_shards()
-            for path in paths if fetch else []:
-                os.remove(path)
     out.publish()
     print(*(f"{n:,} {what}" for what, n in list(notes.items())[:20] if n), sep="\n")
 
@@ -146,10 +143,9 @@ def prepared(out_dir, knobs, overwrite=False):
 class Writer:
     """out = Writer(out_dir, tokenizer, knobs); out.add(split, ids, n_bytes) for each document; out.publish()
 
-    A preparation that fails, is killed or fills the disk before publish() leaves the former corpus or none.
-    `knobs`, a dict of plain values, says what the corpus is made from; ask prepared() first. The document
-    that fills shard_tokens ends a shard, which is held in memory until then. With a seed the documents of a
-    shard are shuffled.
+    A preparation that stops before publish() leaves the former corpus or none. `knobs`, a dict of plain
+    values, says what the corpus is made from; ask prepared() first. The document that fills shard_tokens ends
+    a shard, which is held in memory until then. With a seed the documents of a shard are shuffled.
     """
 
     def __init__(self, out_dir, tokenizer, knobs, shard_tokens=0, seed=None):
@@ -161,13 +157,6 @@ class Writer:
         self.n_open = {"train": 0, "val": 0}  # tokens in them
         self.state = dict(knobs=knobs, shards={}, tokens={**self.n_open}, bytes={**self.n_open})
         self.state |= dict(inputs=0, documents=0, notes={}, held_out={})  # that were read
-
-    def resume(self):
-        """Keep the finished shards of a preparation that was stopped. -> the state, where it was."""
-        saved = read_json(os.path.join(self.out_dir, PROGRESS))
-        if saved.get("knobs") == self.knobs:
-            self.state = saved
-        return self.state
 
     def add(self, split, ids, n_bytes):
         """ids: (T,), a document with its separator; n_bytes: of its text, one for the separator."""
@@ -201,10 +190,9 @@ class Writer:
         n_train, n_val = self.state["tokens"].values()
         if not (n_train and n_val):
             shutil.rmtree(self.folder)
-            raise UserError(
-                f"{n_train:,} tokens to train on and {n_val:,} held out for validation: give --val=FILE, "
-                "another --val_fraction, or a --separator that splits the text"
-            )
+            what = f"{n_train:,} tokens to train on and {n_val:,} held out for validation"
+            todo = "give --val=FILE, another --val_fraction, or a --separator that splits the text"
+            raise UserError(f"{what}: {todo}")
         # a single shard needs no number
         many = tuple(name[:-10] for name in shards if name.endswith("_00001.bin"))
         names = {s: s if s.startswith(many) else s.replace("_00000", "") for s in shards}

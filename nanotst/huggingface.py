@@ -52,44 +52,41 @@ def model_type_of(c):
     return "qwen3" if c.qk_norm else "mistral" if c.attention_window else "llama"
 
 
-def tensor_table(c):
-    """{our tensor: [the tensors of transformers that it holds, in the order of `parts`]}."""
+def tensor_table(model):
+    """{our tensor: (names of its parts in transformers, a function that cuts it into them)}."""
+    c = model.config
     mixtral = model_type_of(c) == "mixtral"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     mlp, end = "block_sparse_moe" if mixtral else "mlp", "" if c.n_expert else ".weight"
     mlps = [f"{mlp}.experts.{e}" for e in range(c.n_expert)] or [mlp]
+    heads = [c.n_head * c.head_dim] + 2 * [c.n_kv_head * c.head_dim]
+    whole = lambda t: [t]
+    rows = lambda t: [t[: c.vocab_size]]  # without the padding
+    matrices = lambda t: t.mT if c.n_expert else [t]  # ours (expert, in, out), theirs (out, in)
+    halves = lambda t: [half for matrix in matrices(t) for half in matrix.chunk(2)]
     layer = {
-        "attn_norm.weight": ["input_layernorm.weight"],
-        "attn.qkv.weight": [f"self_attn.{name}_proj.weight" for name in "qkv"],
-        "attn.out.weight": ["self_attn.o_proj.weight"],
-        "mlp_norm.weight": ["post_attention_layernorm.weight"],
-        f"mlp.gate_up{end}": [f"{m}.{name}.weight" for m in mlps for name in (gate, up)],
-        f"mlp.down{end}": [f"{m}.{down}.weight" for m in mlps],
+        "attn_norm.weight": (["input_layernorm.weight"], whole),
+        "attn.qkv.weight": (
+            [f"self_attn.{x}_proj.weight" for x in "qkv"],
+            lambda t: t.split(heads),
+        ),
+        "attn.q_norm.weight": (["self_attn.q_norm.weight"], whole),
+        "attn.k_norm.weight": (["self_attn.k_norm.weight"], whole),
+        "attn.out.weight": (["self_attn.o_proj.weight"], whole),
+        "mlp_norm.weight": (["post_attention_layernorm.weight"], whole),
+        "mlp.router.weight": ([f"{mlp}.gate.weight"], whole),
+        f"mlp.gate_up{end}": ([f"{m}.{half}.weight" for m in mlps for half in (gate, up)], halves),
+        f"mlp.down{end}": ([f"{m}.{down}.weight" for m in mlps], matrices),
     }
-    if c.n_expert:
-        layer["mlp.router.weight"] = [f"{mlp}.gate.weight"]
-    for norm in ("q_norm", "k_norm") if c.qk_norm else ():
-        layer[f"attn.{norm}.weight"] = [f"self_attn.{norm}.weight"]
-    table = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
-    if not c.tie_embeddings:
-        table["head.weight"] = ["lm_head.weight"]
+    table = {
+        "embed.weight": (["model.embed_tokens.weight"], rows),
+        "norm.weight": (["model.norm.weight"], whole),
+        "head.weight": (["lm_head.weight"], rows),
+    }
     for i in range(c.n_layer):
-        for ours, theirs in layer.items():
-            table[f"blocks.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs]
-    return table
-
-
-def parts(c, name, ours):
-    """Views of one of our tensors, each in the shape of a tensor of transformers."""
-    if name in ("embed.weight", "head.weight"):
-        return [ours[: c.vocab_size]]  # without the padding
-    if name.endswith("qkv.weight"):
-        return ours.split([c.n_head * c.head_dim] + 2 * [c.n_kv_head * c.head_dim])
-    if name.endswith("gate_up.weight"):
-        return ours.chunk(2)
-    if name.endswith("mlp.gate_up"):  # ours (expert, in, out), theirs (out, in)
-        return [half for expert in ours for half in expert.T.chunk(2)]
-    return [expert.T for expert in ours] if name.endswith("mlp.down") else [ours]
+        for ours, (theirs, views) in layer.items():
+            table[f"blocks.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs], views
+    return {ours: table[ours] for ours, _ in model.named_parameters() if ours in table}
 
 
 def load_hf(model, folder, say=print):
@@ -156,8 +153,8 @@ def fill(model, folder, say):
         if not torch.equal(*map(read, heads)):
             raise ValueError("it ties its embeddings, but its lm_head.weight is another matrix")
         del files[heads[0]]
-    table = tensor_table(model.config)
-    expected = {name for names in table.values() for name in names}
+    table = tensor_table(model)
+    expected = {name for names, _ in table.values() for name in names}
     if wrong := expected ^ {name for name in files if "rotary_emb" not in name}:
         there = "lacks" if wrong & expected else "has a tensor unknown to this model,"
         raise ValueError(f"it {there} {min(wrong & expected or wrong)}")
@@ -166,7 +163,8 @@ def fill(model, folder, say):
             say(f"{folder} has no {ours}, which keeps its initial values")
             continue
         whole = torch.zeros(p.shape)  # p may be sharded
-        for name, target in zip(table[ours], parts(model.config, ours, whole)):
+        names, views = table[ours]
+        for name, target in zip(names, views(whole)):
             source = read(name)
             source = source[: len(target)] if name in heads else source  # without the padding
             exact = source.is_floating_point() and source.itemsize > 1 and all_finite([source])

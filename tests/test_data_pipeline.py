@@ -4,6 +4,7 @@ a fake here."""
 import errno
 import hashlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -18,9 +19,8 @@ from conftest import ROOT, write_corpus
 from corpora import byte_documents, contents, dataset, json_lines, make_documents, parquet
 from test_tokenizer import write_ranks
 
+from data import hub as data_hub
 from data import writer
-from data.dclm import prepare as dclm
-from data.fineweb_edu import prepare as fineweb_edu
 from data.text import prepare as text
 from data.writer import token_count
 from nanotst import UserError
@@ -244,18 +244,21 @@ def rows(documents):
     return parquet({"text": documents})
 
 
-SCRIPTS = {
-    fineweb_edu: ("HuggingFaceFW/fineweb-edu", "sample/100BT/{}.parquet", rows),
-    dclm: ("mlfoundations/dclm-baseline-1.0", "global-shard_0{}/shard_processed.jsonl.zst", zst),
+CORPORA = {
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample/100BT/{}.parquet", rows, "sample/100BT"),
+    "dclm": ("mlfoundations/dclm-baseline-1.0", "shard_0{}/processed.jsonl.zst", zst, ""),
 }
+
+
+FEW = dict(encoding="bytes", tokens="0", val_tokens="5k", shard_tokens="20k")
 
 
 class Hub:
     """What data/hub.py uses of huggingface_hub, for one repository of four files of 60 documents."""
 
-    def __init__(self, script):
-        self.script = script
-        self.repo, self.name, pack = SCRIPTS[script]
+    def __init__(self, corpus):
+        self.script = f"{ROOT}/data/{corpus}/prepare.py"
+        self.repo, self.name, pack, self.folder = CORPORA[corpus]
         self.documents = {self.name.format(i): make_documents(60, i) for i in range(4)}
         self.files = {name: pack(documents) for name, documents in self.documents.items()}
         self.files["sample/100BT/README.md"] = b"no data"
@@ -283,20 +286,22 @@ class Hub:
         return str(path)
 
     def prepare(self, out, **knobs):
-        few = dict(encoding="bytes", tokens="0", val_tokens="5k", shard_tokens="20k")
-        self.script.main(self.script.Config(out_dir=str(out), **few | knobs))
+        where = self.script, self.repo, self.name[-8:], self.folder
+        data_hub.main(data_hub.Config(out_dir=str(out), **FEW | knobs), *where)
 
 
 @pytest.fixture
 def hub(request, monkeypatch):
-    fake = Hub(getattr(request, "param", fineweb_edu))
+    fake = Hub(getattr(request, "param", "fineweb_edu"))
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     return fake
 
 
-@pytest.mark.parametrize("hub", SCRIPTS, indirect=True)
-def test_a_corpus_from_the_hub(tmp_path, hub):
-    hub.prepare(tmp_path / "out")
+@pytest.mark.parametrize("hub", CORPORA, indirect=True)
+def test_a_corpus_from_the_hub(tmp_path, hub, monkeypatch):
+    knobs = [f"--{key}={value}" for key, value in FEW.items()]
+    monkeypatch.setattr(sys, "argv", [hub.script, *knobs, f"--out_dir={tmp_path / 'out'}"])
+    runpy.run_path(hub.script, run_name="__main__")
     assert sorted(hub.fetched) == sorted(hub.documents) and hub.asked == [None]
     splits = byte_documents(tmp_path / "out")
     # the first file in the order of the seed is held out, each training document is there once

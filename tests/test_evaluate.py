@@ -13,6 +13,7 @@ from conftest import TINY, read_rows, write_corpus
 import train
 from model import GPT, GPTConfig
 from nanotst import UserError
+from nanotst.checkpoint import load_model
 from nanotst.configurator import parse
 from nanotst.corpus import open_corpus
 from nanotst.stream import validation_rows
@@ -57,9 +58,9 @@ def said(capsys):
 
 
 def cells(text, start):
-    """The cells of the table line that starts so."""
+    """The cells of the table line that starts so, a column for each side and each difference."""
     line = next(line for line in text.splitlines() if re.match(rf"\| *{start} \|", line))
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    return [cell.strip() for cell in line.strip("|").split("|")[1:]]
 
 
 def number(cell):
@@ -81,23 +82,18 @@ def test_losses_are_those_of_a_plain_loop(own, monkeypatch):
         for i, row in enumerate(rows.long()):
             for p in range(12):
                 expected[i, p] = F.cross_entropy(model(row[None, : p + 1])[0, -1], row[p + 1])
+    assert expected.std() > 0.5
+    buckets = [expected[:, a:b].mean(1) for a, b in ((0, 1), (1, 2), (2, 4), (4, 8), (8, 12))]
+    expected = torch.stack([*buckets, expected.mean(1)], 1).double().numpy()
     for logits in (1, 2 * 12 * 50, 2**25):
         monkeypatch.setattr(evaluate, "LOGITS", logits)
-        found = evaluate.position_losses(model, rows, "cpu")
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
-    assert expected.std() > 0.5
+        found = evaluate.losses_of(model, rows, "cpu")
+        assert found == pytest.approx(expected, abs=2e-5)
 
 
-def test_buckets_double_and_cover_all_positions(runs, monkeypatch):
+def test_buckets_double_and_cover_all_positions():
     assert evaluate.buckets_of(1) == [(1, 1)]
     assert evaluate.buckets_of(11) == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 11)]
-    losses = torch.rand(5, 11)
-    monkeypatch.setattr(evaluate, "position_losses", lambda *_: losses)
-    (run,) = evaluate.read_checkpoints(evaluate.Config(runs[1][:1]))
-    found = evaluate.losses_of(run, torch.zeros(5, 12), "cpu")
-    for i, r in enumerate(losses.double().tolist()):
-        means = [r[0], r[1], sum(r[2:4]) / 2, sum(r[4:8]) / 4, sum(r[8:]) / 3, sum(r) / 11]
-        assert found[i] == pytest.approx(means, abs=1e-12)
 
 
 def test_errors_are_those_of_independent_blocks_and_of_seeds():
@@ -121,12 +117,13 @@ def test_the_loss_is_the_one_that_training_logs(runs, said):
     _, paths, losses = runs
     text = said(*paths, "--labels=plain,plain,TST,TST", "--eval_positions=480")
     assert "30 validation rows of 16 tokens" in text and "context" not in text
-    means = {"plain": sum(losses[:2]) / 2, "TST": sum(losses[2:]) / 2}
-    for label, mean in means.items():
-        _, seeds, _, nats, bits, difference = cells(text, label)
-        assert seeds == "2" and number(nats) == pytest.approx(mean, abs=1e-4)
-        assert number(bits) == pytest.approx(mean / math.log(2) / 2, abs=1e-4)
-    assert number(difference) == pytest.approx(means["TST"] - means["plain"], abs=2e-4)
+    assert cells(text, "nats per token") == ["plain", "TST", "TST - plain"]
+    assert cells(text, "seeds") == ["2", "2", ""] and cells(text, "bag size") == ["1", "3", ""]
+    plain, tst = sum(losses[:2]) / 2, sum(losses[2:]) / 2
+    found = [number(cell) for cell in cells(text, "all positions")]
+    assert found == pytest.approx([plain, tst, tst - plain], abs=2e-4)
+    bits = [number(cell) for cell in cells(text, "bits per byte")[:2]]
+    assert bits == pytest.approx([plain / math.log(2) / 2, tst / math.log(2) / 2], abs=1e-4)
 
 
 def test_text_of_another_kind(runs, said, tmp_path):
@@ -134,7 +131,7 @@ def test_text_of_another_kind(runs, said, tmp_path):
     _, paths, _ = runs
     other = write_bytes(tmp_path / "other", 7, bytes_per_token=4.0)
     text = said(paths[0], paths[2], f"--dataset={other}")
-    nats, bits = map(number, cells(text, "s3_1")[3:5])
+    nats, bits = (number(cells(text, row)[1]) for row in ("all positions", "bits per byte"))
     assert bits == pytest.approx(nats / math.log(2) / 4, abs=1e-3)
     foreign = write_corpus(tmp_path / "foreign", range(90), range(90), 100)
     with pytest.raises(UserError, match="another vocabulary"):
@@ -148,11 +145,11 @@ def test_a_mixture_is_evaluated_by_its_parts_and_what_differs_in_training_is_sai
     mixture = dict(dataset=f"{runs[0]}:0.5,{other}:0.5", out_dir=str(tmp_path / "mixed"))
     row = run(**mixture, eval_positions=480, learning_rate=0.02)[-1]
     mixed = str(tmp_path / "mixed" / "last.pt")
-    text = said(mixed, runs[1][2], "--eval_positions=480")
+    text = said(mixed, runs[1][2], "--labels=mixed,s3_1", "--eval_positions=480")
     assert "learning_rate 0.02 (mixed), 0.01 (s3_1)" in text
     for name in ("text", "other"):
         part = text[text.index(f"{name}: 30 validation rows") :]
-        loss = number(cells(part, "mixed")[3])
+        loss = number(cells(part, "all positions")[0])
         assert loss == pytest.approx(row[f"val_loss_{name}"], abs=1e-4)
 
 
@@ -160,11 +157,10 @@ def test_the_loss_by_context_is_the_mean_of_all_seeds(runs, said):
     corpus, paths, _ = runs
     text = said(*paths, "--labels=plain,plain,TST,TST", "--by_position", "--eval_positions=480")
     rows = validation_rows(open_corpus(corpus).val, 480, 16)  # (n, 17)
-    saved = evaluate.read_checkpoints(evaluate.Config(paths))
-    losses = [evaluate.losses_of(run, rows, "cpu").mean(0) for run in saved]
+    losses = [evaluate.losses_of(load_model(path)[0], rows, "cpu").mean(0) for path in paths]
     plain, tst = sum(losses[:2]) / 2, sum(losses[2:]) / 2
-    for i, context in enumerate(("1", "2", "3-4", "5-8", "9-16")):
-        found = [number(cell) for cell in cells(text, context)[1:]]
+    for i, context in enumerate(("1-1", "2-2", "3-4", "5-8", "9-16")):
+        found = [number(cell) for cell in cells(text, f"context {context}")]
         assert found == pytest.approx([plain[i], tst[i], tst[i] - plain[i]], abs=1e-4)
 
 

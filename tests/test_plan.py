@@ -1,6 +1,7 @@
 """tools/plan.py: memory against what PyTorch's allocator counted, FLOPs and text against counts by hand."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,30 +11,30 @@ from model import GPT
 from nanotst import UserError
 from nanotst.checkpoint import model_config
 from nanotst.configurator import parse
-from tools.plan import Config, Way, memory, plan
+from tools.plan import Config, memory, plan
 
 # Rows of results/plan/README.md: knobs, vocabulary, measured MB, and how many ranks shared the step how
 SMALL = "n_layer=4 n_head=4 n_kv_head=2 n_embd=128 device=cpu "
 MOE = " n_expert=8 top_k=2 ff_dim=192 qk_norm=True"
 AGAIN = " checkpoint_activations=True"
 MEASURED = [
-    ("dtype=float32 block_size=256 total_batch=2048 n_embd=256", 256, 287.2, "one GPU"),
-    ("dtype=bfloat16 block_size=1024 total_batch=2048", 4096, 159.9, "one GPU"),
-    ("dtype=bfloat16 block_size=1024 total_batch=4096 batch_size=2", 4096, 167.2, "one GPU"),
-    ("dtype=float32 block_size=128 total_batch=512 batch_size=2 n_embd=256", 16384, 243.4, "one GPU"),
-    ("dtype=float32 block_size=64 total_batch=64 tie_embeddings=True", 16384, 55.1, "one GPU"),
-    ("dtype=float32 block_size=32 total_batch=32 n_embd=256 optimizer=muon", 1024, 47.1, "one GPU"),
-    ("dtype=bfloat16 block_size=256 total_batch=2048 n_layer=6" + AGAIN, 256, 59.7, "one GPU"),
-    ("dtype=float32 block_size=640 total_batch=1280" + MOE, 1024, 138.6, "one GPU"),
-    ("dtype=bfloat16 block_size=640 total_batch=1280" + AGAIN + MOE, 1024, 61.3, "one GPU"),
-    ("dtype=bfloat16 block_size=640 total_batch=2560", 8192, 124.0, "DDP"),
-    ("dtype=float32 block_size=64 total_batch=256 batch_size=1 n_embd=256", 1024, 78.4, "DDP"),
-    ("dtype=bfloat16 block_size=640 total_batch=2560", 8192, 95.7, "FSDP"),
-    ("dtype=float32 block_size=64 total_batch=256 batch_size=1 n_embd=256", 1024, 54.5, "FSDP"),
-    ("compile=on dtype=bfloat16 block_size=640 total_batch=2560 n_embd=256", 1024, 149.5, "one GPU"),
-    ("compile=on dtype=bfloat16 block_size=640 total_batch=2560 n_embd=256" + AGAIN, 1024, 89.5, "one GPU"),
+    ("dtype=float32 block_size=256 total_batch=2048 n_embd=256", 256, 287.2, "auto"),
+    ("dtype=bfloat16 block_size=1024 total_batch=2048", 4096, 159.9, "auto"),
+    ("dtype=bfloat16 block_size=1024 total_batch=4096 batch_size=2", 4096, 167.2, "auto"),
+    ("dtype=float32 block_size=128 total_batch=512 batch_size=2 n_embd=256", 16384, 243.4, "auto"),
+    ("dtype=float32 block_size=64 total_batch=64 tie_embeddings=True", 16384, 55.1, "auto"),
+    ("dtype=float32 block_size=32 total_batch=32 n_embd=256 optimizer=muon", 1024, 47.1, "auto"),
+    ("dtype=bfloat16 block_size=256 total_batch=2048 n_layer=6" + AGAIN, 256, 59.7, "auto"),
+    ("dtype=float32 block_size=640 total_batch=1280" + MOE, 1024, 138.6, "auto"),
+    ("dtype=bfloat16 block_size=640 total_batch=1280" + AGAIN + MOE, 1024, 61.3, "auto"),
+    ("dtype=bfloat16 block_size=640 total_batch=2560", 8192, 124.0, "ddp"),
+    ("dtype=float32 block_size=64 total_batch=256 batch_size=1 n_embd=256", 1024, 78.4, "ddp"),
+    ("dtype=bfloat16 block_size=640 total_batch=2560", 8192, 95.7, "fsdp"),
+    ("dtype=float32 block_size=64 total_batch=256 batch_size=1 n_embd=256", 1024, 54.5, "fsdp"),
+    ("compile=on dtype=bfloat16 block_size=640 total_batch=2560 n_embd=256", 1024, 149.5, "auto"),
+    ("compile=on dtype=bfloat16 block_size=640 total_batch=2560 n_embd=256" + AGAIN, 1024, 89.5, "auto"),
     ("compile=on dtype=bfloat16 n_layer=6 n_embd=384 block_size=64 total_batch=256 batch_size=1",
-     1024, 254.1, "DDP"),
+     1024, 254.1, "ddp"),
 ]  # fmt: skip
 
 
@@ -59,19 +60,19 @@ def shape(c, vocab_size=128256):
 
 @pytest.mark.parametrize("knobs, vocab_size, measured, parallel", MEASURED)
 def test_planned_memory_is_within_15_percent_of_the_measured(knobs, vocab_size, measured, parallel):
-    c = config(*(SMALL + "compile=off " + knobs).split())
-    ranks = 1 if parallel == "one GPU" else 2
-    way = Way(parallel, ranks if parallel == "FSDP" else 1, c.checkpoint_activations)
+    ranks = 1 if parallel == "auto" else 2
+    c = config(*(SMALL + "compile=off " + knobs).split(), f"gpus={ranks}", f"parallel={parallel}")
     rows = c.total_batch // c.block_size // ranks
     batch_size = c.batch_size or rows
-    parts = memory(c, shape(c, vocab_size), batch_size, way, rows // batch_size)
+    parts = memory(c, shape(c, vocab_size), batch_size, rows // batch_size)
     assert sum(parts.values()) / 1e6 == pytest.approx(measured, rel=0.15)
 
 
 def test_the_3b_model_as_counted_by_hand(text_of):
     c, n = config("config/dense_3b.py"), 3_337_766_912
-    ways = Way("DDP"), Way("FSDP", 8), Way("FSDP", 64)
-    ddp, fsdp, wide = (memory(c, shape(c), 1, way, 128) for way in ways)
+    ways = [("ddp", 8), ("fsdp", 8), ("fsdp", 64)]
+    cases = (replace(c, parallel=parallel, gpus=gpus) for parallel, gpus in ways)
+    ddp, fsdp, wide = (memory(case, shape(c), 1, 128) for case in cases)
     assert (ddp["weights"], ddp["moments"], ddp["gathered"]) == (4 * n, 8 * n, 0)
     assert (fsdp["weights"], fsdp["moments"]) == (n / 2, n)
     assert fsdp["gathered"] == wide["gathered"] > 0  # whatever the shards
@@ -86,7 +87,7 @@ def test_the_3b_model_as_counted_by_hand(text_of):
 def test_muon_keeps_one_moment_of_matrices_alone():
     """Embedding, head, routers, experts and norms keep AdamW's two."""
     c = config(*SMALL.split(), *MOE.split(), "optimizer=muon")
-    moments = memory(c, shape(c, 256), 1, Way("one GPU"), 1)["moments"]
+    moments = memory(c, shape(c, 256), 1, 1)["moments"]
     parameters = dict(shape(c, 256).named_parameters())
     matrices = [n for n in parameters if n.endswith(("attn.qkv.weight", "attn.out.weight"))]
     sizes = {name: p.numel() for name, p in parameters.items()}
@@ -110,7 +111,8 @@ def test_ddp_where_the_states_fit_and_fsdp_where_they_do_not(name, gpus, way, te
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(text_of):
     words = "config/dense_600m.py", "gpu_memory=40"
     c, rows = config(*words), int(re.search(r"\| +DDP \| +(\d+)", text_of(*words))[1])
-    parts = [memory(c, shape(c), n, Way("DDP"), 128 // n) for n in (rows, 2 * rows)]
+    ddp = replace(c, parallel="ddp")
+    parts = [memory(ddp, shape(c), n, 128 // n) for n in (rows, 2 * rows)]
     small, large = (sum(each.values()) for each in parts)
     assert small <= (40 - c.reserve) * 1e9 / 1.05 < large
 

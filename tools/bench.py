@@ -100,8 +100,11 @@ class Bench:
         return {name: statistics.median(ts) for name, ts in times.items()}
 
     def table(self, title, rows):
-        """Print rows, dicts of column to number or text, under a title, and keep them as figures."""
+        """Print rows, dicts of column to number or text, and keep them. Adds ratios to the first row."""
         self.figures[title] = rows
+        for key in ("ms", "MB", "tokens/s"):
+            for row in rows if key in rows[0] else ():
+                row[f"{key} / first"] = row[key] / rows[0][key]
         text = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
         cells = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
         print(f"\n{title}\n\n{markdown_table(cells)}")
@@ -170,9 +173,6 @@ def loss(b):
         hidden.grad = weight.grad = None  # or the gradients before would be freed in this call
         megabytes = extra_memory(variants[name, s], b.cuda) / 1e6
         rows.append({"loss": name, "s": s, "ms": seconds * 1e3, "MB": megabytes})
-    for row in rows:
-        row["time / first"] = row["ms"] / rows[0]["ms"]
-        row["MB / first"] = row["MB"] / rows[0]["MB"]
     b.table(f"loss alone, N {N}, V {V}, C {C}", rows)
 
 
@@ -184,8 +184,7 @@ def read_shape(b, name, **changes):
 
 
 class Step:
-    """A training step: forward and backward on a micro-batch of bags of s tokens, then update(), a fixed
-    part. b, name, changes: see read_shape."""
+    """A training step on one micro-batch of bags of s tokens. b, name, changes: see read_shape."""
 
     def __init__(self, b, name, **changes):
         self.b, (shape, self.rows, knobs) = b, read_shape(b, name, **changes)
@@ -196,8 +195,6 @@ class Step:
         if b.compiled and not (shape.n_expert and b.dtype == torch.float32):  # which cannot compile
             self.net = torch.compile(self.model, dynamic=False, fullgraph=True)
         self.optimizer = make_optimizer(self.model, knobs, b.machine.device_type)
-        self.positions = self.rows * shape.block_size
-        self.micro_steps = max(1, knobs.total_batch // self.positions)  # of the config's step
 
     def __call__(self, s):
         self.optimizer.zero_grad()
@@ -207,31 +204,25 @@ class Step:
         with self.b.machine.autocast():
             loss, routing = self.net(*bags_and_labels(tokens, s, s))
         (loss + 0.001 * routing["balance_loss"].mean() if routing else loss).backward()
-        self.update()
-
-    def update(self):
         clip_gradients(self.model, 1.0)
         self.optimizer.step()
 
 
 def time_steps(b, title, variants):
-    """Table of {name: (Step, s)}. The config's step has more micro-steps and one update: a second MFU."""
-    runs = {name: partial(step, s) for name, (step, s) in variants.items()}
-    t, table = b.seconds(runs | {step: step.update for step, _ in variants.values()}), []
-    for name, (step, _) in variants.items():
-        seconds, flops = t[name], step.positions * step.model.flops_per_position()
+    """Table of {name: (Step, s)}."""
+    calls, rows = {name: partial(step, s) for name, (step, s) in variants.items()}, []
+    for name, seconds in b.seconds(calls).items():
+        step, _ = variants[name]
+        rate = step.rows * step.model.config.block_size / seconds  # positions per second
+        flops = rate * step.model.flops_per_position()
         row = {"": name, "active parameters": step.model.n_params(active=True)}
-        row |= {"ms": seconds * 1e3, "ms of update": t[step] * 1e3}
-        row["time / first"] = row["ms"] / table[0]["ms"] if table else 1.0
-        row |= {"positions/s": round(step.positions / seconds), "TFLOP/s": flops / seconds / 1e12}
+        row |= {"ms": seconds * 1e3, "positions/s": round(rate), "TFLOP/s": flops / 1e12}
         if b.machine.peak_flops:
-            n, peak = step.micro_steps, b.machine.peak_flops
-            whole = n * seconds - (n - 1) * t[step]
-            row |= {"MFU": flops / seconds / peak, f"at {n} micro-steps": n * flops / whole / peak}
+            row["MFU"] = flops / b.machine.peak_flops
         if b.cuda:
-            row["busy"] = busy_seconds(runs[name]) / seconds  # share of the time, of its kernels
-        table.append(row)
-    b.table(title, table)
+            row["busy"] = busy_seconds(calls[name]) / seconds  # share of the time, of its kernels
+        rows.append(row)
+    b.table(title, rows)
 
 
 def step(b):
@@ -247,10 +238,10 @@ def moe(b):
     if b.cuda:
         name, changes, ff_dim, kinds = "gpt2_124m", {}, 2048, [(16, 2), (64, 8), (128, 8)]
     changes |= dict(qk_norm=True, batch_size=32)
-    variants = {"dense": (Step(b, name, ff_dim=ff_dim, **changes), 1)}
-    for n, k in kinds:
-        changes |= dict(n_expert=n, top_k=k, ff_dim=ff_dim // k)
-        variants[f"{n} experts, top {k}"] = Step(b, name, **changes), 1
+    variants = {}
+    for n, k in [(0, 1), *kinds]:
+        kind = f"{n} experts, top {k}" if n else "dense"
+        variants[kind] = Step(b, name, n_expert=n, top_k=k, ff_dim=ff_dim // k, **changes), 1
     time_steps(b, "mixture of experts against dense at equal active parameters", variants)
 
 
@@ -278,12 +269,12 @@ def time_trainer(folder, arguments):
 
 
 def nanogpt(b):
-    """train.py against nanoGPT's own, in turn: same layers, heads, width, context, batch and text, which is
-    random, with words as frequent as in a language (Zipf's law)."""
+    """train.py against nanoGPT's own, in turn, with the same shape, batch and text: random words, as frequent
+    as in a language (Zipf's law)."""
     if not Path(b.c.nanogpt, "configurator.py").exists():
         raise UserError("--nanogpt must name a clone of karpathy/nanoGPT")
     shape, rows, _ = read_shape(b, b.shape)
-    L, V, ours_ms, theirs_ms = shape.block_size, shape.vocab_size, [], []
+    L, V, n_runs = shape.block_size, shape.vocab_size, min(3, b.c.repeats)
     words = (V ** np.random.default_rng(0).random(4_000_000) - 1).astype(np.uint16)
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "val"):
@@ -297,14 +288,13 @@ def nanogpt(b):
         ours = f"config/{b.shape}.py {common} --overwrite --bag_size=1 --total_batch={rows * L}"
         ours += " --batch_size=0 --max_steps=40 --eval_positions=1 --save_interval=0"
         ours += f" --dtype={b.c.dtype} --compile={b.c.compile}"
-        for _ in range(min(3, b.c.repeats)):
-            theirs_ms.append(time_trainer(b.c.nanogpt, theirs))
-            ours_ms.append(time_trainer(ROOT, ours))
-    table, first = [], statistics.median(theirs_ms)
-    for trainer, runs in (("nanoGPT", theirs_ms), ("nanoTST", ours_ms)):
-        ms = statistics.median(runs)
-        row = {"trainer": trainer, "ms": ms, "tokens/s": round(rows * L / ms * 1e3)}
-        table.append(row | {"tokens/s / nanoGPT": first / ms, "runs": str(runs)})
+        trainers = {"nanoGPT": (b.c.nanogpt, theirs), "nanoTST": (ROOT, ours)}
+        runs = [{name: time_trainer(*how) for name, how in trainers.items()} for _ in range(n_runs)]
+    table = []
+    for name in trainers:
+        times = [run[name] for run in runs]
+        row = {"trainer": name, "ms": statistics.median(times), "runs": str(times)}
+        table.append(row | {"tokens/s": round(rows * L / row["ms"] * 1e3)})
     b.table(f"against nanoGPT's train.py, {b.shape}, {rows} rows of {L}", table)
 
 

@@ -6,16 +6,14 @@ position p (from 0) predicts the next one from p + 1 tokens of context.
 """
 
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import GPT
 from nanotst import UserError
-from nanotst.checkpoint import find_checkpoint, load_checkpoint, load_weights, model_config
+from nanotst.checkpoint import load_model
 from nanotst.configurator import entry_point
 from nanotst.corpus import check_vocabulary
 from nanotst.kernels import use_twins
@@ -34,16 +32,14 @@ spread of seeds only for sides with several. With one seed, a difference may be 
 class Config:
     """Usage: python -m tools.evaluate CHECKPOINT [CHECKPOINT ...] [--key=value ...]
 
-    python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --by_position
+    python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --by_position --dataset=english
     python -m tools.evaluate b1/best.pt b2/best.pt t1/best.pt t2/best.pt --labels=baseline,baseline,TST,TST
-    python -m tools.evaluate out/baseline/best.pt out/tst/best.pt --dataset=english
 
-    Checkpoints with the same label are seeds of one side, whose losses are averaged. The first side is the
-    one that the others are compared with.
-    """
+    Checkpoints with the same label are seeds of one side, whose losses are averaged. The others are compared
+    with the first side."""
 
     checkpoints: list[str]  # best.pt or last.pt, as train.py writes them
-    labels: str = ""  # a label for each checkpoint, comma-separated; empty: their folders
+    labels: str = ""  # a label for each checkpoint, comma-separated; empty: their paths
     dataset: str = ""  # a corpus with the same vocabulary; empty: the first checkpoint's
     by_position: bool = False  # show the loss by tokens of context, too
     eval_positions: int = 2**19  # positions to evaluate, spread over the validation split
@@ -58,15 +54,21 @@ def buckets_of(block_size):
     return [(start + 1, end) for start, end in zip([0, *ends], ends)]
 
 
-@torch.no_grad()
-def position_losses(model, rows, device):
-    """Next-token loss of rows (n, L+1) at each position, in float32: (n, L), nats."""
-    out, length = [], rows.size(1) - 1
+def losses_of(model, rows, device):
+    """Next-token loss, nats, on each row (n, L+1) by bucket and, last, over all positions: (n, K+1)."""
+    model.to(device).eval()
+    use_twins(model, Machine(device, "float32"))
+    losses, length = [], rows.size(1) - 1
     for part in rows.split(max(1, LOGITS // (length * model.config.vocab_size))):
         tokens = part.to(device).long()  # (B, L+1)
-        logits = model(tokens[:, :-1]).float()  # (B, L, V)
-        out.append(F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").cpu())
-    return torch.cat(out)
+        with torch.no_grad():
+            logits = model(tokens[:, :-1]).float()  # (B, L, V)
+        loss = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        losses.append(loss.cpu().double().numpy())
+    model.cpu()  # room for the next one
+    losses = np.concatenate(losses)  # (n, L)
+    parts = [losses[:, first - 1 : last].mean(1) for first, last in buckets_of(length)]
+    return np.stack([*parts, losses.mean(1)], axis=1)
 
 
 def mean_and_error(side, base=None):
@@ -83,70 +85,49 @@ def mean_and_error(side, base=None):
     return paired.mean(0), np.sqrt(np.square(errors).sum(0))
 
 
-def read_checkpoints(c):
-    """A dict for each: name (its path), label, saved (the checkpoint), facts (knobs and corpus as text)."""
-    paths = [find_checkpoint(path) for path in c.checkpoints]
-    folders = [Path(path).resolve().parent.name for path in paths]
-    labels = folders if len(set(folders)) == len(folders) else paths
-    labels = c.labels.split(",") if c.labels else labels
-    if len(labels) != len(paths):
-        raise UserError(f"--labels has {len(labels)} labels for {len(paths)} checkpoints")
-    runs = [dict(name=p, label=label, saved=load_checkpoint(p)) for p, label in zip(paths, labels)]
-    for run in runs:
-        known = (run["saved"]["meta"] | run["saved"]["config"]).items()
-        run["facts"] = {key: str(value) for key, value in known if value != ""}
-    return runs
-
-
-def losses_of(run, rows, device):
-    """Mean loss on each row (n, L+1) by bucket and, last, over all positions: (n, K+1)."""
-    shape = model_config(run["saved"]["config"], run["saved"]["meta"])
-    model = GPT(replace(shape, block_size=rows.size(1) - 1))
-    load_weights(model, run["saved"]["model"], run["name"])
-    use_twins(model, Machine(device, "float32"))
-    losses = position_losses(model.to(device).eval(), rows, device).double().numpy()  # (n, L)
-    parts = [losses[:, first - 1 : last].mean(1) for first, last in buckets_of(losses.shape[1])]
-    return np.stack([*parts, losses.mean(1)], axis=1)
-
-
-def tables(losses, bag_sizes, buckets, bytes_per_token):
-    """Markdown: the loss of each side over all positions, and by tokens of context."""
-
-    def cell(label, i, base=None):
-        loss, error = (x[i] for x in mean_and_error(losses[label], base))
-        return f"{loss:{'' if base is None else '+'}.4f}" + f" ± {error:.4f}" * bool(error)
-
+def table_of(losses, bag_sizes, names, bytes_per_token):
+    """Markdown, a column for each side and each difference. losses: {label: (seeds, n, K)}, names: (K,)."""
     baseline, *others = losses
-    whole = [["", "seeds", "bag size", "nats per token", "bits per byte", f"minus {baseline}"]]
+    columns = [["nats per token", "seeds", "bag size", *names, "bits per byte"]]
+
+    def cells(sign, *sides):
+        pairs = zip(*mean_and_error(*sides))
+        return [f"{loss:{sign}.4f}" + f" ± {error:.4f}" * bool(error) for loss, error in pairs]
+
     for label, side in losses.items():
         bits = side[..., -1].mean() / math.log(2) / (bytes_per_token or math.nan)
-        row = [label, str(len(side)), bag_sizes[label], cell(label, -1), f"{bits:.4f}"]
-        whole.append([*row, cell(label, -1, losses[baseline]) if label != baseline else ""])
-    parts = [["context", *losses, *(f"{label} - {baseline}" for label in others)]]
-    for i, (first, last) in enumerate(buckets):
-        differences = [cell(label, i, losses[baseline]) for label in others]
-        context = f"{first:,}-{last:,}" if first < last else f"{first}"
-        parts.append([context, *(cell(label, i) for label in losses), *differences])
-    return markdown_table(whole), markdown_table(parts)
+        columns.append([label, str(len(side)), bag_sizes[label], *cells("", side), f"{bits:.4f}"])
+    for label in others:
+        differences = cells("+", losses[label], losses[baseline])
+        columns.append([f"{label} - {baseline}", "", "", *differences, ""])
+    return markdown_table(list(zip(*columns)))
 
 
 def main(c):
-    device, runs = pick_device(c.device), read_checkpoints(c)
-    spec = c.dataset or runs[0]["saved"]["config"]["dataset"]
-    block_size = min(run["saved"]["config"]["block_size"] for run in runs)
+    labels, runs = c.labels.split(",") if c.labels else c.checkpoints, []
+    if len(labels) != len(c.checkpoints):
+        raise UserError(f"--labels has {len(labels)} labels for {len(c.checkpoints)} checkpoints")
+    for path, label in zip(c.checkpoints, labels):
+        model, saved = load_model(path)
+        facts = {k: str(v) for k, v in (saved["meta"] | saved["config"]).items() if v != ""}
+        runs.append(dict(path=path, label=label, model=model, meta=saved["meta"], facts=facts))
+    spec, device = c.dataset or runs[0]["facts"]["dataset"], pick_device(c.device)
+    block_size = min(run["model"].config.block_size for run in runs)
     text, buckets = open_mixture(spec), buckets_of(block_size)
+    names = [f"context {first:,}-{last:,}" for first, last in buckets] + ["all positions"]
+    names = names if c.by_position else names[-1:]
     bag_sizes = {run["label"]: run["facts"]["bag_size"] for run in runs}
     for run in runs:
-        check_vocabulary(text, run["saved"]["meta"], run["name"])
+        check_vocabulary(text, run["meta"], run["path"])
     for name, corpus, _ in text.parts:  # several if the checkpoints read a mixture
         rows = validation_rows(corpus.val, c.eval_positions, block_size)  # (n, L+1)
         losses = {label: [] for label in bag_sizes}
         for run in runs:
-            losses[run["label"]].append(losses_of(run, rows, device))
+            found = losses_of(run["model"], rows, device)  # (n, K)
+            losses[run["label"]].append(found[:, -len(names) :])
         losses = {label: np.stack(seeds) for label, seeds in losses.items()}
-        whole, parts = tables(losses, bag_sizes, buckets, corpus.bytes_per_token)
         print(f"{name or spec}: {len(rows):,} validation rows of {block_size:,} tokens\n")
-        print(f"{whole}\n" + f"\n{parts}\n" * c.by_position)
+        print(table_of(losses, bag_sizes, names, corpus.bytes_per_token), end="\n\n")
     print(ABOUT_ERRORS, *notes_on_differences(runs), sep="\n")
 
 

@@ -18,7 +18,7 @@ import torch
 from nanotst import UserError
 from nanotst.checkpoint import load_model
 from nanotst.configurator import entry_point
-from nanotst.huggingface import KINDS, import_transformers, model_type_of, parts, tensor_table
+from nanotst.huggingface import KINDS, import_transformers, model_type_of, tensor_table
 from nanotst.tokenizer import LLAMA3_PATTERN
 from nanotst.vocabulary import tokenizer_of
 
@@ -41,9 +41,26 @@ class Config:
     overwrite: bool = False  # replace an earlier export
 
 
-def hf_config(c, dtype, separator=None, balance_coef=0.0):
-    """The config.json of a GPTConfig, a dict. separator: id of the token between documents, balance_coef:
-    weight of the experts' balance loss."""
+@torch.no_grad()
+def save_hf(
+    model, folder, dtype="float32", overwrite=False, files=(), separator=None, balance_coef=0.0
+):
+    """Write a GPT as a Hugging Face folder, rounding the model's weights to dtype. files: {name: dict} of
+    JSON files; separator: id of the token between documents; balance_coef: weight of the balance loss. Raises
+    UserError, and changes nothing, if transformers computes other logits than the model or if the folder
+    holds anything but an earlier export."""
+    from safetensors.torch import save_file
+
+    folder, c, tensors = Path(folder).resolve(), model.config, {}
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if there - FILES or there and not overwrite:
+        what = f"{folder} holds {min(there - FILES or there)}; choose another folder"
+        raise UserError(f"{what}, or --overwrite one that holds an earlier export alone")
+    for p in model.parameters():
+        p.copy_(p.to(getattr(torch, dtype)))
+    for ours, (names, views) in tensor_table(model).items():
+        for name, view in zip(names, views(model.get_parameter(ours))):
+            tensors[name] = view.to(getattr(torch, dtype), copy=True).contiguous()
     kind = model_type_of(c)
     architecture, names = KINDS[kind]
     config = {name: getattr(c, knob) for knob, name in names.items()}
@@ -62,35 +79,13 @@ def hf_config(c, dtype, separator=None, balance_coef=0.0):
         config |= {"use_sliding_window": c.attention_window > 0, "max_window_layers": 0}
     if c.n_expert:
         config |= {"norm_topk_prob": True, "router_aux_loss_coef": balance_coef}
-    return config
-
-
-@torch.no_grad()
-def save_hf(model, folder, dtype="float32", overwrite=False, files=(), **options):
-    """Write a GPT as a Hugging Face folder, rounding the model's weights to dtype. files: {file name: dict}
-    of further JSON files; options: see hf_config. Raises UserError, and leaves what was there as it was, if
-    transformers computes other logits than the model or if the folder holds anything but an earlier export.
-    """
-    from safetensors.torch import save_file
-
-    folder, c, tensors = Path(folder).resolve(), model.config, {}
-    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if there - FILES or there and not overwrite:
-        what = f"{folder} holds {min(there - FILES or there)}; choose another folder"
-        raise UserError(f"{what}, or --overwrite one that holds an earlier export alone")
-    for p in model.parameters():
-        p.copy_(p.to(getattr(torch, dtype)))
-    state = model.state_dict()
-    for ours, names in tensor_table(c).items():
-        for name, part in zip(names, parts(c, ours, state[ours])):
-            tensors[name] = part.to(getattr(torch, dtype), copy=True).contiguous()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as temporary:
         new = Path(temporary, "new")
         new.mkdir()
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         del tensors
-        for name, value in {"config.json": hf_config(c, dtype, **options), **dict(files)}.items():
+        for name, value in {"config.json": config, **dict(files)}.items():
             (new / name).write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
         compare(model, new)
         if folder.exists():
@@ -100,7 +95,7 @@ def save_hf(model, folder, dtype="float32", overwrite=False, files=(), **options
 
 def compare(model, folder):
     """Raise UserError unless transformers computes the model's logits from a folder, in float32 on random
-    tokens. Rounding may send a position to other experts, so with experts the best of three rows counts."""
+    tokens. With experts the best of three rows counts, since rounding may choose other ones."""
     c, auto = model.config, import_transformers().AutoModelForCausalLM
     theirs = auto.from_pretrained(folder, dtype=torch.float32)
     short = min(c.block_size, max(64, 2 * c.attention_window))

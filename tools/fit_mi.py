@@ -7,7 +7,7 @@ How much does a token tell about the one d places later? I(d) = H(x_t) + H(x_t+d
 The curve c0 + a d^k is fitted to it and weights the i-th token of a bag by c0 + a i^k.
 
 Counting is biased: most of the V^2 pairs are seen once or never, and that looks like information, 1 nat for
-ten million GPT-2 tokens, and all of it would go into c0. Two corrections:
+ten million GPT-2 tokens. Two corrections:
 
 1. Grassberger's entropy (arXiv physics/0307138), which suffices while most pairs are seen several times.
 2. Its error is measured on pairs that share nothing, the text and its segments in random order. There the

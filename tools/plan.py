@@ -7,9 +7,10 @@ Memory is what a step holds at its worst moment, within 15 % of what PyTorch's a
 (results/plan). CUDA, NCCL and fragmentation are a guess, --reserve. A GB is 10^9 bytes.
 """
 
+import itertools
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
@@ -41,77 +42,53 @@ class Config(train.Config):
     vocab_size: int = 0  # 0: the dataset's, or as in tools/bench.py if it is not prepared yet
 
 
-class Way(NamedTuple):  # how GPUs do a step
-    parallel: str  # one GPU, DDP or FSDP
-    shards: int = 1  # FSDP: GPUs that share one set of weights
-    recompute: bool = False  # blocks, in the backward pass
-
-    def __str__(self):
-        return self.parallel + ", recomputing" * self.recompute
-
-
-def kept_by_block(c, m, n):
-    """Bytes per position that attention and MLP of a block keep for the backward pass, of n positions.
-
-    Compiled code keeps the inputs of matrix products and what attention saves. Eager code also keeps a norm's
-    input and quotient in float32, the sigmoid and a product in SwiGLU."""
-    e, eager = 4 if c.dtype == "float32" else 2, c.compile == "off"
-    q, kv = m.n_head * m.head_dim, m.n_kv_head * m.head_dim
-    norm = m.n_embd * (8 if eager else e)
-    attention = 3 * e * (q + kv)  # queries, keys and values, some of them twice, and the result
-    if c.device == "cpu" and m.block_size <= 512:  # the CPU's own attention keeps its softmax
-        attention = e * (4 * q + m.n_head * m.block_size)
-    attention += 8 * (q + kv) * (m.qk_norm and eager)
-    mlp = e * (m.n_embd + (5 if eager else 3) * m.ff_dim)
-    if m.n_expert:  # on a CPU each expert has empty rows, up to a multiple of 64
-        rows = m.top_k + 63 * min(m.n_expert, n * m.top_k) / n * (c.device == "cpu")
-        mlp = rows * (mlp + e * m.n_embd) + 4 * m.n_embd * eager
-    return attention + norm + e * m.n_embd, mlp + norm
-
-
-def memory(c, gpt, rows, way, micro_steps):
+def memory(c, gpt, rows, micro_steps):
     """{part: bytes} of one GPU at the worst moment of a step: the loss, or the backward pass of the last or
     the first block. rows: of a micro-batch; micro_steps: of a GPU."""
     m, e, n = gpt.config, 4 if c.dtype == "float32" else 2, rows * gpt.config.block_size
-    cpu, fsdp = c.device == "cpu", way.parallel == "FSDP"
+    cpu, fsdp, eager = c.device == "cpu", c.parallel == "fsdp", c.compile == "off"
+    shards = (c.shard_size or c.gpus) if fsdp else 1
     block = sum(p.numel() for p in gpt.blocks[0].parameters())
     params, table, C = sum(p.numel() for p in gpt.parameters()), gpt.embed.weight.numel(), m.n_embd
     matrices = sum(p.numel() for _, p, init in gpt.inits() if init.kind == "matrix")
     moments = 8 * params - 4 * matrices * (c.optimizer == "muon")  # Muon has one
     gathered = (4 * e + 4) * max(block, table) * fsdp  # two units, and gradients to be summed
 
-    attention, mlp = (n * kept for kept in kept_by_block(c, m, n))
-    inputs = e * n * C
-    each = inputs if way.recompute else attention + mlp
-    inside = attention + mlp + 2 * e * n * (m.ff_dim + C) * max(1, m.top_k)  # gradients, too
-    if cpu and m.block_size <= 512:
-        inside = max(inside, attention + 12 * n * m.n_head * m.block_size)
+    # Bytes per position that a block keeps for its backward pass. Compiled code keeps the inputs of matrix
+    # products and what attention saves. Eager code also keeps a norm's input and quotient in float32, and
+    # the sigmoid and a product in SwiGLU.
+    q, kv, heads = m.n_head * m.head_dim, m.n_kv_head * m.head_dim, m.n_head * m.block_size
+    norm = C * (8 if eager else e)
+    softmax = cpu and m.block_size <= 512  # the CPU's own attention keeps it
+    # queries, keys and values, some of them twice, and the result
+    attention = e * (4 * q + heads) if softmax else 3 * e * (q + kv)
+    attention += norm + e * C + 8 * (q + kv) * (m.qk_norm and eager)
+    mlp = e * (C + (5 if eager else 3) * m.ff_dim)
+    if m.n_expert:  # on a CPU each expert has empty rows, up to a multiple of 64
+        top_k = m.top_k + 63 * min(m.n_expert, n * m.top_k) / n * cpu
+        mlp = top_k * (mlp + e * C) + 4 * C * eager
+    kept = attention + mlp + norm
+    inside = kept + 2 * e * (m.ff_dim + C) * max(1, m.top_k)  # gradients, too
+    if softmax:
+        inside = max(inside, attention + 12 * heads)
+    each = e * C if c.checkpoint_activations else kept
+
     chunk = min(n * table // C, 2**26 if cpu else 2**29)  # logits that the fused loss holds at once
     by_parts = cpu and 16 * table <= n * (table / C + C)  # how the head's gradient is summed
     loss = e * chunk + (1 + 16 * by_parts) * (4 if e == 4 else 6) * table
 
     # Float32 gradients come during the backward pass, unless micro-steps are summed or DDP has its buckets;
     # with both there are two of each. A compiled graph returns them all at its end.
-    total = 4 * params / way.shards
-    held = total * ((micro_steps > 1) + (way.parallel == "DDP"))
-    last = held + total * (c.compile != "off" and not fsdp) if held else total
-    states = 4 * params / way.shards, moments / way.shards, gathered
+    total = 4 * params / shards
+    held = total * ((micro_steps > 1) + (c.parallel == "ddp"))
+    last = held + total * (not eager and not fsdp) if held else total
     worst = max(
-        (held, m.n_layer * each + 5 * inputs, loss),
-        (held, (m.n_layer - 1) * each + inside, 0),
-        (last, inside, 0),
+        (held, n * (m.n_layer * each + 5 * e * C), loss),
+        (held, n * ((m.n_layer - 1) * each + inside), 0),
+        (last, n * inside, 0),
         key=sum,
     )
-    return dict(zip(PARTS, (*states, *worst)))
-
-
-def largest(c, gpt, way, rank_rows):
-    """The largest micro-batch that fits, or one row: (rows, {part: bytes}, whether it fits)."""
-    for rows in (n for n in range(rank_rows, 0, -1) if rank_rows % n == 0):
-        parts = memory(c, gpt, rows, way, rank_rows // rows)
-        fits = MARGIN * sum(parts.values()) <= (c.gpu_memory - c.reserve) * 1e9
-        if fits or rows == 1:
-            return rows, parts, fits
+    return dict(zip(PARTS, (total, moments / shards, gathered, *worst)))
 
 
 def plan(c, argv):
@@ -122,14 +99,13 @@ def plan(c, argv):
     try:
         vocab_size = c.vocab_size or open_mixture(c.dataset).meta["vocab_size"]
     except UserError:
-        if c.dataset not in VOCAB_SIZES:
+        if not (vocab_size := VOCAB_SIZES.get(c.dataset)):
             raise
-        vocab_size = VOCAB_SIZES[c.dataset]
     with torch.device("meta"):
         gpt = GPT(model_config(vars(c), {"vocab_size": vocab_size}))
-    ways = [Way("DDP"), Way("FSDP", c.shard_size or c.gpus)] if c.gpus > 1 else [Way("one GPU")]
-    no = "FSDP" if c.optimizer == "muon" else {"ddp": "FSDP", "fsdp": "DDP"}.get(c.parallel)
-    ways = [way._replace(recompute=r) for r in (False, True) for way in ways if way.parallel != no]
+    kinds = {"ddp": "DDP", "fsdp": "FSDP"} if c.gpus > 1 else {"auto": "one GPU"}
+    no = "fsdp" if c.optimizer == "muon" else {"ddp": "fsdp", "fsdp": "ddp"}.get(c.parallel)
+    kinds.pop(no, None)
 
     positions = c.total_batch * c.max_steps
     tokens = sum((p.stop - p.start) * p.n_in for p in phases) * c.total_batch
@@ -139,24 +115,26 @@ def plan(c, argv):
     print(f"{flops:.3g} FLOPs: {days:.2f} days of {c.gpus} {c.gpu} at an MFU of {c.mfu:g}")
     print(f"{tokens / 1e9:.4g} billion tokens, {tokens / positions:.2f} x the baseline's\n")
     rank_rows = c.total_batch // c.block_size // c.gpus
-    cells, found = [["GB of a GPU", "rows", *PARTS, "total", ""]], None
-    for way in ways:  # the first that fits is recommended
-        rows, parts, fits = largest(c, gpt, way, rank_rows)
-        found = found or fits and (way, rows)
+    cells, advice = [["GB of a GPU", "rows", *PARTS, "total", ""]], ""
+    for recompute, kind in itertools.product((False, True), kinds):
+        way = replace(c, parallel=kind, checkpoint_activations=recompute)
+        name = kinds[kind] + ", recomputing" * recompute
+        for rows in (n for n in range(rank_rows, 0, -1) if rank_rows % n == 0):
+            parts = memory(way, gpt, rows, rank_rows // rows)
+            if fits := MARGIN * sum(parts.values()) <= (c.gpu_memory - c.reserve) * 1e9:
+                break  # the largest micro-batch that fits
+        if fits and not advice:  # the first that fits
+            advice = f"recommended: {name}, {rank_rows // rows} micro-steps of {rows} rows\n"
+            advice += command(c, argv, replace(way, batch_size=rows))
         parts["total"] = sum(parts.values()) + c.reserve * 1e9
         sizes = [f"{size / 1e9:.1f}" for size in parts.values()]
-        cells.append([str(way), str(rows), *sizes, "" if fits else "too much"])
+        cells.append([name, str(rows), *sizes, "" if fits else "too much"])
     print(markdown_table(cells))
-    if found:
-        way, rows = found
-        print(f"\nrecommended: {way}, {rank_rows // rows} micro-steps of {rows} rows")
-        print(command(c, argv, way, rows))
-    else:
-        print("\nnothing fits; take more GPUs, or a shorter block_size")
+    print(f"\n{advice or 'nothing fits; take more GPUs, or a shorter block_size'}")
 
 
-def command(c, argv, way, rows):
-    """The command line that starts the run."""
+def command(c, argv, way):
+    """The command line that starts the run. way: c with the recommended knobs."""
     start = "python train.py"
     if c.gpus > 1:
         start = f"torchrun --standalone --nproc_per_node={c.gpus} train.py"
@@ -164,10 +142,8 @@ def command(c, argv, way, rows):
         start = f"sbatch --nodes={c.gpus // 8} examples/slurm.sh"
     own = Config.__annotations__  # not the knobs of train.py
     given = [a for a in argv if a[2:].split("=")[0].replace("-", "_") not in own]
-    parallel = "fsdp" if way.parallel == "FSDP" else c.parallel
-    chosen = dict(batch_size=rows, checkpoint_activations=way.recompute, parallel=parallel)
-    given += [f"--{key}={value}" for key, value in chosen.items() if getattr(c, key) != value]
-    return " ".join([start, *given])
+    knobs = [key for key, value in vars(way).items() if getattr(c, key) != value]
+    return " ".join([start, *given, *(f"--{key}={getattr(way, key)}" for key in knobs)])
 
 
 if __name__ == "__main__":

@@ -69,12 +69,10 @@ def check_split(split):
         found = tuple(bags.shape), tuple(labels.shape)
         yield f"s = {s}: two shapes {shape}", found == (shape, shape), found, "Keeping the data"
         shared = int((bags[..., None] == labels[..., None, :]).any(-1).sum(-1).max())
-        what = f"s = {s}: a bag holds none of its labels"
-        yield what, shared == 0, f"{shared} of {s}", "The target is"
+        yield f"s = {s}: a bag holds no label", shared == 0, f"{shared} of {s}", "The target is"
         right = torch.equal(bags, tokens[:, :-s].view(shape))
         right &= torch.equal(labels.sort(-1).values, tokens[:, s:].view(shape))
-        what = f"s = {s}: bags, labels follow each other"
-        yield what, right, "tokens lost or repeated", "The loader"
+        yield f"s = {s}: no token is lost or repeated", right, "some are", "The loader"
 
 
 def check_embed(embed):

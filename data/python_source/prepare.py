@@ -66,13 +66,6 @@ def fetch_wheels(folder):
     return [*re.findall("ERROR: (.*)", said), said or "no output"][0] if result.returncode else ""
 
 
-def wheel_files(folder):
-    """Yield the content of each .py file in the wheels (zip files)."""
-    for path in Path(folder).glob("*.whl"):
-        with zipfile.ZipFile(path) as archive:
-            yield from (archive.read(name) for name in archive.namelist() if name.endswith(".py"))
-
-
 def usable(data):
     """Whether a file is text that people wrote."""
     return (
@@ -88,10 +81,9 @@ def choose(files):
     """files: the content of each. -> {"train": documents, "val": documents} in the order of the corpus. The
     hash of a file's content decides where it comes, and whether it is held out for validation.
 
-    Packages hold files that differ in a few lines only (copied models, generated siblings, pip's _vendor
-    folder), which no hash of the content catches. A training file that mostly repeats earlier ones is left
-    out. A held-out file would measure memory: it is compared with all training files and earlier held-out
-    ones.
+    Packages hold files that differ in a few lines only, which no hash of the content catches. A training file
+    that mostly repeats earlier ones is left out, and so is a held-out file that mostly repeats any training
+    file or an earlier held-out one: it would measure memory.
     """
     by_hash = {hashlib.sha256(data).digest(): data for data in files if usable(data)}
     chosen, seen, total = {"train": [], "val": []}, set(), 0
@@ -121,26 +113,30 @@ def main(config):
     if prepared(config.out_dir, knobs, config.overwrite):
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        files, made_of = wheel_files(folder), f"the wheels in {WHEELS.name}"
         if config.source == "wheels" and (problem := fetch_wheels(folder)):
             if "MATCH THE HASHES" in problem:
                 raise UserError(f"pip got other files than {WHEELS.name} pins: {problem}")
             print(f"warning: pip cannot fetch the wheels that {WHEELS.name} pins ({problem});")
             print("the packages of this machine are taken instead: LOSSES WILL DIFFER")
             knobs["source"] = "installed"
-        if knobs["source"] == "installed":
+        if knobs["source"] == "wheels":
+            made_of = f"the wheels in {WHEELS.name}"
+            wheels = map(zipfile.ZipFile, Path(folder).glob("*.whl"))
+            files = (w.read(name) for w in wheels for name in w.namelist() if name.endswith(".py"))
+        else:
             roots = sorted(set(map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))))
+            made_of = f"NOT THE PINNED CORPUS: {', '.join(roots)}"
             paths = (path for root in roots for path in Path(root).rglob("*.py") if path.is_file())
             files = (path.read_bytes() for path in paths)
-            made_of = f"NOT THE PINNED CORPUS: {', '.join(roots)}"
         chosen = choose(files)
     tokens = {split: b"\0".join([*documents, b""]) for split, documents in chosen.items()}
     sha256 = {f"{split}.bin": hashlib.sha256(data).hexdigest() for split, data in tokens.items()}
     if knobs["source"] == "wheels" and sha256 != SHA256:
-        raise UserError(
-            f"the wheels are the pinned ones, but the corpus has sha256 {sha256} and not {SHA256}. If "
-            f"{WHEELS.name} or a rule was changed on purpose, put these into {__file__}"
+        what = (
+            f"the wheels are the pinned ones, but the corpus has sha256 {sha256} and not {SHA256}"
         )
+        todo = f"if {WHEELS.name} or a rule was changed on purpose, put these into {__file__}"
+        raise UserError(f"{what}; {todo}")
     out = Writer(config.out_dir, get_tokenizer("bytes"), knobs)
     for split, data in tokens.items():
         out.add(split, np.frombuffer(data, np.uint8), len(data))
