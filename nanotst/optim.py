@@ -15,7 +15,7 @@ from nanotst import UserError
 class Optimizers(list):
     """Several torch optimizers as one, each for some of the parameters."""
 
-    keep_gradients = False  # zeroed in place, not freed: CUDA graphs add to them where they lie
+    keep_gradients = False  # zero them in place; otherwise they are freed
 
     @property
     def param_groups(self):
@@ -71,7 +71,10 @@ OPTIMIZERS = {"adamw": all_adamw, "muon": muon}
 def make_optimizer(model, c, device_type):
     """The optimizer named by the knobs, for all parameters of the model."""
     optimizers = Optimizers(OPTIMIZERS[c.optimizer](model, c, device_type))
-    optimizers.keep_gradients = c.compile == "graphs"
+    if c.compile == "graphs":  # CUDA graphs add to the gradients where these lie
+        optimizers.keep_gradients = True
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
     for group in optimizers.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizers

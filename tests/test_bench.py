@@ -55,26 +55,32 @@ def test_variants_take_turns_after_an_unmeasured_call_and_the_median_counts(cloc
 
 
 def test_a_step_has_the_ratios_of_its_table(figures, clock, monkeypatch):
-    """A step of s 1 takes 2 seconds, of s 3 3 seconds; the machine could do the FLOPs of ten steps in two."""
+    """A step of s 1 takes 2 seconds, of s 3 3 seconds, the update in it half a second; the machine could do
+    the FLOPs of ten steps in two seconds."""
     made = []
 
     class Slow(bench.Step):
         def __init__(self, *args):
             super().__init__(*args)
-            made.append(2 * 128 * self.model.flops_per_position())
+            made.append(self.positions * self.model.flops_per_position())
 
         def __call__(self, s):
             clock.now += {1: 2.0, 3: 3.0}[s]
+
+        def update(self):
+            clock.now += 0.5
 
     monkeypatch.setattr(bench, "Step", Slow)
     monkeypatch.setattr(Machine, "peak_flops", property(lambda self: 5 * made[0]))
     found = figures(parts="step", shape="curves", rows=2, bag_sizes="1,3")
     ((title, (one, three)),) = found.items()
     assert title == "training step, curves, 2 rows of 128"
-    assert (one[""], one["ms"], one["ms / first"]) == ("s 1", 2000, 1)
+    assert (one[""], one["ms"], one["ms of update"], one["ms / first"]) == ("s 1", 2000, 500, 1)
     assert (three["ms"], three["ms / first"]) == (3000, 1.5)
     assert (one["positions/s"], three["positions/s"]) == (128, 85)
     assert one["MFU"] == pytest.approx(0.1)
+    # the config's step is 64 of these with a single update
+    assert one["at 64 micro-steps"] == pytest.approx(0.2 * 64 / (64 * 2 - 63 * 0.5))
     assert one["TFLOP/s"] == pytest.approx(made[0] / 2e12)
 
 

@@ -37,7 +37,7 @@ from nanotst.configurator import entry_point, parse
 from nanotst.kernels import linear_multi_hot_cross_entropy, use_twins
 from nanotst.machine import Machine
 from nanotst.optim import make_optimizer
-from nanotst.parallel import clip_gradients
+from nanotst.parallel import clip_gradients, compile_model
 from nanotst.stream import TokenStream
 from tools.runs import markdown_table
 from tst import bags_and_labels, multi_hot_cross_entropy, phase_list
@@ -53,7 +53,7 @@ class Config:
     parts: str = "roofline,loss,step,moe,loader"  # any of these, and nanogpt
     device: str = "auto"  # auto, cpu, cuda
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # dtype of matrix products
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto is on for cuda
+    compile: Literal["auto", "on", "off", "graphs"] = "auto"  # as in train.py
     shape: str = ""  # step, nanogpt: a file of config/; empty: gpt2_124m on cuda, else curves
     rows: int = 0  # step, moe, nanogpt: rows of a micro-batch; 0: the config's
     bag_sizes: str = "1,2,4,8,16"  # step: bag sizes
@@ -77,7 +77,7 @@ class Bench:
         self.device, self.cuda = self.machine.device, self.machine.device_type == "cuda"
         self.wait = torch.cuda.synchronize if self.cuda else lambda: None
         self.dtype = getattr(torch, self.machine.dtype)
-        self.compiled = c.compile == "on" or c.compile == "auto" and self.cuda
+        self.compiled = self.cuda if c.compile == "auto" else c.compile != "off"
         self.shape = c.shape or ("gpt2_124m" if self.cuda else "curves")
         self.bag_sizes = [int(s) for s in c.bag_sizes.split(",")]
         self.figures = self.machine.versions() | {"compiled": self.compiled, "command": sys.argv}
@@ -178,13 +178,15 @@ def loss(b):
 
 def read_shape(b, name, **changes):
     """(GPTConfig, rows of a micro-batch, knobs) of config/NAME.py with `changes`."""
-    knobs = replace(parse(train.Config, [str(ROOT / "config" / f"{name}.py")]), **changes)
+    arguments = [str(ROOT / "config" / f"{name}.py"), f"--compile={b.c.compile}"]
+    knobs = replace(parse(train.Config, arguments), **changes)
     rows = b.c.rows or knobs.batch_size or knobs.total_batch // knobs.block_size
     return model_config(vars(knobs), {"vocab_size": VOCAB_SIZES.get(knobs.dataset)}), rows, knobs
 
 
 class Step:
-    """A training step on one micro-batch of bags of s tokens. b, name, changes: see read_shape."""
+    """A training step: forward and backward on a micro-batch of bags of s tokens, then update(), a fixed
+    part. b, name, changes: see read_shape."""
 
     def __init__(self, b, name, **changes):
         self.b, (shape, self.rows, knobs) = b, read_shape(b, name, **changes)
@@ -193,8 +195,10 @@ class Step:
             self.model = self.net = GPT(shape)
         use_twins(self.model, b.machine, [(s, s) for s in b.bag_sizes])
         if b.compiled and not (shape.n_expert and b.dtype == torch.float32):  # which cannot compile
-            self.net = torch.compile(self.model, dynamic=False, fullgraph=True)
+            self.net = compile_model(self.model, b.c.compile)
         self.optimizer = make_optimizer(self.model, knobs, b.machine.device_type)
+        self.positions = self.rows * shape.block_size
+        self.micro_steps = max(1, knobs.total_batch // self.positions)  # of the config's step
 
     def __call__(self, s):
         self.optimizer.zero_grad()
@@ -204,21 +208,26 @@ class Step:
         with self.b.machine.autocast():
             loss, routing = self.net(*bags_and_labels(tokens, s, s))
         (loss + 0.001 * routing["balance_loss"].mean() if routing else loss).backward()
+        self.update()
+
+    def update(self):
         clip_gradients(self.model, 1.0)
         self.optimizer.step()
 
 
 def time_steps(b, title, variants):
-    """Table of {name: (Step, s)}."""
+    """Table of {name: (Step, s)}. The config's step has more micro-steps and one update: a second MFU."""
     calls, rows = {name: partial(step, s) for name, (step, s) in variants.items()}, []
-    for name, seconds in b.seconds(calls).items():
-        step, _ = variants[name]
-        rate = step.rows * step.model.config.block_size / seconds  # positions per second
-        flops = rate * step.model.flops_per_position()
+    times = b.seconds(calls | {step: step.update for step, _ in variants.values()})
+    for name, (step, _) in variants.items():
+        seconds, update, n = times[name], times[step], step.micro_steps
+        flops = step.positions * step.model.flops_per_position()
         row = {"": name, "active parameters": step.model.n_params(active=True)}
-        row |= {"ms": seconds * 1e3, "positions/s": round(rate), "TFLOP/s": flops / 1e12}
-        if b.machine.peak_flops:
-            row["MFU"] = flops / b.machine.peak_flops
+        row |= {"ms": seconds * 1e3, "ms of update": update * 1e3}
+        row |= {"positions/s": round(step.positions / seconds), "TFLOP/s": flops / seconds / 1e12}
+        if peak := b.machine.peak_flops:
+            whole = n * seconds - (n - 1) * update
+            row |= {"MFU": flops / seconds / peak, f"at {n} micro-steps": n * flops / whole / peak}
         if b.cuda:
             row["busy"] = busy_seconds(calls[name]) / seconds  # share of the time, of its kernels
         rows.append(row)
