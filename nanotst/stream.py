@@ -123,7 +123,7 @@ class TokenStream:
         self.orders = [self._order(i, seed) for i in range(len(sources))]
         epochs = [order.epoch_tokens / share for order, share in zip(self.orders, shares)]
         self.epoch_tokens = int(min(epochs))  # until the first corpus has been read
-        self.known = None, None  # a phase and a block of its steps, and the places of their rows
+        self.places = lru_cache(2)(self._places)  # by phase and block of its steps
         self.worker = ThreadPoolExecutor(1)
         self.ahead = None, None  # a step, and what the thread reads for it
 
@@ -177,28 +177,27 @@ class TokenStream:
         phase = phase_at(self.phases, step)
         n, pinned = self.block_size * phase.n_in + phase.n_out, self.device.startswith("cuda")
         out = torch.empty(len(self.rows), n, dtype=torch.int32, pin_memory=pinned)
-        for row, (corpus, start) in zip(out.numpy(), self._places(phase, step)):
+        block, i = divmod(step - phase.start, AT_ONCE)
+        places = self.places(phase, block)[i * len(out) :]
+        for row, (corpus, start) in zip(out.numpy(), places):
             row[:] = self.tokens[corpus][start : start + n]
         return out
 
-    def _places(self, phase, step):
-        """[(corpus, start)] of the rows of this process. Computed for AT_ONCE steps together, since calls of
-        numpy cost more than the numbers in them."""
-        block, i = divmod(step - phase.start, AT_ONCE)
-        if self.known[0] != (phase, block):
-            p = self.phases.index(phase)
-            steps = np.arange(block * AT_ONCE, (block + 1) * AT_ONCE)[:, None]  # in the phase
-            before = self.rows_before[p]
-            rows = (before + steps * self.n_rows + np.asarray(self.rows, np.int64)).ravel()  # (m,)
-            corpora = self.pattern.corpus_of(rows)  # (m,)
-            starts = np.empty_like(rows)
-            for n, order in enumerate(self.orders):
-                here = np.flatnonzero(corpora == n)
-                if len(here):  # rows of this corpus, numbered from the start of the phase
-                    first = self.pattern.rows_before(before, n)
-                    starts[here] = order.starts(p, self.pattern.rows_before(rows[here], n) - first)
-            self.known = (phase, block), list(zip(corpora.tolist(), starts.tolist()))
-        return self.known[1][i * len(self.rows) : (i + 1) * len(self.rows)]
+    def _places(self, phase, block):
+        """[(corpus, start)] of the rows of this process in AT_ONCE steps of a phase, since calls of numpy
+        cost more than the numbers in them."""
+        p = self.phases.index(phase)
+        steps = np.arange(block * AT_ONCE, (block + 1) * AT_ONCE)[:, None]  # in the phase
+        before = self.rows_before[p]
+        rows = (before + steps * self.n_rows + np.asarray(self.rows, np.int64)).ravel()  # (m,)
+        corpora = self.pattern.corpus[rows % self.pattern.n]  # (m,)
+        starts = np.empty_like(rows)
+        for n, order in enumerate(self.orders):
+            here = np.flatnonzero(corpora == n)
+            if len(here):  # rows of this corpus, numbered from the start of the phase
+                first = self.pattern.rows_before(before, n)
+                starts[here] = order.starts(p, self.pattern.rows_before(rows[here], n) - first)
+        return list(zip(corpora.tolist(), starts.tolist()))
 
     def batch(self, step):
         """The rows of `step` on the device, (rows, L*n_in + n_out); a thread reads the next step's."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanotst import UserError
 from nanotst.configurator import Bags, Free, marked, renamed
-from nanotst.files import write_safely
+from nanotst.files import write_text
 from train import Config
 
 # Knobs that change nothing that is learned. A resumed run has its corpus and its weights already, so two are
@@ -74,7 +74,7 @@ def write_table(path, columns, lines):
     writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    write_safely(path, lambda temporary: Path(temporary).write_bytes(table.getvalue().encode()))
+    write_text(path, table.getvalue())
 
 
 def numbers(line, keys):
