@@ -122,20 +122,18 @@ class Tokens:
         parts = []
         while start < stop:
             i = bisect.bisect_right(self.stops, start) - 1
-            parts.append(self._read(i, start, min(stop, self.stops[i + 1])))
+            path, first = self.paths[i], self.stops[i]
+            if (
+                size_and_time(path) != self.states[i]
+            ):  # reading beyond its end would kill the process
+                raise UserError(f"{path} has changed while it was in use; start again")
+            ids = self.map(i)[start - first : stop - first]
+            if ids.max() >= self.vocab_size:
+                what = f"id {ids.max()} from token {start - first:,} on is beyond the vocabulary"
+                raise UserError(f"{path}: {what}; {AGAIN}")
+            parts.append(ids)
             start = self.stops[i + 1]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
-
-    def _read(self, i, start, stop):
-        """[start:stop] of the split, all of it in file i."""
-        path, start, stop = self.paths[i], start - self.stops[i], stop - self.stops[i]
-        if size_and_time(path) != self.states[i]:  # reading beyond its end would kill the process
-            raise UserError(f"{path} has changed while it was in use; start again")
-        ids = self.map(i)[start:stop]
-        if ids.max() >= self.vocab_size:
-            what = f"id {ids.max()} among tokens {start:,} to {stop:,} is beyond the vocabulary"
-            raise UserError(f"{path}: {what}; {AGAIN}")
-        return ids
 
 
 def size_and_time(path):

@@ -32,13 +32,13 @@ def find(name):
     files}, meta, their dtype, magic and version that each begins with or (), {name: sha256}). UserError if
     there is none."""
     # raw text in the working directory doesn't hide data/NAME
-    for folder in (name, os.path.join(DATA, name)):
+    for folder in map(os.path.abspath, (name, os.path.join(DATA, name))):
         names = os.listdir(folder) if os.path.isdir(folder) else []
         if "meta.json" in names:
-            return os.path.abspath(folder), *read_ours(os.path.abspath(folder), names)
+            return folder, *read_ours(folder, names)
         # without unfinished.tmp, which a preparation leaves if it is killed at its end
         if any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names:
-            return os.path.abspath(folder), *read_foreign(os.path.abspath(folder), names)
+            return folder, *read_foreign(folder, names)
     todo = "run its prepare.py, or data/text/prepare.py on your own text"
     raise UserError(f"no prepared corpus in {name!r} or in data/; {todo}")
 

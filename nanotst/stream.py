@@ -83,18 +83,16 @@ class Order:
 
     def _in_epoch(self, epoch, phase, i):
         """Start of rows number i (m,) among those that a phase reads in one epoch: (m,)."""
-        length = self.row_tokens
-        bounds = np.clip(self.begins, epoch * self.epoch_tokens, (epoch + 1) * self.epoch_tokens)
-        used = [int(b - a) // n for a, b, n in zip(bounds, bounds[1:], length)]  # rows, by phase
-        pieces = [a // b for a, b in zip(length, length[1:])]  # of a row, in the next phase
-        there = [self.n_stretches]  # rows that each phase finds
-        for n_used, k in zip(used, pieces):
-            there.append((there[-1] - n_used) * k)
+        length, n = self.row_tokens, self.epoch_tokens
+        left = n - np.clip(
+            np.subtract(self.begins, epoch * n), 0, n
+        )  # tokens that each phase finds
         offset = 0
         for p in range(phase, 0, -1):  # back to the row of the previous phase that this is cut from
-            i, piece = np.divmod(permute(i, there[p], (*self.key, epoch, p)), pieces[p - 1])
+            i = permute(i, left[p] // length[p], (*self.key, epoch, p))
+            i, piece = np.divmod(i, length[p - 1] // length[p])
+            i = i + (left[p - 1] - left[p]) // length[p - 1]  # behind those that it has read
             offset = offset + piece * length[p]
-            i = i + used[p - 1]
         return permute(i, self.n_stretches, (*self.key, epoch, 0)) * length[0] + offset
 
 

@@ -239,7 +239,7 @@ DAMAGES = [  # the file's bytes become these
     (lambda data: data + b"xx", "train has 1,001 tokens"),
     (lambda data: data[:-1], "{} is cut short"),
     (lambda data: b"", "{} is cut short"),
-    (lambda data: bytes(598) + b"\x2c\1" * 701, "{}: id 300 among tokens 0 to 1,000 is beyond the"),
+    (lambda data: bytes(598) + b"\x2c\1" * 701, "{}: id 300 from token 0 on is beyond the"),
 ]
 
 
