@@ -40,7 +40,7 @@ class Saver:
     def save(self, path, state):
         """Write a dict of tensors and plain values. Raises UserError, and leaves the old checkpoint, if the
         weights are not finite."""
-        numbers = [*state["model"].values(), state.get("shares")]  # of the experts, None without
+        numbers = [*state["model"].values(), state.get("shares")]  # None without experts
         if not all(of_all_ranks(all_finite(numbers))):
             lost = f"the weights after step {state['step']} are not finite"
             raise UserError(f"{lost}, so {path} was not written; lower learning_rate")

@@ -70,29 +70,24 @@ def parse(cls, argv, known=()):
         sys.exit(0)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     places = [field for field in fields.values() if field.default is dataclasses.MISSING]
-    positional, values = [], dict(known)
+    values = dict(known)
     for arg in argv:
         given = {}
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
             given = {key.replace("-", "_"): value if equals else True}
+        elif places and places[0].type == list[str]:
+            values.setdefault(places[0].name, []).append(arg)
         elif places:
-            positional.append(arg)
+            values[places.pop(0).name] = arg
         elif os.path.isfile(arg) or arg.endswith(".py"):
             given = read_file(arg)
         else:
             raise UserError(f"{arg!r} is neither a config file nor --key=value, see --help")
         for key, value in given.items():
             values[key] = typed(fields, key, value, arg)
-    for place in places:
-        if not positional:
-            raise UserError(f"{place.name.upper()} is missing, see --help")
-        if place.type == list[str]:
-            values[place.name], positional = positional, []
-        else:
-            values[place.name] = positional.pop(0)
-    if positional:
-        raise UserError(f"one argument too many: {positional[0]!r}, see --help")
+    if missing := [place.name.upper() for place in places if place.name not in values]:
+        raise UserError(f"{missing[0]} is missing, see --help")
     return cls(**values)
 
 

@@ -1,4 +1,4 @@
-"""Atomic file writes: after a kill or on a full disk, a file is either complete or still the old one."""
+"""Files. Writes are atomic: after a kill or on a full disk, a file is either complete or still the old one."""
 
 import contextlib
 import json

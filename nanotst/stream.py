@@ -72,28 +72,24 @@ class Order:
 
     def starts(self, phase, i):
         """Start, in tokens, of rows number i (m,) of a phase (its index): (m,)."""
-        read = self.begins[phase] + i * self.row_tokens[phase]  # (m,) tokens read before each row
-        epochs = read // self.epoch_tokens
-        out = np.empty(len(i), np.int64)
-        for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
-            here = epochs == epoch
-            first = max(self.begins[phase], epoch * self.epoch_tokens)  # of the phase in this epoch
-            out[here] = self._in_epoch(epoch, phase, (read[here] - first) // self.row_tokens[phase])
-        return out
-
-    def _in_epoch(self, epoch, phase, i):
-        """Start of rows number i (m,) among those that a phase reads in one epoch: (m,)."""
         length, n = self.row_tokens, self.epoch_tokens
-        left = n - np.clip(
-            np.subtract(self.begins, epoch * n), 0, n
-        )  # tokens that each phase finds
-        offset = 0
-        for p in range(phase, 0, -1):  # back to the row of the previous phase that this is cut from
-            i = permute(i, left[p] // length[p], (*self.key, epoch, p))
-            i, piece = np.divmod(i, length[p - 1] // length[p])
-            i = i + (left[p - 1] - left[p]) // length[p - 1]  # behind those that it has read
-            offset = offset + piece * length[p]
-        return permute(i, self.n_stretches, (*self.key, epoch, 0)) * length[0] + offset
+        read = self.begins[phase] + i * length[phase]  # (m,) tokens read before each row
+        epochs, out = read // n, np.empty(len(i), np.int64)
+        for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
+            here, key = epochs == epoch, (*self.key, epoch)
+            # tokens that each phase finds, as Python's integers: permute is slower with numpy's
+            left = [n - min(max(0, begin - epoch * n), n) for begin in self.begins]
+            # numbers of the rows among those that the phase finds
+            row, offset = (read[here] - (epoch + 1) * n + left[phase]) // length[phase], 0
+            for p in range(phase, 0, -1):  # back to the row of the previous phase each is cut from
+                row = permute(row, left[p] // length[p], (*key, p))
+                row, piece = np.divmod(row, length[p - 1] // length[p])
+                row = (
+                    row + (left[p - 1] - left[p]) // length[p - 1]
+                )  # behind those that it has read
+                offset = offset + piece * length[p]
+            out[here] = permute(row, self.n_stretches, (*key, 0)) * length[0] + offset
+        return out
 
 
 class TokenStream:
