@@ -1,4 +1,4 @@
-"""Files. Writes are atomic: after a kill or on a full disk, a file is either complete or still the old one."""
+"""Files that are written whole: after a kill or on a full disk, a file is complete or still the old one."""
 
 import contextlib
 import json

@@ -9,7 +9,7 @@ from nanotst import UserError
 from nanotst.configurator import renamed
 from nanotst.files import read_json, write_text
 from nanotst.machine import one_line
-from nanotst.sharded import of_all_ranks, remove_parts
+from nanotst.sharded import of_all_ranks, remove_parts, together
 
 
 class RunFolder:
@@ -36,9 +36,11 @@ class RunFolder:
         return c
 
     def begin(self, resume, overwrite):
-        """Lock the folder. Raises UserError if it holds a run that would be lost, or none to resume."""
-        if not self.machine.master:
-            return
+        """Lock the folder. Raises UserError, on all ranks, if it holds a run that would be lost, or none to
+        resume."""
+        together(lambda: self.machine.master and self._begin(resume, overwrite))
+
+    def _begin(self, resume, overwrite):
         if resume and not os.path.exists(self.last):
             raise UserError(f"there is no checkpoint {self.last}; start without --resume")
         os.makedirs(self.out_dir, exist_ok=True)
