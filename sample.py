@@ -35,17 +35,11 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
-def check(c):
-    """Raise UserError for knobs that cannot work."""
+def main(c):
     if c.temperature and not 1e-6 <= c.temperature <= 1e6:
         raise UserError(f"temperature must be 0 or in 1e-6..1e6, got {c.temperature}")
-    for key, least in (("n_samples", 1), ("n_tokens", 0), ("top_k", 0), ("seed", 0)):
-        if getattr(c, key) < least:
-            raise UserError(f"{key} must be at least {least}, got {getattr(c, key)}")
-
-
-def main(c):
-    check(c)
+    if c.top_k < 0:
+        raise UserError(f"top_k must be at least 0, got {c.top_k}")
     prompt = c.prompt
     if prompt.startswith("FILE:"):
         prompt = Path(prompt[5:]).read_bytes().decode("utf-8-sig")  # with its own line ends

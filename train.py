@@ -33,7 +33,7 @@ from nanotst.configurator import Bags, Free, entry_point, marked
 from nanotst.huggingface import load_hf
 from nanotst.kernels import use_twins
 from nanotst.log import RunFolder, describe_run, knobs_of_run, progress, router_metrics
-from nanotst.machine import Machine, StopSignals, as_one, launcher
+from nanotst.machine import Machine, StopSignals, launcher
 from nanotst.mixture import open_mixture
 from nanotst.optim import OPTIMIZERS, SCHEDULES, make_optimizer, rate_multiplier, set_rates
 from nanotst.parallel import build, check_size, clip_gradients, init_weights, sync_gradients, wrap
@@ -329,7 +329,7 @@ def main(c):
         "active_parameters": raw_model.n_params(active=True),
     }
     folder.start(c.resume, step, described, c.wandb_project)
-    describe_run(c, machine, raw_model, stream, compiled, micro_steps, step)
+    describe_run(c, machine, raw_model, stream, compiled, step)
 
     # --------------------------------------------------------------------------------------------------- loop
     flops = raw_model.flops_per_position()
@@ -441,4 +441,4 @@ def main(c):
 
 
 if __name__ == "__main__":
-    entry_point(as_one(main), Config, known=knobs_of_run)
+    entry_point(main, Config, known=knobs_of_run)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data.documents import PIECE, kind, pieces, read_documents
 from nanotst import UserError
 from nanotst.corpus import differing, smallest_dtype
-from nanotst.files import write_safely
+from nanotst.files import read_json, write_safely, write_text
 from nanotst.formats import sha256_of
 
 UNFINISHED, PROGRESS = "unfinished.tmp", "unfinished.tmp/progress.json"
@@ -178,7 +178,7 @@ class Writer:
                 tokens = np.concatenate(documents)
                 name = f"{split}_{number:05d}.bin"
                 path = os.path.join(self.folder, name)
-                write_safely(path, lambda path, tokens=tokens: Path(path).write_bytes(tokens))
+                write_safely(path, lambda file, tokens=tokens: file.write(tokens))
                 self.state["shards"][name] = hashlib.sha256(tokens).hexdigest()
             self.open[split], self.n_open[split] = [], 0
         write_json(os.path.join(self.out_dir, PROGRESS), self.state)
@@ -203,7 +203,7 @@ class Writer:
         meta |= dict(knobs=self.knobs, sha256={names[s]: digest for s, digest in shards.items()})
         if tokenizer.rank_file:
             copy = os.path.join(self.folder, "tokenizer.model")
-            write_safely(copy, lambda path: shutil.copyfile(tokenizer.rank_file, path))
+            write_safely(copy, lambda file: file.write(Path(tokenizer.rank_file).read_bytes()))
             meta["encoding"] = names["tokenizer.model"] = "tokenizer.model"
             meta["sha256"]["tokenizer.model"] = sha256_of(copy)
         # meta.json goes first, since it must not describe other files
@@ -218,14 +218,5 @@ class Writer:
         print(f"{self.out_dir}: {n_train:,} tokens to train on, {n_val:,} to validate on")
 
 
-def read_json(path):
-    """The object in a file; {} if the file is missing or damaged."""
-    try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
 def write_json(path, value):
-    text = json.dumps(value, indent=2) + "\n"
-    write_safely(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
+    write_text(path, json.dumps(value, indent=2) + "\n")

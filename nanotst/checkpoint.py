@@ -4,7 +4,6 @@ A checkpoint is a dict of tensors and plain values in a file of torch.save, last
 keeps its sharded tensors in a folder beside it (nanotst/sharded.py). load_checkpoint returns one dict for
 both, and any number of ranks, sharded or not, can resume from either."""
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -19,9 +18,11 @@ from torch.distributed.tensor import DTensor
 from model import GPT, GPTConfig
 from nanotst import UserError, sharded
 from nanotst.configurator import renamed
-from nanotst.corpus import check_same, check_vocabulary
+from nanotst.corpus import check_same, check_vocabulary, differing
 from nanotst.parallel import copy_part
 from nanotst.sharded import map_tensors, of_all_ranks
+
+CHANGED = "{} {} -> {}"
 
 
 class Saver:
@@ -39,8 +40,7 @@ class Saver:
     def save(self, path, state):
         """Write a dict of tensors and plain values. Raises UserError, and leaves the old checkpoint, if the
         weights are not finite."""
-        shares = state.get("shares")  # of the experts
-        numbers = [*state["model"].values(), *([] if shares is None else [shares])]
+        numbers = [*state["model"].values(), state.get("shares")]  # None without experts
         if not all(of_all_ranks(all_finite(numbers))):
             lost = f"the weights after step {state['step']} are not finite"
             raise UserError(f"{lost}, so {path} was not written; lower learning_rate")
@@ -56,13 +56,6 @@ class Saver:
         """Wait until all is written. Raises UserError, on all ranks, if a rank could not write."""
         if self.pending:
             self.pending.pop().result()
-
-
-def remove(path):
-    """Remove a checkpoint if there is one."""
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
-    sharded.remove_parts(path)
 
 
 def find_checkpoint(path):
@@ -115,7 +108,7 @@ def load_weights(model, state, path):
 
 def all_finite(tensors):
     """Whether no number in the tensors, or its square, is NaN or infinite; looks at this rank's parts."""
-    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t is not None]
     parts = [t for t in parts if t.is_floating_point() and t.numel()]
     norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in parts]
     return not norms or all(map(math.isfinite, torch.stack(norms).tolist()))
@@ -131,12 +124,6 @@ def model_config(config, meta):
         raise UserError(str(e)) from None
 
 
-def changes(theirs, ours, keys):
-    """The values that differ, in words."""
-    there = {key: theirs.get(key, ours[key]) for key in keys}  # an old run lacks new knobs
-    return ", ".join(f"{k} {v} -> {ours[k]}" for k, v in there.items() if v != ours[k])
-
-
 def load_initial(path, model, corpus):
     """Copy the weights of a checkpoint into a new model. Raises UserError unless it computes the same
     function of the same vocabulary: what no shape shows, such as rope_theta, is compared, too."""
@@ -146,7 +133,7 @@ def load_initial(path, model, corpus):
     theirs = dataclasses.asdict(model_config(saved["config"], saved["meta"]))
     ours = dataclasses.asdict(model.config)
     keys = sorted(ours.keys() - {"block_size", "checkpoint_activations"})
-    if changed := changes(theirs, ours, keys):
+    if changed := differing(ours, theirs, keys, CHANGED):
         raise UserError(f"{path} does not fit this model: its settings differ, {changed}")
     load_weights(model, saved["model"], path)
 
@@ -157,7 +144,8 @@ def resume(path, model, optimizer, c, corpus, free):
     c: the knobs as given now; those not in `free` must be the run's, unless there is allow_changes. Raises
     UserError for other settings or another corpus, or if that fails."""
     saved, knobs = read(path), dataclasses.asdict(c)
-    changed = changes(saved["config"], knobs, [key for key in knobs if key not in free])
+    theirs, keys = knobs | saved["config"], [key for key in knobs if key not in free]
+    changed = differing(knobs, theirs, keys, CHANGED)  # an old run lacks new knobs
     if changed and not c.allow_changes:
         todo = "leave out knobs and config files, or give --allow_changes"
         raise UserError(f"{path} was trained with other settings: {changed}; {todo}")

@@ -18,7 +18,7 @@ import inspect
 import os
 import re
 import sys
-import time
+import traceback
 from typing import Annotated, Literal, TypeVar, get_args, get_origin
 
 from nanotst import UserError
@@ -47,12 +47,19 @@ def entry_point(main, cls, argv=None, known=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it exits
         sys.exit(1)
     except (UserError, OSError) as e:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(10)  # or torchrun ends rank 0 before it says what they all met
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         sys.exit(f"error: {' '.join(text.splitlines())}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as e:
+        full = isinstance(e, MemoryError) or re.search("out of memory|allocate memory", str(e))
+        if full and hasattr(cls, "checkpoint_activations"):
+            todo = "use a smaller --batch_size (same total batch) or --checkpoint_activations"
+            sys.exit(f"error: out of memory: {todo}")
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        os._exit(1)  # Python's own exit waits for threads, and NCCL for ranks that are gone
 
 
 def parse(cls, argv, known=()):
@@ -63,29 +70,24 @@ def parse(cls, argv, known=()):
         sys.exit(0)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     places = [field for field in fields.values() if field.default is dataclasses.MISSING]
-    positional, values = [], dict(known)
+    values = dict(known)
     for arg in argv:
         given = {}
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
             given = {key.replace("-", "_"): value if equals else True}
+        elif places and places[0].type == list[str]:
+            values.setdefault(places[0].name, []).append(arg)
         elif places:
-            positional.append(arg)
+            values[places.pop(0).name] = arg
         elif os.path.isfile(arg) or arg.endswith(".py"):
             given = read_file(arg)
         else:
             raise UserError(f"{arg!r} is neither a config file nor --key=value, see --help")
         for key, value in given.items():
-            values[key] = typed(fields.get(key), key, value, arg, fields)
-    for place in places:
-        if not positional:
-            raise UserError(f"{place.name.upper()} is missing, see --help")
-        if place.type == list[str]:
-            values[place.name], positional = positional, []
-        else:
-            values[place.name] = positional.pop(0)
-    if positional:
-        raise UserError(f"one argument too many: {positional[0]!r}, see --help")
+            values[key] = typed(fields, key, value, arg)
+    if missing := [place.name.upper() for place in places if place.name not in values]:
+        raise UserError(f"{missing[0]} is missing, see --help")
     return cls(**values)
 
 
@@ -105,14 +107,14 @@ def type_of(field):
     return get_args(field.type)[0] if get_origin(field.type) is Annotated else field.type
 
 
-def typed(field, key, value, where, fields):
+def typed(fields, key, value, where):
     """`value`, a string from the command line or a literal from a file, in the type of its field. Raises
     UserError, which names `where` it was given."""
-    if field is None:
+    if key not in fields:
         close = difflib.get_close_matches(key.lower(), fields, 2)
         hint = f", did you mean {' or '.join(close)}?" if close else ", see --help"
         raise UserError(f"{where}: unknown key {key!r}{hint}")
-    kind, given = type_of(field), f"got {value!r:.60}"
+    kind, given = type_of(fields[key]), f"got {value!r:.60}"
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise UserError(f"{where}: {key} must be one of {', '.join(get_args(kind))}, {given}")
@@ -165,8 +167,6 @@ def help_text(cls):
             lines += ["", heading]
         elif key in fields:
             default, kind = fields[key].default, type_of(fields[key])
-            if os.path.isabs(str(default)):  # a folder of the repository
-                default = os.path.relpath(default)
             shown = key.upper() if default is dataclasses.MISSING else f"--{key}={default}"
             choices = f" [{', '.join(get_args(kind))}]" if get_origin(kind) is Literal else ""
             lines.append(f"  {shown:33} ".replace("\n", "\\n") + text + choices)

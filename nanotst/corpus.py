@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanotst import UserError
-from nanotst.formats import AGAIN, find, readable, sha256_of
+from nanotst.formats import AGAIN, find, sha256_of
 
 LARGE = 2**30  # bytes of tokens
 BLOCK, N_BLOCKS = 4096, 1024  # of the fingerprint of a large corpus: tokens in a block, blocks
@@ -72,10 +72,10 @@ def check_vocabulary(corpus, saved, where):
         raise UserError(f"{corpus.folder} and {where} name no encoding to compare; name it in both")
 
 
-def differing(meta, saved, keys):
-    """The values of two descriptions that differ, in words."""
-    keys = [key for key in keys if saved.get(key) != meta.get(key)]
-    return ", ".join(f"{key} {saved.get(key)} there, {meta.get(key)} here" for key in keys)
+def differing(ours, theirs, keys, words="{} {} there, {} here"):
+    """The values of two dicts that differ, in words."""
+    values = [(key, theirs.get(key), ours.get(key)) for key in keys]
+    return ", ".join(words.format(*three) for three in values if three[1] != three[2])
 
 
 def fingerprint(train, val, vocab_size, large):
@@ -122,24 +122,20 @@ class Tokens:
         parts = []
         while start < stop:
             i = bisect.bisect_right(self.stops, start) - 1
-            parts.append(self._read(i, start, min(stop, self.stops[i + 1])))
+            path, first = self.paths[i], self.stops[i]
+            if (
+                size_and_time(path) != self.states[i]
+            ):  # reading beyond its end would kill the process
+                raise UserError(f"{path} has changed while it was in use; start again")
+            ids = self.map(i)[start - first : stop - first]
+            if ids.max() >= self.vocab_size:
+                what = f"id {ids.max()} from token {start - first:,} on is beyond the vocabulary"
+                raise UserError(f"{path}: {what}; {AGAIN}")
+            parts.append(ids)
             start = self.stops[i + 1]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
-    def _read(self, i, start, stop):
-        """[start:stop] of the split, all of it in file i."""
-        path, start, stop = self.paths[i], start - self.stops[i], stop - self.stops[i]
-        if size_and_time(path) != self.states[i]:  # reading beyond its end would kill the process
-            raise UserError(f"{path} has changed while it was in use; start again")
-        with readable(path):
-            ids = self.map(i)[start:stop]
-        if ids.max() >= self.vocab_size:
-            what = f"id {ids.max()} among tokens {start:,} to {stop:,} is beyond the vocabulary"
-            raise UserError(f"{path}: {what}; {AGAIN}")
-        return ids
-
 
 def size_and_time(path):
-    with readable(path):
-        status = os.stat(path)
+    status = os.stat(path)
     return status.st_size, status.st_mtime_ns

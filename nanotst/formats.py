@@ -8,7 +8,6 @@ Formats that are read as they are, all little-endian:
     modded-nanogpt    version, number of tokens), then GPT-2 tokens in uint16 or Llama-3 tokens in uint32
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -33,14 +32,13 @@ def find(name):
     files}, meta, their dtype, magic and version that each begins with or (), {name: sha256}). UserError if
     there is none."""
     # raw text in the working directory doesn't hide data/NAME
-    for folder in (name, os.path.join(DATA, name)):
-        with readable(folder):
-            names = os.listdir(folder) if os.path.isdir(folder) else []
+    for folder in map(os.path.abspath, (name, os.path.join(DATA, name))):
+        names = os.listdir(folder) if os.path.isdir(folder) else []
         if "meta.json" in names:
-            return os.path.abspath(folder), *read_ours(os.path.abspath(folder), names)
+            return folder, *read_ours(folder, names)
         # without unfinished.tmp, which a preparation leaves if it is killed at its end
         if any(map(TOKEN_FILE.fullmatch, names)) and "unfinished.tmp" not in names:
-            return os.path.abspath(folder), *read_foreign(os.path.abspath(folder), names)
+            return folder, *read_foreign(folder, names)
     todo = "run its prepare.py, or data/text/prepare.py on your own text"
     raise UserError(f"no prepared corpus in {name!r} or in data/; {todo}")
 
@@ -66,20 +64,17 @@ def read_ours(folder, names):
     try:
         with open(path, encoding="utf-8") as f:
             read = json.load(f)
-        counts = ("vocab_size", "train_tokens", "val_tokens")
-        if not all(type(read[key]) is int and read[key] > 0 for key in counts):
-            raise ValueError(f"{', '.join(counts)} must be whole numbers above 0")
         dtype = np.dtype({"uint8": "u1", "uint16": "<u2", "uint32": "<u4"}[read["dtype"]])
+        meta = {key: read[key] for key in ("vocab_size", "train_tokens", "val_tokens")}
         keys = ("encoding", "separator", "bytes_per_token", "source")
-        meta = {key: read[key] for key in counts} | {key: read.get(key) for key in keys}
-        hashes = read.get("sha256") or {}
-        sha256 = {name: hashes[name] for name in hashes if TOKEN_FILE.fullmatch(name)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        meta |= {key: read.get(key) for key in keys}
+        sha256 = read.get("sha256") or {}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path} describes no corpus ({type(e).__name__}: {e}); {AGAIN}") from None
     # files without a hash are of a former corpus, unless there are no hashes at all
     files = shards(folder, [n for n in sha256 or names if n.startswith(("train", "val"))])
     meta["vocabulary"] = vocabulary = meta["encoding"]
-    if vocabulary in names or vocabulary in hashes:  # rank files may share a name
+    if vocabulary in names or vocabulary in sha256:  # rank files may share a name
         meta["vocabulary"] = f"rank file {sha256_of(os.path.join(folder, vocabulary))[:16]}"
     return files, meta, dtype, (), sha256
 
@@ -88,7 +83,7 @@ def read_foreign(folder, names):
     """What llm.c, modded-nanogpt or nanoGPT wrote. The header tells which."""
     files = shards(folder, names)
     path = os.path.join(folder, files["train"][0])
-    with readable(path), open(path, "rb") as f:
+    with open(path, "rb") as f:
         magic = int.from_bytes(f.read(4), "little")
     meta = dict.fromkeys(("bytes_per_token", "encoding", "separator", "vocabulary", "source"))
     if magic in LLM_C:
@@ -124,18 +119,9 @@ def read_pickle(path):
     return dict(vocab_size=n, characters=characters, vocabulary=name)
 
 
-@contextlib.contextmanager
-def readable(path):
-    """Raises UserError for a file that cannot be read."""
-    try:
-        yield
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
-
-
 def sha256_of(path):
     digest = hashlib.sha256()
-    with readable(path), open(path, "rb") as f:
+    with open(path, "rb") as f:
         while block := f.read(2**20):
             digest.update(block)
     return digest.hexdigest()

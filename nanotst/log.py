@@ -1,17 +1,15 @@
 """The folder of a run: its lock, config.json, metrics.jsonl; and what a run prints."""
 
-import contextlib
 import dataclasses
 import json
 import os
 from pathlib import Path
 
 from nanotst import UserError
-from nanotst.checkpoint import remove
 from nanotst.configurator import renamed
-from nanotst.files import write_safely
+from nanotst.files import read_json, write_text
 from nanotst.machine import one_line
-from nanotst.sharded import of_all_ranks, together
+from nanotst.sharded import of_all_ranks, remove_parts, together
 
 
 class RunFolder:
@@ -28,14 +26,14 @@ class RunFolder:
         the run. The id of torchrun (--rdzv_id) in config.json tells whether it is this one's."""
         name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         # each node counts its own restarts
-        restarts = max(of_all_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
-        ours = restarts and name != "none" and read_json(self.config).get("torchrun") == name
+        restarts = of_all_ranks(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        ours = name != "none" and read_json(self.config).get("torchrun") == name
         # as the master sees it: on a shared file system the others may not see a file yet
         ours, saved = self.machine.from_master((ours, os.path.exists(self.last)))
-        if not ours:
-            return c
-        self.machine.say(f"restarted by torchrun: resuming {self.out_dir}")
-        return dataclasses.replace(c, resume=saved, overwrite=not saved)
+        if ours and max(restarts) != "0":
+            self.machine.say(f"restarted by torchrun: resuming {self.out_dir}")
+            c = dataclasses.replace(c, resume=saved, overwrite=not saved)
+        return c
 
     def begin(self, resume, overwrite):
         """Lock the folder. Raises UserError, on all ranks, if it holds a run that would be lost, or none to
@@ -56,13 +54,11 @@ class RunFolder:
             raise UserError(f"{self.out_dir} is in use by another process; {todo}") from None
         except (ImportError, OSError):
             pass  # Windows, or a file system without locks
-        if self._held() and not resume and not overwrite:
+        held = any(map(os.path.exists, (self.last, self.best, self.metrics)))
+        if held and not resume and not overwrite:
             todo = "--resume it, " * os.path.exists(self.last)
             todo += "--overwrite it or choose another --out_dir"
             raise UserError(f"{self.out_dir} already holds a run: {todo}")
-
-    def _held(self):
-        return [p for p in (self.last, self.best, self.metrics) if os.path.exists(p)]
 
     def start(self, resume, step, described, wandb_project=""):
         """Everything that can fail was tried: remove the run that was to be overwritten, or on resume the
@@ -73,34 +69,36 @@ class RunFolder:
             described["wandb_id"] = self._start_wandb(wandb_project, resume, described)
         if resume:
             self._keep_rows(step)
-        for path in [] if resume else self._held():
-            remove(path)
+        else:
+            for path in (self.last, self.best, self.metrics):
+                Path(path).unlink(missing_ok=True)
+                remove_parts(path)
         described["torchrun"] = os.environ.get("TORCHELASTIC_RUN_ID")
         write_text(self.config, json.dumps(described, indent=1, allow_nan=False))
 
     def _keep_rows(self, step):
         """Drop the rows after `step`, which will be written again, and half a line of a killed process."""
-        kept = ""
+        kept = []
         try:
-            for line in Path(self.metrics).read_text(encoding="utf-8").splitlines(True):
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept += line
+            with open(self.metrics, encoding="utf-8") as f:
+                whole = [line for line in f if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError):
             todo = "move it away, and --resume continues without its rows"
             raise UserError(f"{self.metrics} is damaged; {todo}") from None
-        write_text(self.metrics, kept)
+        write_text(self.metrics, "".join(kept))
 
     def _start_wandb(self, project, resume, described):
         """Start logging to Weights & Biases -> id of its run, which a resumed run continues."""
         known = read_json(self.config).get("wandb_id") if resume else None
         name = os.path.basename(os.path.abspath(self.out_dir))
-        how = dict(project=project, name=name, config=described, id=known, resume="allow")
+        how = dict(id=known, resume="allow", config=described)
         try:
             import wandb
 
-            self.wandb = wandb.init(**how)
+            self.wandb = wandb.init(project=project, name=name, **how)
         except Exception as e:  # ImportError, wandb.errors.Error, and what the network throws
             todo = "pip install wandb, use `wandb login`, or WANDB_MODE=offline"
             raise UserError(f"wandb: {one_line(e)}; {todo}") from None
@@ -127,17 +125,6 @@ class RunFolder:
             self.wandb.finish()
 
 
-def write_text(path, text):
-    write_safely(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
-def read_json(path):
-    """The object in a file, {} if there is none or it is damaged."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    return {}
-
-
 def knobs_of_run(c):
     """With --resume, the knobs of the run in out_dir, from its config.json."""
     path = os.path.join(c.out_dir, "config.json")
@@ -156,14 +143,11 @@ def progress(row, max_steps, seconds_per_step):
     eta = int(seconds_per_step * (max_steps - row["step"]))
     line = f"step {row['step']:>{len(str(max_steps))}}/{max_steps} | s {row['bag_size']}"
     line += f" | loss {row['loss']:.4f}"
-    if "val_loss" in row:
-        line += f" | val {row['val_loss']:.4f}"
-    if "val_bpb" in row:
-        line += f" ({row['val_bpb']:.4f} bits/byte)"
+    line += f" | val {row['val_loss']:.4f}" if "val_loss" in row else ""
+    line += f" ({row['val_bpb']:.4f} bits/byte)" if "val_bpb" in row else ""
     line += f" | lr {row['lr']:.2e} | norm {row['grad_norm']:.2f} | {seconds_per_step * 1e3:.1f} ms"
     line += f" | {row['positions_per_second'] / 1e3:.1f}k pos/s"
-    if "mfu" in row:
-        line += f" | mfu {row['mfu']:.1%}"
+    line += f" | mfu {row['mfu']:.1%}" if "mfu" in row else ""
     if "max_violation" in row:
         line += f" | max vio {row['max_violation']:.2f}, dead {row['dead_experts_worst']}"
     return line + f" | eta {eta // 60}m{eta % 60:02d}s"
@@ -183,7 +167,7 @@ def router_metrics(load, entropy):
     }
 
 
-def describe_run(c, machine, model, stream, compiled, micro_steps, step):
+def describe_run(c, machine, model, stream, compiled, step):
     """Say what is trained, on what, on how much text, and which settings are probably mistakes."""
     say, tokens = machine.say, stream.tokens_at(c.max_steps)
     active = f" ({model.n_params(active=True):,} active)" if c.n_expert else ""
@@ -203,8 +187,8 @@ def describe_run(c, machine, model, stream, compiled, micro_steps, step):
         say(f"TST: {first}, then ordinary training; {more} at the same FLOPs")
     else:
         say("ordinary training without superposition; --bag_size=2 turns it on")
-    size, epochs = f"{c.total_batch:,} positions", tokens / stream.epoch_tokens
-    say(f"{c.max_steps:,} steps of {size}, in {micro_steps} micro-steps per rank")
+    epochs = tokens / stream.epoch_tokens
+    say(f"{c.max_steps:,} steps of {c.total_batch:,} positions")
     say(f"{tokens:,} tokens, {epochs:.2f} epochs of the corpus")
     decay = round(c.decay_ratio * c.max_steps) if c.schedule == "wsd" else 0
     if c.warmup_steps + decay > c.max_steps:

@@ -6,7 +6,6 @@ import os
 import platform
 import signal
 import time
-import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nanotst import UserError
-from nanotst.parallel import compile_units
+from nanotst.parallel import compile_model
 from nanotst.sharded import of_all_ranks
 
 # Dense bfloat16 FLOPs per second by a part of the GPU's name, of SXM cards where there are several kinds
@@ -49,11 +48,10 @@ def pick_device(name, local_rank=0):
 
 def best_dtype(device):
     """bfloat16 where matrix products are faster in it than in float32."""
+    amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    fast = device == "cpu" and (amx or avx512)
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-        fast = device == "cpu" and (amx or avx512)
     return "bfloat16" if fast else "float32"
 
 
@@ -100,14 +98,15 @@ class Machine:
         """Join the other ranks, set threads and other state of torch. c: the knobs device, dtype, threads
         and, for training, deterministic, parallel, shard_size."""
         rank, local_rank, world_size, ranks = launcher()
-        parallel, shard_size = getattr(c, "parallel", "auto"), getattr(c, "shard_size", 0)
+        parallel, n = getattr(c, "parallel", "auto"), getattr(c, "shard_size", 0)
         if parallel == "auto":
             parallel = "ddp" if ranks else "none"
         elif not ranks:
             raise UserError(f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N ...")
-        if shard_size and (parallel != "fsdp" or world_size % shard_size):
-            todo = f"needs parallel=fsdp and must divide {world_size}"
-            raise UserError(f"shard_size {shard_size} {todo}")
+        if ranks and c.compile == "graphs":
+            raise UserError("compile=graphs is for one GPU, without torchrun")
+        if n and (parallel != "fsdp" or world_size % n):
+            raise UserError(f"shard_size {n} needs parallel=fsdp and must divide {world_size}")
         if ranks and c.device.startswith("cuda:"):
             raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
         device = pick_device(c.device, local_rank)
@@ -131,7 +130,7 @@ class Machine:
             os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
         torch.set_float32_matmul_precision("high")  # TF32 where CUDA still computes in float32
         dtype = best_dtype(device) if c.dtype == "auto" else c.dtype
-        return cls(device, dtype, rank, world_size, ranks > 0, parallel, shard_size or world_size)
+        return cls(device, dtype, rank, world_size, ranks > 0, parallel, n or world_size)
 
     @property
     def master(self):
@@ -187,32 +186,32 @@ class Machine:
         return of_all_ranks(value)[0]
 
     def compile(self, model, wanted, warm_up):
-        """(model, whether it is compiled). wanted: auto (on CUDA), on, off. warm_up(model) runs each graph
-        once. If compiling fails, training continues without it, except if sharded: other ranks went ahead."""
+        """(model, whether it is compiled). wanted: auto (on CUDA), on, graphs, off. warm_up(model) runs each
+        graph once. If compiling fails, training continues without it, except if sharded: other ranks went
+        ahead."""
+        if wanted == "auto":
+            wanted = "on" if self.device_type == "cuda" else "off"
         if wanted != "off" and model.config.n_expert and self.dtype == "float32":
             self.say("experts compile in bfloat16 only; going on without torch.compile")
             wanted = "off"
-        if wanted == "off" or wanted == "auto" and self.device_type != "cuda":
-            warm_up(model)
-            return model, False
-        self.say("compiling, which takes a minute or more; --compile=off starts at once")
-        if self.parallel == "fsdp":
-            compile_units(model)
-            warm_up(model)
-            return model, True
+        if wanted != "off":
+            self.say("compiling, which takes a minute or more; --compile=off starts at once")
+        sharded = self.parallel == "fsdp"
         # a process that was killed while compiling may have left a broken file in the cache
         missing = "going on without torch.compile; it needs a C++ compiler, on CUDA Triton"
-        for then in ("trying again without its cache", missing):
+        for then in ("trying again without its cache", missing) if wanted != "off" else ():
             try:
-                compiled = torch.compile(model, dynamic=False, fullgraph=True)
+                compiled = compile_model(model, wanted, sharded)
                 warm_up(compiled)
                 return compiled, True
-            except (UserError, torch.OutOfMemoryError):
-                raise
             except Exception as e:
+                if sharded or isinstance(e, UserError | torch.OutOfMemoryError):
+                    raise
                 self.say(f"torch.compile failed ({type(e).__name__}: {one_line(e)}); {then}")
                 torch.compiler.reset()
-                model.zero_grad()
+                for unit in model.modules():  # see compile_model
+                    vars(unit).pop("forward", None)
+                model.zero_grad(set_to_none=wanted != "graphs")
                 torch.compiler.config.force_disable_caches = True
         warm_up(model)
         return model, False
@@ -252,26 +251,6 @@ class StopSignals:
     def saved(self, seconds):
         """A checkpoint was written, which took `seconds`; the next one shall cost at most 2 % of the time."""
         self.save_at = time.perf_counter() + max(300, 50 * seconds)
-
-
-def as_one(main):
-    """main, but a rank that fails does not wait for the others, and out of memory is a UserError."""
-
-    def ranked(config):
-        try:
-            return main(config)
-        except (UserError, OSError):
-            raise
-        except Exception as e:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
-            if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
-                todo = "use a smaller --batch_size (same total batch) or --checkpoint_activations"
-                raise UserError(f"out of memory: {todo}") from None
-            if not launcher()[3]:
-                raise
-            traceback.print_exc()
-            os._exit(1)  # Python's own exit waits for threads, and NCCL for ranks that are gone
-
-    return ranked
 
 
 def one_line(e):

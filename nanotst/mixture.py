@@ -82,13 +82,9 @@ class Pattern:
             behind = [i for i, share in enumerate(shares) if share * (row + 1) > read[i]]
             order.append(min(behind, key=lambda i: (read[i] + 1) / shares[i]))
             read[order[-1]] += 1
-        self.corpus = np.array(order)  # (n,) of each row
+        self.corpus = np.array(order)  # (n,) of each row, by number
         counts = np.cumsum(self.corpus == np.arange(len(shares))[:, None], axis=1)
         self.before = np.pad(counts, ((0, 0), (1, 0)))  # (corpora, n + 1) rows of each before it
-
-    def corpus_of(self, row):
-        """The corpus, by number, of each row: (m,) -> (m,)."""
-        return self.corpus[row % self.n]
 
     def rows_before(self, row, corpus):
         """How many rows of a corpus come before each row of the run: numbers, or (m,) -> (m,)."""

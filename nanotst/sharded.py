@@ -68,12 +68,7 @@ def together(work, group=None):
 
 def save_file(path, state):
     """torch.save, atomically."""
-
-    def write(temporary):
-        with open(temporary, "wb") as f:  # given a path, torch.save hides the cause of an error
-            torch.save(state, f)
-
-    write_safely(path, write)
+    write_safely(path, lambda file: torch.save(state, file))
 
 
 def load_file(path, verify=True):

@@ -72,30 +72,24 @@ class Order:
 
     def starts(self, phase, i):
         """Start, in tokens, of rows number i (m,) of a phase (its index): (m,)."""
-        read = self.begins[phase] + i * self.row_tokens[phase]  # (m,) tokens read before each row
-        epochs = read // self.epoch_tokens
-        out = np.empty(len(i), np.int64)
+        length, n = self.row_tokens, self.epoch_tokens
+        read = self.begins[phase] + i * length[phase]  # (m,) tokens read before each row
+        epochs, out = read // n, np.empty(len(i), np.int64)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
-            here = epochs == epoch
-            first = max(self.begins[phase], epoch * self.epoch_tokens)  # of the phase in this epoch
-            out[here] = self._in_epoch(epoch, phase, (read[here] - first) // self.row_tokens[phase])
+            here, key = epochs == epoch, (*self.key, epoch)
+            # tokens that each phase finds, as Python's integers: permute is slower with numpy's
+            left = [n - min(max(0, begin - epoch * n), n) for begin in self.begins]
+            # numbers of the rows among those that the phase finds
+            row, offset = (read[here] - (epoch + 1) * n + left[phase]) // length[phase], 0
+            for p in range(phase, 0, -1):  # back to the row of the previous phase each is cut from
+                row = permute(row, left[p] // length[p], (*key, p))
+                row, piece = np.divmod(row, length[p - 1] // length[p])
+                row = (
+                    row + (left[p - 1] - left[p]) // length[p - 1]
+                )  # behind those that it has read
+                offset = offset + piece * length[p]
+            out[here] = permute(row, self.n_stretches, (*key, 0)) * length[0] + offset
         return out
-
-    def _in_epoch(self, epoch, phase, i):
-        """Start of rows number i (m,) among those that a phase reads in one epoch: (m,)."""
-        length = self.row_tokens
-        bounds = np.clip(self.begins, epoch * self.epoch_tokens, (epoch + 1) * self.epoch_tokens)
-        used = [int(b - a) // n for a, b, n in zip(bounds, bounds[1:], length)]  # rows, by phase
-        pieces = [a // b for a, b in zip(length, length[1:])]  # of a row, in the next phase
-        there = [self.n_stretches]  # rows that each phase finds
-        for n_used, k in zip(used, pieces):
-            there.append((there[-1] - n_used) * k)
-        offset = 0
-        for p in range(phase, 0, -1):  # back to the row of the previous phase that this is cut from
-            i, piece = np.divmod(permute(i, there[p], (*self.key, epoch, p)), pieces[p - 1])
-            offset = offset + piece * length[p]
-            i = i + used[p - 1]
-        return permute(i, self.n_stretches, (*self.key, epoch, 0)) * length[0] + offset
 
 
 class TokenStream:
@@ -123,7 +117,7 @@ class TokenStream:
         self.orders = [self._order(i, seed) for i in range(len(sources))]
         epochs = [order.epoch_tokens / share for order, share in zip(self.orders, shares)]
         self.epoch_tokens = int(min(epochs))  # until the first corpus has been read
-        self.known = None, None  # a phase and a block of its steps, and the places of their rows
+        self.places = lru_cache(2)(self._places)  # by phase and block of its steps
         self.worker = ThreadPoolExecutor(1)
         self.ahead = None, None  # a step, and what the thread reads for it
 
@@ -177,28 +171,27 @@ class TokenStream:
         phase = phase_at(self.phases, step)
         n, pinned = self.block_size * phase.n_in + phase.n_out, self.device.startswith("cuda")
         out = torch.empty(len(self.rows), n, dtype=torch.int32, pin_memory=pinned)
-        for row, (corpus, start) in zip(out.numpy(), self._places(phase, step)):
+        block, i = divmod(step - phase.start, AT_ONCE)
+        places = self.places(phase, block)[i * len(out) :]
+        for row, (corpus, start) in zip(out.numpy(), places):
             row[:] = self.tokens[corpus][start : start + n]
         return out
 
-    def _places(self, phase, step):
-        """[(corpus, start)] of the rows of this process. Computed for AT_ONCE steps together, since calls of
-        numpy cost more than the numbers in them."""
-        block, i = divmod(step - phase.start, AT_ONCE)
-        if self.known[0] != (phase, block):
-            p = self.phases.index(phase)
-            steps = np.arange(block * AT_ONCE, (block + 1) * AT_ONCE)[:, None]  # in the phase
-            before = self.rows_before[p]
-            rows = (before + steps * self.n_rows + np.asarray(self.rows, np.int64)).ravel()  # (m,)
-            corpora = self.pattern.corpus_of(rows)  # (m,)
-            starts = np.empty_like(rows)
-            for n, order in enumerate(self.orders):
-                here = np.flatnonzero(corpora == n)
-                if len(here):  # rows of this corpus, numbered from the start of the phase
-                    first = self.pattern.rows_before(before, n)
-                    starts[here] = order.starts(p, self.pattern.rows_before(rows[here], n) - first)
-            self.known = (phase, block), list(zip(corpora.tolist(), starts.tolist()))
-        return self.known[1][i * len(self.rows) : (i + 1) * len(self.rows)]
+    def _places(self, phase, block):
+        """[(corpus, start)] of the rows of this process in AT_ONCE steps of a phase, since calls of numpy
+        cost more than the numbers in them."""
+        p = self.phases.index(phase)
+        steps = np.arange(block * AT_ONCE, (block + 1) * AT_ONCE)[:, None]  # in the phase
+        before = self.rows_before[p]
+        rows = (before + steps * self.n_rows + np.asarray(self.rows, np.int64)).ravel()  # (m,)
+        corpora = self.pattern.corpus[rows % self.pattern.n]  # (m,)
+        starts = np.empty_like(rows)
+        for n, order in enumerate(self.orders):
+            here = np.flatnonzero(corpora == n)
+            if len(here):  # rows of this corpus, numbered from the start of the phase
+                first = self.pattern.rows_before(before, n)
+                starts[here] = order.starts(p, self.pattern.rows_before(rows[here], n) - first)
+        return list(zip(corpora.tolist(), starts.tolist()))
 
     def batch(self, step):
         """The rows of `step` on the device, (rows, L*n_in + n_out); a thread reads the next step's."""

@@ -35,12 +35,12 @@ class Tokenizer:
     decode_bytes: Callable[..., bytes]  # ids -> bytes; a token may be a part of a character
     rank_file: str = ""  # path, if the vocabulary came from a local file
 
-    def decode(self, ids) -> str:
+    def decode(self, ids):
         """ids: (T,) -> text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-def get_tokenizer(name: str) -> Tokenizer:
+def get_tokenizer(name):
     """The Tokenizer of an encoding or rank file. Raises UserError if there is no such vocabulary."""
     if name == "bytes":
         return _byte_tokenizer()
@@ -56,8 +56,8 @@ def get_tokenizer(name: str) -> Tokenizer:
     return _bpe_tokenizer(name, bpe, bpe.eot_token)
 
 
-def _byte_tokenizer() -> Tokenizer:
-    def encode(text: str) -> np.ndarray:
+def _byte_tokenizer():
+    def encode(text):
         # NUL is the separator, so text must not hold it; half a surrogate pair becomes "?"
         data = text.encode("utf-8", errors="replace").replace(b"\0", b"")
         return np.frombuffer(data, dtype=np.uint8).astype(np.int64)
@@ -65,14 +65,14 @@ def _byte_tokenizer() -> Tokenizer:
     return Tokenizer("bytes", 256, 0, encode, lambda ids: bytes(np.ravel(ids).tolist()))
 
 
-def _bpe_tokenizer(name: str, bpe, separator: int, rank_file: str = "") -> Tokenizer:
+def _bpe_tokenizer(name, bpe, separator, rank_file=""):
     """bpe: a tiktoken.Encoding."""
 
-    def encode(text: str) -> np.ndarray:
+    def encode(text):
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair becomes "?"
         return bpe.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
 
-    def one(i: int) -> bytes:
+    def one(i):
         try:
             return bpe.decode_single_token_bytes(i)
         except KeyError:  # an id without a token: a gap in a vocabulary, or a padded row of a model
@@ -82,7 +82,7 @@ def _bpe_tokenizer(name: str, bpe, separator: int, rank_file: str = "") -> Token
     return Tokenizer(name, bpe.n_vocab, separator, encode, decode_bytes, rank_file)
 
 
-def _rank_file_tokenizer(path: str) -> Tokenizer:
+def _rank_file_tokenizer(path):
     """A rank file has a line "base64-of-the-token rank" for each token."""
     try:  # not by tiktoken.load, which keeps a copy by path and reads that when the file has changed
         with open(path, "rb") as f:

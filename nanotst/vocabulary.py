@@ -30,17 +30,17 @@ def tokenizer_of(path, checkpoint, data=""):
     return tokenizer
 
 
-def character_tokenizer(characters) -> Tokenizer:
+def character_tokenizer(characters):
     """The vocabulary of a corpus of characters, such as nanoGPT's Shakespeare. It has no separator."""
     ids = {c: i for i, c in enumerate(characters)}
 
-    def encode(text: str) -> np.ndarray:
+    def encode(text):
         try:
             return np.array([ids[c] for c in text], dtype=np.int64)
         except KeyError as e:
             raise UserError(f"the prompt holds {e}, which is not in the corpus") from None
 
-    def decode_bytes(tokens) -> bytes:
+    def decode_bytes(tokens):
         return "".join(characters[i] for i in np.ravel(tokens)).encode("utf-8", "replace")
 
     return Tokenizer("characters", len(characters), None, encode, decode_bytes)

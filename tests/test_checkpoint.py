@@ -371,7 +371,7 @@ def test_a_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: done.append(("sync", os.fstat(fd).st_ino)))
     renamed = lambda a, b: done.append(("name", os.stat(a).st_ino)) or os.rename(a, b)
     monkeypatch.setattr(os, "replace", renamed)
-    files.write_safely(str(tmp_path / "x"), lambda path: Path(path).write_text("text"))
+    files.write_safely(str(tmp_path / "x"), lambda file: file.write(b"text"))
     inode, folder = os.stat(tmp_path / "x").st_ino, os.stat(tmp_path).st_ino
     assert done == [("sync", inode), ("name", inode), ("sync", folder)]
 
@@ -379,7 +379,7 @@ def test_a_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     """torch.save hides the system's error in one of its own."""
 
-    def fail(temporary):
+    def fail(file):
         raise RuntimeError("connection closed by peer")
 
     path, limit = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)

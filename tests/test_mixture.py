@@ -20,7 +20,7 @@ MANY = [Fraction(n, 129) for n in (40, 1, 1, 40, 3, 1, 3, 40)]
 @pytest.mark.parametrize("shares", [[Fraction(1)], HALVES, UNEVEN, MANY])
 def test_shares_hold_over_any_stretch(shares):
     pattern, n = Pattern(shares), 400
-    corpora = pattern.corpus_of(np.arange(n))
+    corpora = pattern.corpus[np.arange(n) % pattern.n]
     for i, share in enumerate(shares):
         count = np.concatenate([[0], np.cumsum(corpora == i)])  # its rows before each row
         assert (pattern.rows_before(np.arange(n + 1), i) == count).all()

@@ -250,7 +250,6 @@ import os, signal, sys
 sys.path.insert(0, os.getcwd())
 import train
 from nanotst.configurator import entry_point
-from nanotst.machine import as_one
 
 def breaks(step, c, multiplier=train.rate_multiplier):
     rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -259,7 +258,7 @@ def breaks(step, c, multiplier=train.rate_multiplier):
     return multiplier(step, c)
 
 train.rate_multiplier = breaks
-entry_point(as_one(train.main), train.Config)
+entry_point(train.main, train.Config)
 """
 
 

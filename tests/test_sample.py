@@ -80,7 +80,6 @@ def test_seed_temperature_and_top_k(checkpoint, capsys):
         (dict(checkpoint="no/such/file"), "no checkpoint"),
         (dict(temperature=-1.0), "temperature must be 0"),
         (dict(top_k=-1), "top_k must be at least 0"),
-        (dict(n_samples=0), "n_samples must be at least 1"),
         (dict(prompt="FILE:no/such/file"), "No such file .*no/such/file"),
     ],
 )

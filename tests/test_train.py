@@ -23,6 +23,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import train
 from model import GPT, GPTConfig
 from nanotst import UserError, log, machine
+from nanotst.configurator import entry_point
 from nanotst.stream import permute
 
 MOE = dict(n_expert=4, top_k=2, balance_bias=True, balance_rate=0.01, qk_norm=True)
@@ -787,8 +788,8 @@ def test_out_of_memory_is_one_line():
     def main(config):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    with pytest.raises(UserError, match="out of memory: use a smaller --batch_size"):
-        machine.as_one(main)(None)
+    with pytest.raises(SystemExit, match="^error: out of memory: use a smaller --batch_size"):
+        entry_point(main, train.Config, [])
 
 
 # ---- at the switch, and within documents

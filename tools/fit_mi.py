@@ -21,7 +21,6 @@ import json
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ import torch
 from nanotst import UserError
 from nanotst.configurator import entry_point
 from nanotst.corpus import open_corpus
-from nanotst.files import write_safely
+from nanotst.files import write_text
 
 SEGMENT = 64  # tokens that stay together when the text is shuffled: keeps repetitions
 
@@ -104,7 +103,7 @@ def main(c):
     for row in zip(distances, corrected, plain):
         print("{:4}  {:11.4f}  {:10.4f}".format(*row))
     print(f"fit: {c0:.4f} + {a:.4f} d^{k:.4f}")
-    write_safely(c.out, lambda path: Path(path).write_text(json.dumps(result, indent=1) + "\n"))
+    write_text(c.out, json.dumps(result, indent=1) + "\n")
     print(f"wrote {c.out}; train with --bag_weights=fitted --fitted={c.out}")
 
 

@@ -5,6 +5,7 @@ facts (knobs, corpus, model, machine and command, as text). One in a run folder 
 """
 
 import csv
+import io
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from nanotst import UserError
 from nanotst.configurator import Bags, Free, marked, renamed
-from nanotst.files import write_safely
+from nanotst.files import write_text
 from train import Config
 
 # Knobs that change nothing that is learned. A resumed run has its corpus and its weights already, so two are
@@ -74,14 +75,11 @@ def read_table(path):
 def write_table(path, first, lines):
     """Write a CSV file of lines, dicts. The columns in `first` are the first ones."""
     columns = dict.fromkeys([*first, *(key for line in lines for key in line)])
-
-    def write(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, list(columns), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
-
-    write_safely(path, write)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(path, table.getvalue())
 
 
 def read_folder(path):
