@@ -230,6 +230,7 @@ def test_what_is_reinitialised_at_the_switch_is_the_same_sharded(fsdp, run, tmp_
         ("optimizer=muon needs whole matrices", dict(parallel="fsdp", optimizer="muon")),
         ("shard_size 2 .* must divide 1", dict(parallel="fsdp", shard_size=2)),
         ("shard_size 1 needs parallel=fsdp", dict(parallel="ddp", shard_size=1)),
+        ("compile=graphs is for one GPU, without torchrun", dict(compile="graphs")),
     ],
 )
 def test_what_cannot_work_is_one_line(run, a_rank, knobs, words):

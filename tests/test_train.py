@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from model import GPT, GPTConfig
-from nanotst import UserError, log, machine
+from nanotst import UserError, log, machine, parallel
 from nanotst.configurator import entry_point
 from nanotst.stream import permute
 
@@ -311,6 +311,43 @@ def test_all_graphs_are_compiled_before_the_first_step_and_none_after(run, monke
     patched_steps(monkeypatch, lambda step: seen.append(counter.frame_count))
     run(compile="on", batch_size=4)
     assert seen + [counter.frame_count] == [3] * 11
+
+
+def test_cuda_graphs_find_the_gradients_where_they_were(run, monkeypatch, tmp_path):
+    """Across micro-steps, evaluations and the switch. The graphs themselves need CUDA, see tests/cuda."""
+    wanted = run(batch_size=4, out_dir=str(tmp_path / "eager"))
+    modes, places, compile_, clip = [], set(), torch.compile, train.clip_gradients
+
+    def compiled(f, mode=None, **how):
+        modes.append(mode)
+        return compile_(f, backend="eager", **how)
+
+    def clip_and_look(model, limit):
+        places.add(tuple(p.grad.data_ptr() for p in model.parameters()))
+        return clip(model, limit)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(train, "clip_gradients", clip_and_look)
+    rows = run(compile="graphs", batch_size=4)
+    got, wanted = (column(r, "loss", "grad_norm") for r in (rows, wanted))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    assert modes == ["reduce-overhead"] and len(places) == 1
+
+
+@pytest.mark.parametrize("n_expert", [0, 4])
+def test_the_blocks_of_a_deep_model_share_a_graph(run, monkeypatch, tmp_path, n_expert):
+    """Embedding and head have a graph each for bags, tokens and evaluation; the blocks one for training and
+    one for evaluation."""
+    knobs = dict(n_layer=5, n_embd=8, n_expert=n_expert, top_k=min(n_expert, 2), dtype="bfloat16")
+    wanted = run(**knobs, out_dir=str(tmp_path / "eager"))
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(parallel, "SHALLOW", 4)
+    torch.compiler.reset()
+    rows = run(**knobs, compile="on")
+    got, wanted = (column(r, "loss", "grad_norm") for r in (rows, wanted))
+    np.testing.assert_allclose(got, wanted, rtol=1e-2)
+    assert counter.frame_count == 8
 
 
 def test_float32_experts_train_eagerly_and_say_so(run, monkeypatch, capsys):
