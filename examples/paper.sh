@@ -86,8 +86,9 @@ repeat() { # corpora so small that TST with s 2 and r 0.3 reads them 2, 4, 8 and
         dataset=$small runs=repeat_${times}_runs sweep "repeat_$times" --bag_size=1,2
     done
 }
-size_400k() { # three blocks of width 96, as many bytes per parameter
-    runs=size_400k sweep size_400k --bag_size="${SIZES:-1,2,4,6}" --n_layer=3 --n_embd=96 --max_steps=2750 \
+large="--n_layer=3 --n_embd=96" # 0.4M
+size_400k() { # as many bytes per parameter
+    runs=size_400k sweep size_400k --bag_size="${SIZES:-1,2,4,6}" $large --max_steps=2750 \
         --learning_rate="${RATES:-3e-3}"
 }
 
@@ -100,6 +101,10 @@ budget() { # does the gain shrink with the budget? Rates at both ends
     done
 }
 context() { runs=context sweep context --bag_size=1 --block_size=128,256; } # is it only longer context?
+muon_sides() { # which half of a bag helps, with Muon and each side's own matrix rate?
+    runs=muon_sides sweep muon_sides --bag_size=1,2,4 --superposition=full,output,input $large --max_steps=1375 \
+        --optimizer=muon --learning_rate=3e-3 --matrix_learning_rate="${RATES:-2e-3,4e-3,8e-3,1.6e-2}"
+}
 fade() { runs=fade sweep fade --bag_size=1,2 --superposition=full,output --fade=0,0.33; }
 spread() { # what makes seeds differ: the order of the text, or the initial weights?
     drawn=
@@ -135,7 +140,8 @@ tasks() { # lm-eval; see examples/lm_eval_local
 }
 
 all="rates bag_size ratio grid sides losses reinit weights compare step_down documents muon muon_rates window"
-all="$all schedule experts texts repeat size_400k budget context fade spread positions tasks"
+all="$all schedule experts texts vocabularies repeat size_400k budget context muon_sides fade spread"
+all="$all positions tasks"
 mkdir -p "$out"
 for experiment in ${@:-$all}; do
     case " $all " in

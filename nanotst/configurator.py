@@ -167,6 +167,8 @@ def help_text(cls):
             lines += ["", heading]
         elif key in fields:
             default, kind = fields[key].default, type_of(fields[key])
+            if os.path.isabs(str(default)):  # a folder of the repository
+                default = os.path.relpath(default)
             shown = key.upper() if default is dataclasses.MISSING else f"--{key}={default}"
             choices = f" [{', '.join(get_args(kind))}]" if get_origin(kind) is Literal else ""
             lines.append(f"  {shown:33} ".replace("\n", "\\n") + text + choices)

@@ -123,9 +123,8 @@ class Tokens:
         while start < stop:
             i = bisect.bisect_right(self.stops, start) - 1
             path, first = self.paths[i], self.stops[i]
-            if (
-                size_and_time(path) != self.states[i]
-            ):  # reading beyond its end would kill the process
+            # reading beyond the end of a file would kill the process
+            if size_and_time(path) != self.states[i]:
                 raise UserError(f"{path} has changed while it was in use; start again")
             ids = self.map(i)[start - first : stop - first]
             if ids.max() >= self.vocab_size:

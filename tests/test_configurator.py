@@ -222,6 +222,12 @@ def test_help(capsys):
     assert {"train", "sample", "tools.plot", "data.text.prepare"} <= set(SCRIPTS)
 
 
+def test_help_shows_folders_from_the_working_directory(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = help_text(importlib.import_module("data.text.prepare").Config)
+    assert re.search(r"^  --out_dir=data/text ", page, re.M)
+
+
 def test_output_that_is_closed_or_a_notebooks(monkeypatch):
     """pythonw and a closed stdout give None; a notebook's stream cannot change its encoding."""
     for stream in (None, object()):
