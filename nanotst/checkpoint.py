@@ -10,6 +10,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from model import GPT, GPTConfig
 from nanotst import UserError, sharded
 from nanotst.configurator import renamed
 from nanotst.corpus import check_same, check_vocabulary, differing
+from nanotst.files import write_safely
 from nanotst.parallel import copy_part
 from nanotst.sharded import map_tensors, of_all_ranks
 
@@ -49,7 +51,7 @@ class Saver:
             copy = sharded.copy_to_host(state)
             self.pending.append(self.worker.submit(sharded.write_parts, path, *copy, self.group))
         elif self.machine.master:
-            sharded.save_file(path, state)
+            write_safely(path, partial(torch.save, state))
             sharded.remove_parts(path)  # of a run that was sharded when it began
 
     def wait(self):

@@ -38,18 +38,15 @@ class Optimizers(list):
             optimizer.state.clear()
 
 
-def adamw(inits, c, device_type):
-    """AdamW, fused, for [(name, parameter, Init)]; weight decay for all but norms and other scales."""
-    scales = [p for _, p, init in inits if init.kind == "scale"]
-    others = [p for _, p, init in inits if init.kind != "scale"]
-    groups = [{"params": others, "weight_decay": c.weight_decay}]
-    groups += [{"params": scales, "weight_decay": 0.0}]
+def adamw(model, c, device_type, but=None):
+    """AdamW, fused, for all parameters but those of one kind; weight decay for all but norms and other
+    scales."""
+    groups = [{"params": [], "weight_decay": c.weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for _, p, init in model.inits():
+        if init.kind != but:
+            groups[init.kind == "scale"]["params"].append(p)
     fused = device_type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=fused)
-
-
-def all_adamw(model, c, device_type):
-    return [adamw(list(model.inits()), c, device_type)]
+    return [torch.optim.AdamW(groups, c.learning_rate, (c.beta1, c.beta2), fused=fused)]
 
 
 def muon(model, c, device_type):
@@ -57,15 +54,14 @@ def muon(model, c, device_type):
     steps are scaled to the size of AdamW's (arXiv 2502.16982), so one learning_rate serves both, unless
     matrix_learning_rate gives Muon its own."""
     matrices = [p for _, p, init in model.inits() if init.kind == "matrix"]
-    others = [each for each in model.inits() if each[2].kind != "matrix"]
     if any(isinstance(p, DTensor) for p in matrices):  # it would gather them for every product
         raise UserError("optimizer=muon needs whole matrices, so parallel=ddp, not fsdp")
     how = dict(lr=c.matrix_learning_rate or c.learning_rate, weight_decay=c.weight_decay)
     how |= dict(momentum=c.beta2, adjust_lr_fn="match_rms_adamw")
-    return [torch.optim.Muon(matrices, **how), adamw(others, c, device_type)]
+    return [torch.optim.Muon(matrices, **how), *adamw(model, c, device_type, but="matrix")]
 
 
-OPTIMIZERS = {"adamw": all_adamw, "muon": muon}
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def make_optimizer(model, c, device_type):

@@ -12,6 +12,7 @@ import glob
 import os
 import shutil
 import zipfile
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -66,13 +67,8 @@ def together(work, group=None):
         raise UserError(error)
 
 
-def save_file(path, state):
-    """torch.save, atomically."""
-    write_safely(path, lambda file: torch.save(state, file))
-
-
 def load_file(path, verify=True):
-    """What save_file wrote, on the CPU. verify: its checksums, which torch ignores. Raises UserError."""
+    """What torch.save wrote, on the CPU. verify: its checksums, which torch ignores. Raises UserError."""
     try:
         if verify:
             with zipfile.ZipFile(path) as file:
@@ -111,8 +107,8 @@ def write_parts(path, state, parts, group):
     # random, since a resumed run may save a step again
     folder = of_all_ranks(f"{stem}.step_{state['step']}.{os.urandom(4).hex()}", group)[0]
     state |= {"folder": os.path.basename(folder), "ranks": dist.get_world_size(group)}
-    together(lambda: save_file(f"{folder}/rank_{rank}.pt", parts), group)
-    together(lambda: save_file(path, state) if rank == 0 else None, group)
+    together(lambda: write_safely(f"{folder}/rank_{rank}.pt", partial(torch.save, parts)), group)
+    together(lambda: rank or write_safely(path, partial(torch.save, state)), group)
     if rank == 0:
         remove_parts(path, folder)
 

@@ -84,9 +84,8 @@ class Order:
             for p in range(phase, 0, -1):  # back to the row of the previous phase each is cut from
                 row = permute(row, left[p] // length[p], (*key, p))
                 row, piece = np.divmod(row, length[p - 1] // length[p])
-                row = (
-                    row + (left[p - 1] - left[p]) // length[p - 1]
-                )  # behind those that it has read
+                # behind those that it has read
+                row = row + (left[p - 1] - left[p]) // length[p - 1]
                 offset = offset + piece * length[p]
             out[here] = permute(row, self.n_stretches, (*key, 0)) * length[0] + offset
         return out

@@ -388,7 +388,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     with pytest.raises(UserError, match=full):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
         try:
-            sharded.save_file(str(path), {"x": torch.zeros(9999)})
+            files.write_safely(path, lambda file: torch.save({"x": torch.zeros(9999)}, file))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     with pytest.raises(UserError, match="connection closed by peer; the old one is"):

@@ -278,10 +278,8 @@ class Points:
         for point, losses in self.losses.items():
             gain = self.gains[point].text() if point in self.gains else "-"
             cells.append([*point, seeds_text(losses), gain])
-        what = (
-            "Final validation loss in nats per token (bits per byte if tokenizers differ), mean ± "
-        )
-        what += "standard deviation (seeds). Differences with 95 % confidence intervals."
+        what = "Final validation loss in nats per token (bits per byte if tokenizers differ), "
+        what += "mean ± standard deviation (seeds). Differences with 95 % confidence intervals."
         return f"{markdown_table(cells)}\n\n{what}"
 
     def draw(self):
