@@ -188,7 +188,8 @@ def reinitialise(model, optimizer, parts, seed):
     if names := [REINIT[part] for part in parts if REINIT[part]]:
         init_weights(model, names)
     if "optimizer" in parts:
-        optimizer.forget()
+        for each in optimizer:
+            each.state.clear()
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ trap 'exit 130' INT TERM
 config=${CONFIG:-config/small.py} seeds=${SEEDS:-1,2,3} out=${OUT:-out/paper} python=${PYTHON:-python}
 dataset=${DATASET:-$(sed -n 's/^dataset = "\(.*\)".*/\1/p' "$config")}
 dataset=${dataset:-python_source}
-machine="--jobs=${JOBS:-1} --threads=${THREADS:-0}"
-failed=
+machine="--jobs=${JOBS:-1} --threads=${THREADS:-0}" failed=
 
 keep() { # NAME FOLDER: name what a tool wrote there after the experiment
     for written in table.md runs.csv sweep.png compare.png; do

@@ -60,16 +60,13 @@ def tensor_table(model):
     mlp, end = "block_sparse_moe" if mixtral else "mlp", "" if c.n_expert else ".weight"
     mlps = [f"{mlp}.experts.{e}" for e in range(c.n_expert)] or [mlp]
     heads = [c.n_head * c.head_dim] + 2 * [c.n_kv_head * c.head_dim]
-    whole = lambda t: [t]
+    whole, three = lambda t: [t], lambda t: t.split(heads)
     rows = lambda t: [t[: c.vocab_size]]  # without the padding
     matrices = lambda t: t.mT if c.n_expert else [t]  # ours (expert, in, out), theirs (out, in)
     halves = lambda t: [half for matrix in matrices(t) for half in matrix.chunk(2)]
     layer = {
         "attn_norm.weight": (["input_layernorm.weight"], whole),
-        "attn.qkv.weight": (
-            [f"self_attn.{x}_proj.weight" for x in "qkv"],
-            lambda t: t.split(heads),
-        ),
+        "attn.qkv.weight": ([f"self_attn.{x}_proj.weight" for x in "qkv"], three),
         "attn.q_norm.weight": (["self_attn.q_norm.weight"], whole),
         "attn.k_norm.weight": (["self_attn.k_norm.weight"], whole),
         "attn.out.weight": (["self_attn.o_proj.weight"], whole),

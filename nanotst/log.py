@@ -188,8 +188,8 @@ def describe_run(c, machine, model, stream, compiled, step):
     else:
         say("ordinary training without superposition; --bag_size=2 turns it on")
     epochs = tokens / stream.epoch_tokens
-    say(f"{c.max_steps:,} steps of {c.total_batch:,} positions")
-    say(f"{tokens:,} tokens, {epochs:.2f} epochs of the corpus")
+    text = f"{tokens:,} tokens, {epochs:.2f} epochs of the corpus"
+    say(f"{c.max_steps:,} steps of {c.total_batch:,} positions; {text}")
     decay = round(c.decay_ratio * c.max_steps) if c.schedule == "wsd" else 0
     if c.warmup_steps + decay > c.max_steps:
         say(f"note: {c.warmup_steps} steps of warmup and {decay} of decay do not fit in max_steps")

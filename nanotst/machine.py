@@ -187,8 +187,7 @@ class Machine:
 
     def compile(self, model, wanted, warm_up):
         """(model, whether it is compiled). wanted: auto (on CUDA), on, graphs, off. warm_up(model) runs each
-        graph once. If compiling fails, training continues without it, except if sharded: other ranks went
-        ahead."""
+        graph once. If compiling fails, training continues without it, unless other ranks hold a part."""
         if wanted == "auto":
             wanted = "on" if self.device_type == "cuda" else "off"
         if wanted != "off" and model.config.n_expert and self.dtype == "float32":

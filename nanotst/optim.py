@@ -32,11 +32,6 @@ class Optimizers(list):
     def state_dict(self):
         return [optimizer.state_dict() for optimizer in self]
 
-    def forget(self):
-        """Drop all moments and counters."""
-        for optimizer in self:
-            optimizer.state.clear()
-
 
 def adamw(model, c, device_type, but=None):
     """AdamW, fused, for all parameters but those of one kind; weight decay for all but norms and other

@@ -116,8 +116,8 @@ def compile_model(model, how, sharded=False):
     """Compile a model as one graph, or, if it is sharded or deep, in place and unit by unit. Returns what to
     call. how: on, or graphs for CUDA graphs, too.
 
-    FSDP's hooks between units and around a router cannot be part of a graph. In a deep model the blocks share
-    one graph, which compiles in a fraction of the time and runs as fast (results/bench)."""
+    FSDP's hooks between units and around a router cannot be part of a graph. The blocks of a deep model share
+    one graph, which compiles in a fraction of the time (results/bench)."""
     if not sharded and (how == "graphs" or len(model.blocks) <= SHALLOW):
         mode = "reduce-overhead" if how == "graphs" else None
         return torch.compile(model, dynamic=False, fullgraph=True, mode=mode)
