@@ -7,7 +7,7 @@
 #     bash examples/gpu.sh --dry-run             every part on the CPU, in tiny settings
 #
 #     checks   tests of everything that runs differently on CUDA
-#     speed    tokens per second against nanoGPT; time, MFU and busy share of a step
+#     speed    tokens per second against nanoGPT; time, MFU and busy share of a step, also with CUDA graphs
 #     curves   baseline and TST (s 4), three seeds each
 #     sizes    bags of 1, 2, 4, 8 and 16
 #     rates    three learning rates for each side, in 2,000 steps
@@ -51,12 +51,11 @@ speed() {
         measure nanogpt --parts=nanogpt --nanogpt="$NANOGPT" --shape=gpt2_124m --rows=16 --repeats=1
     measure step_124m --parts=step --shape=gpt2_124m --rows=16 --bag_sizes=1,8
     measure step_gpu --parts=step --shape=gpu --bag_sizes=1,4
+    measure step_gpu_graphs --parts=step --shape=gpu --bag_sizes=1,4 --compile=graphs
 }
 curves() { sweep curves --bag_size=1,4 --seed=1337,1,2; }
 sizes() { sweep sizes --bag_size=1,2,4,8,16; }
-rates() {
-    sweep rates --bag_size=1,4 --max_steps=2000 --warmup_steps=150 --learning_rate=1e-3,2e-3,4e-3
-}
+rates() { sweep rates --bag_size=1,4 --max_steps=2000 --warmup_steps=150 --learning_rate=1e-3,2e-3,4e-3; }
 long() { sweep long --bag_size=1 --max_steps=4200 --seed=1337,1,2; }
 11m() {
     runs=11m sweep 11m --bag_size=1,4 --n_layer=6 --n_head=6 --n_embd=384 --ff_dim=1024 \
