@@ -232,7 +232,7 @@ def test_every_part_of_gpu_sh_is_command_lines_that_work(tmp_path):
         calls = [call.split("\n")[1:] for call in log.read_text().strip().split("\n\n")]
         assert calls[0] == ["pytest", "-q", "tests/cuda"]
         tools = [name for name, *_ in calls[1:]]
-        assert tools == ["tools.bench"] * 3 * (not dry) + ["tools.sweep"] * 6  # kept figures stay
+        assert tools == ["tools.bench"] * 4 * (not dry) + ["tools.sweep"] * 6  # kept figures stay
         steps = set()
         for name, *arguments in calls[1:]:
             if name == "tools.bench":
