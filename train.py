@@ -115,9 +115,7 @@ class Config:
     # Machine
     device: Free[str] = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # dtype of products, not of weights
-    compile: Free[Literal["auto", "on", "off", "graphs"]] = (
-        "auto"  # auto: on for cuda; graphs: CUDA graphs
-    )
+    compile: Free[Literal["auto", "on", "off", "graphs"]] = "auto"  # auto: on CUDA; or CUDA graphs
     plain: Free[bool] = False  # only the plain code of model.py and tst.py, without faster twins
     deterministic: Free[bool] = False  # bit-equal runs on CUDA, too; slower
     threads: Free[int] = 0  # CPU threads of a rank; 0: PyTorch's choice
