@@ -62,9 +62,10 @@ texts() { # prepare them first: data/english, and data/english_1024 with a vocab
     done
 }
 vocabularies() { # the first 1,024 and 4,096 of GPT-2's tokens, for the text of a corpus of bytes
-    "$python" - "data/$dataset" "$out" <<'END'
+    [ -e "$out/4096.tiktoken" ] || "$python" - "$dataset" "$out" <<'END'
 import base64, pathlib, sys, tiktoken
-corpus, out = map(pathlib.Path, sys.argv[1:])
+from nanotst.formats import find
+corpus, out = pathlib.Path(find(sys.argv[1])[0]), pathlib.Path(sys.argv[2])
 for split in "train", "val":
     text = (corpus / f"{split}.bin").read_bytes().replace(b"\0", b"\n<|endoftext|>\n")
     (out / f"{split}.txt").write_bytes(text)
@@ -73,9 +74,9 @@ for n in 1024, 4096:
     (out / f"{n}.tiktoken").write_bytes(b"".join(b"%s %d\n" % (ranks[i], i) for i in range(n)))
 END
     for n in 1024 4096; do
-        dataset=$out/vocabulary_$n runs=vocabulary_${n}_runs
-        "$python" data/text/prepare.py "$out/train.txt" --val="$out/val.txt" --encoding="$out/$n.tiktoken" --out_dir="$dataset"
-        sweep "vocabulary_$n" --bag_size=1,2,3,4,6
+        text=$out/vocabulary_$n
+        "$python" data/text/prepare.py "$out/train.txt" --val="$out/val.txt" --encoding="$out/$n.tiktoken" --out_dir="$text"
+        dataset=$text runs=vocabulary_${n}_runs sweep "vocabulary_$n" --bag_size=1,2,3,4,6
     done
 }
 repeat() { # corpora so small that TST with s 2 and r 0.3 reads them 2, 4, 8 and 16 times

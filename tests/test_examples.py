@@ -53,7 +53,10 @@ def test_the_experiments_of_the_paper_are_command_lines_that_work(tmp_path):
             continue
         for member in members:  # all values of the grid
             train.check(parse(train.Config, member.arguments), 1)
-            assert member.settings["dataset"]
+            own_text = c.out_dir.startswith(
+                (f"{out}/english", f"{out}/vocabulary", f"{out}/repeat")
+            )
+            assert (member.settings["dataset"] == "python_source") != own_text
         folders = [member.folder for member in members]
         assert len(set(folders)) == len(folders)
     names = [call[1] for call in calls]
