@@ -258,8 +258,7 @@ def main(c):
     check_size(shape, machine)
     torch.manual_seed(c.seed)
     sizes = [(p.n_in, p.n_out) for p in phases]
-    how = c.loss, c.document_bags, c.compile != "off"
-    twins = lambda model: use_twins(model, machine, sizes, *how)
+    twins = lambda model: use_twins(model, machine, sizes, c.loss, c.document_bags)
     model = build(shape, machine, prepare=None if c.plain else twins)
     if c.init_from and not c.resume:
         if c.init_from.startswith("hf:"):
@@ -330,7 +329,7 @@ def main(c):
         "active_parameters": raw_model.n_params(active=True),
     }
     folder.start(c.resume, step, described, c.wandb_project)
-    describe_run(c, machine, raw_model, stream, compiled, step)
+    describe_run(c, machine, raw_model, stream, compiled, micro_steps, step)
 
     # --------------------------------------------------------------------------------------------------- loop
     flops = raw_model.flops_per_position()

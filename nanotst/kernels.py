@@ -23,17 +23,17 @@ from nanotst.cpu import TWINS_ON_CPU, compute_dtype, tall_product
 BOUNDS = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.05}  # largest relative error in a trial
 
 
-def use_twins(model, machine, kinds=(), loss="mce", document_bags=False, compiled=False):
+def use_twins(model, machine, kinds=(), loss="mce", document_bags=False):
     """Turn modules of the model into their twins where these agree with the plain code, and print a line for
     each twin that does not. Call it before the model is sharded, wrapped or compiled.
 
-    kinds: every (n_in, n_out) of the run's phases; loss, document_bags: as in train.py; compiled: whether the
-    model will be. Parameters keep their names, so checkpoints do not depend on twins."""
-    here = TWINS_ON_CPU if machine.device_type == "cpu" else []
-    if machine.device_type == "cuda" and compiled and model.config.attention_window:
+    kinds: every (n_in, n_out) of the run's phases; loss, document_bags: as in train.py. Parameters keep their
+    names, so checkpoints do not depend on twins."""
+    c, here = model.config, TWINS_ON_CPU if machine.device_type == "cpu" else []
+    if machine.device_type == "cuda" and 0 < c.attention_window < c.block_size and c.head_dim >= 16:
         here = [WindowAttention]
-    groups = [[FusedHead, *here], *([[GroupedMoE]] if model.config.n_expert else [])]
-    case = model.config, machine, list(dict.fromkeys([*kinds, (1, 1)])), loss, document_bags
+    groups = [[FusedHead, *here], *([[GroupedMoE]] if c.n_expert else [])]
+    case = c, machine, list(dict.fromkeys([*kinds, (1, 1)])), loss, document_bags
     changed = None
     if machine.master:  # all of a group at once, one by one only if that fails
         failing = [group for group in groups if not agree(group, *case)]
@@ -64,6 +64,9 @@ def agree(twins, config, machine, kinds, loss, document_bags):
     mine = copy.deepcopy(plain)
     for twin in twins:
         swap(mine, twin)
+    if WindowAttention in twins:  # which is itself only when traced
+        attention = mine.blocks[0].attn
+        attention.attend = torch.compile(attention.attend, backend="eager", fullgraph=True)
     mine.head.chunk_rows = batches[0][0][..., 0].numel() // 2  # two chunks
     exact = "float32" if experts or machine.device_type == "mps" else "float64"
     precision, good = torch.get_float32_matmul_precision(), True
@@ -73,7 +76,7 @@ def agree(twins, config, machine, kinds, loss, document_bags):
         try:
             got = outcome(mine, batches, dtype, machine)
             good &= all((x - y).norm() <= BOUNDS[dtype] * y.norm() for x, y in zip(got, wanted))
-        except (TypeError, RuntimeError):  # a method has other arguments now, or other shapes
+        except (TypeError, ValueError, RuntimeError):  # other arguments now, or other shapes
             good = False
     torch.set_float32_matmul_precision(precision)
     return good
@@ -179,12 +182,14 @@ class Take(torch.autograd.Function):
 
 
 class WindowAttention(Attention):
-    """Skips the keys outside the window block by block; a dense mask rules flash attention out. Only for
-    compiled models on CUDA: eager, it is slow, and on a CPU it has no backward pass."""
+    """Skips the keys outside the window block by block; a dense mask rules flash attention out. Eager, it
+    would be slow, so the plain code runs there; on a CPU it has no backward pass."""
 
     replaces = "Attention.attend"
 
     def attend(self, q, k, v):
+        if not torch.compiler.is_compiling():
+            return super().attend(q, k, v)
         L = q.size(2)
         seen = lambda b, h, i, j: (j <= i) & (i - j < self.window)
         # traced, the layers share one mask

@@ -36,8 +36,7 @@ class RunFolder:
         return c
 
     def begin(self, resume, overwrite):
-        """Lock the folder. Raises UserError, on all ranks, if it holds a run that would be lost, or none to
-        resume."""
+        """Lock the folder. UserError, on all ranks, if a run would be lost or there is none to resume."""
         together(lambda: self.machine.master and self._begin(resume, overwrite))
 
     def _begin(self, resume, overwrite):
@@ -54,8 +53,8 @@ class RunFolder:
             raise UserError(f"{self.out_dir} is in use by another process; {todo}") from None
         except (ImportError, OSError):
             pass  # Windows, or a file system without locks
-        held = any(map(os.path.exists, (self.last, self.best, self.metrics)))
-        if held and not resume and not overwrite:
+        held = map(os.path.exists, (self.last, self.best, self.metrics))
+        if not (resume or overwrite) and any(held):
             todo = "--resume it, " * os.path.exists(self.last)
             todo += "--overwrite it or choose another --out_dir"
             raise UserError(f"{self.out_dir} already holds a run: {todo}")
@@ -167,7 +166,7 @@ def router_metrics(load, entropy):
     }
 
 
-def describe_run(c, machine, model, stream, compiled, step):
+def describe_run(c, machine, model, stream, compiled, micro_steps, step):
     """Say what is trained, on what, on how much text, and which settings are probably mistakes."""
     say, tokens = machine.say, stream.tokens_at(c.max_steps)
     active = f" ({model.n_params(active=True):,} active)" if c.n_expert else ""
@@ -188,8 +187,8 @@ def describe_run(c, machine, model, stream, compiled, step):
     else:
         say("ordinary training without superposition; --bag_size=2 turns it on")
     epochs = tokens / stream.epoch_tokens
-    text = f"{tokens:,} tokens, {epochs:.2f} epochs of the corpus"
-    say(f"{c.max_steps:,} steps of {c.total_batch:,} positions; {text}")
+    size = f"{c.total_batch:,} positions, in {micro_steps} micro-steps per rank"
+    say(f"{c.max_steps:,} steps of {size}; {tokens:,} tokens, {epochs:.2f} epochs of the corpus")
     decay = round(c.decay_ratio * c.max_steps) if c.schedule == "wsd" else 0
     if c.warmup_steps + decay > c.max_steps:
         say(f"note: {c.warmup_steps} steps of warmup and {decay} of decay do not fit in max_steps")

@@ -286,22 +286,44 @@ def loop_attention(q, k, v, window=0):
 
 
 @pytest.mark.parametrize("L, H, K, window", [(300, 4, 4, 70), (40, 4, 2, 3), (130, 2, 1, 600)])
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_a_window_by_blocks_equals_a_loop_over_heads(L, H, K, window):
-    """Values alone: on a CPU flex attention has no backward pass. Its gradients are in tests/cuda."""
-    q, k, v = (torch.randn(2, heads, L, 8) for heads in (H, K, K))
+def test_a_window_by_blocks_equals_a_loop_over_heads(monkeypatch, L, H, K, window):
+    """Traced; eager, the plain code runs. On a CPU torch refuses the backward pass that it has."""
     layer = WindowAttention(GPTConfig(**SHAPE | dict(attention_window=window)))
-    with torch.no_grad():
-        assert_close([layer.attend(q, k, v)], [loop_attention(q, k, v, window)])
+    inputs = leaves((2, H, L, 8), (2, K, L, 8), (2, K, L, 8))
+    upstream = torch.randn(2, H, L, 8, dtype=torch.float64)
+    traced = torch.compile(layer.attend, backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="FlexAttention does not support backward on CPU"):
+        traced(*inputs)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    torch.compiler.reset()
+    wanted = value_and_gradients(loop_attention, inputs, window, upstream=upstream)
+    assert_close(value_and_gradients(traced, inputs, upstream=upstream), wanted)
+    assert torch.equal(layer.attend(*inputs), Attention.attend(layer, *inputs))
 
 
-def test_a_window_by_blocks_is_for_compiled_models_on_cuda(monkeypatch):
-    tried = []
+@pytest.mark.parametrize("machine", [CPU, BFLOAT16], ids=["float32", "bfloat16"])
+def test_a_window_by_blocks_is_tried_as_it_is_traced(monkeypatch, machine):
+    config = GPTConfig(**SHAPE | dict(n_head=4, n_kv_head=2, attention_window=5))
+    trial = lambda: kernels.agree([WindowAttention], config, machine, [(4, 4)], "mce", False)
+    assert not trial()  # a CPU refuses the backward pass
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    assert trial()
+    monkeypatch.setattr(Attention, "attend", softcapped)
+    assert not trial()
+
+
+def test_a_window_by_blocks_is_only_where_it_can_compile(monkeypatch):
+    tried, shape = [], SHAPE | dict(n_embd=32, attention_window=5)
     monkeypatch.setattr(kernels, "agree", lambda twins, *case: not tried.append(twins))
-    config = GPTConfig(**SHAPE | dict(attention_window=5))
-    for device, compiled in (("cuda", True), ("cuda", False), ("cpu", True)):
-        use_twins(GPT(config), Machine(device, "float32"), compiled=compiled)
-    assert [WindowAttention in twins for twins in tried] == [True, False, False]
+    for device, changes in (
+        ("cuda", {}),
+        ("cuda", dict(head_dim=8)),
+        ("cuda", dict(attention_window=12)),
+        ("cuda", dict(attention_window=0)),
+        ("cpu", {}),
+    ):
+        use_twins(GPT(GPTConfig(**shape | changes)), Machine(device, "float32"))
+    assert [WindowAttention in twins for twins in tried] == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize("L", [1, 7, 512, 513])  # short rows and long ones have their own code

@@ -175,7 +175,7 @@ def test_whole_model(name, dtype):
     own = own | dict(top_k=8 if low else 2) if name == "mixture" else own
     plain = GPT(GPTConfig(500, 128, 2, 4, 64, **own))
     model = copy.deepcopy(plain).to(DEVICE)
-    kernels.use_twins(model, Machine(DEVICE, dtype), [(4, 4)], compiled=low)
+    kernels.use_twins(model, Machine(DEVICE, dtype), [(4, 4)])
     tokens = torch.randint(500, (4, 129 * 4))  # (B, L*s + s)
     loss, _ = plain(*bags_and_labels(tokens, 4, 4))
     loss.backward()
