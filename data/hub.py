@@ -25,7 +25,7 @@ class Config:
         python data/dclm/prepare.py --tokens=10B [--encoding=path/to/llama-3/tokenizer.model]
         python data/fineweb_edu/prepare.py --tokens=10B
 
-    A file is removed when it has been read. The same command resumes a preparation.
+    A file is removed when its tokens are written. The same command resumes a preparation.
     """
 
     tokens: str = "10B"  # tokens to train on; 0 for all there are
@@ -70,13 +70,11 @@ def main(config, script, repo, suffix, folder=""):
     def fetched(name):
         print(f"fetching {name}")
         with asking(f"fetching {name} of {repo}"):
-            path = hub.hf_hub_download(repo, name, local_dir=out.folder, **where)
-        yield path
-        os.remove(path)
+            yield hub.hf_hub_download(repo, name, local_dir=out.folder, **where)
 
     inputs = [("val", fetched(files[0]), knobs["val_tokens"])]
     inputs += [("train", fetched(name), knobs["tokens"]) for name in files[1:]]
-    prepare(inputs, out, Options())
+    prepare(inputs, out, Options(), temporary=True)
 
 
 @contextlib.contextmanager

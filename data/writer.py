@@ -37,11 +37,12 @@ AHEAD = 64  # documents that are tokenised ahead of the one being written
 SAID = {"train": "documents for training", "val": "documents held out for validation"}
 
 
-def prepare(inputs, out, options):
+def prepare(inputs, out, options, temporary=False):
     """Tokenise `inputs` and write them with the Writer `out`, from where an earlier preparation stopped.
 
     inputs: [(split, paths, limit)]. The split is "train", "val", or "" to choose by a hash of each document.
-    It gets `limit` tokens at most, or all with 0. Each input has its own shards.
+    It gets `limit` tokens at most, or all with 0. Each input has its own shards. temporary: remove the files
+    of an input when its shards are written. Paths may come from a generator, which fetches them.
     """
     saved = read_json(os.path.join(out.out_dir, PROGRESS))
     state = out.state = saved if saved.get("knobs") == out.knobs else out.state
@@ -56,6 +57,7 @@ def prepare(inputs, out, options):
             if state["tokens"].get(split, 0) >= limit:  # "val" after a kill before the next file
                 state["documents"] = 0
                 continue
+            paths = list(paths)
             documents = choose(paths, split, options, state["held_out"])
             documents = islice(documents, state["documents"], None)
             for place, key, seen, ids, n_bytes in tokenised(documents, out.tokenizer, pool):
@@ -71,6 +73,8 @@ def prepare(inputs, out, options):
                     break
             state.update(inputs=i + 1, documents=0)
             out.close_shards()
+            for path in paths if temporary else []:
+                os.remove(path)
     out.publish()
     print(*(f"{n:,} {what}" for what, n in list(notes.items())[:20] if n), sep="\n")
 

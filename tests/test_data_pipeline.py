@@ -346,6 +346,7 @@ def test_a_corpus_from_the_hub_that_is_stopped(tmp_path, hub, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(Stop):
             stop_after(len(shards) + n, patch)
             hub.prepare(out, **knobs)
+        assert list((out / "unfinished.tmp").rglob("*.parquet"))  # not to be fetched again
     del hub.fetched[:]
     hub.prepare(out, **knobs)
     assert contents(out) == contents(tmp_path / "whole") and len(hub.fetched) <= 2
