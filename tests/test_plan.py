@@ -104,7 +104,7 @@ def test_ddp_where_the_states_fit_and_fsdp_where_they_do_not(name, gpus, way, te
     start, *words = text.splitlines()[-1].split()
     assert start == ("sbatch" if gpus > 8 else "torchrun")
     c = parse(train.Config, words[words.index(f"config/{name}.py") :])  # what train.py takes
-    assert c.learning_rate == 1e-4 and (c.parallel == "fsdp") == (way == "FSDP")
+    assert c.learning_rate == 1e-4 and c.parallel == ("fsdp" if way == "FSDP" else "auto")
     train.check(c, gpus)
 
 
@@ -132,6 +132,7 @@ def test_what_fits_nowhere_is_said_and_muon_is_not_sharded(text_of):
         ("gpus=12", "a multiple of 8"),
         ("shard_size=3", "a multiple of 8, and of shard_size"),
         ("dataset=nowhere", "nowhere"),
+        ("compile=graphs", "compile=graphs is for one GPU"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(words, said, text_of):

@@ -40,9 +40,11 @@ class Config:
 def plan(config):
     """The members: TST, and the baselines of all lengths."""
     given = [arg if arg.endswith(".py") else f"--{arg}" for arg in config.arguments]
+    several = [arg for arg in given if "," in arg and arg[2:].split("=")[0] not in sweep.COMMAS]
+    if several := several + [arg for arg in given if arg.startswith("--seed")]:
+        todo = "--seeds, --lengths and --baseline_learning_rate vary here, all knobs in tools.sweep"
+        raise UserError(f"{several[0]}: {todo}")
     tst = parse(train.Config, given)
-    if any(arg.startswith("--seed=") for arg in given):
-        raise UserError("give --seeds, not --seed")
     if is_baseline(vars(tst)):
         raise UserError("there is no superposition to compare: give a --bag_size above 1")
     try:

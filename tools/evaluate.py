@@ -7,6 +7,7 @@ position p (from 0) predicts the next one from p + 1 tokens of context.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -104,7 +105,10 @@ def table_of(losses, bag_sizes, names, bytes_per_token):
 
 
 def main(c):
-    labels, runs = c.labels.split(",") if c.labels else c.checkpoints, []
+    paths, runs = [Path(path).resolve() for path in c.checkpoints], []
+    labels = [(path if path.is_dir() else path.parent).name for path in paths]
+    if c.labels or len(set(labels)) < len(labels):
+        labels = c.labels.split(",") if c.labels else c.checkpoints
     if len(labels) != len(c.checkpoints):
         raise UserError(f"--labels has {len(labels)} labels for {len(c.checkpoints)} checkpoints")
     for path, label in zip(c.checkpoints, labels):
@@ -114,7 +118,8 @@ def main(c):
     spec, device = c.dataset or runs[0]["facts"]["dataset"], pick_device(c.device)
     block_size = min(run["model"].config.block_size for run in runs)
     text, buckets = open_mixture(spec), buckets_of(block_size)
-    names = [f"context {first:,}-{last:,}" for first, last in buckets] + ["all positions"]
+    span = lambda first, last: f"{first:,}-{last:,}" if first < last else f"{first}"
+    names = [f"context {span(*bucket)}" for bucket in buckets] + ["all positions"]
     names = names if c.by_position else names[-1:]
     bag_sizes = {run["label"]: run["facts"]["bag_size"] for run in runs}
     for run in runs:

@@ -78,9 +78,9 @@ def memory(c, gpt, rows, micro_steps):
     loss = e * chunk + (1 + 16 * by_parts) * (4 if e == 4 else 6) * table
 
     # Float32 gradients come during the backward pass, unless micro-steps are summed or DDP has its buckets;
-    # with both there are two of each. A compiled graph returns them all at its end.
+    # with both there are two of each. A compiled graph returns them all at its end; CUDA graphs keep them.
     total = 4 * params / shards
-    held = total * ((micro_steps > 1) + (c.parallel == "ddp"))
+    held = total * ((micro_steps > 1 or c.compile == "graphs") + (c.parallel == "ddp"))
     last = held + total * (not eager and not fsdp) if held else total
     worst = max(
         (held, n * (m.n_layer * each + 5 * e * C), loss),
@@ -95,6 +95,8 @@ def plan(c, argv):
     """Print the plan. c: the knobs in argv. Raises UserError where train.py would."""
     if c.gpus < 1 or c.gpus > 8 and c.gpus % 8 or c.gpus % (c.shard_size or 1):
         raise UserError("gpus must be 1 to 8 or a multiple of 8, and of shard_size")
+    if c.gpus > 1 and c.compile == "graphs":
+        raise UserError("compile=graphs is for one GPU")
     phases = train.check(replace(c, batch_size=0), c.gpus)  # batch_size is chosen below
     try:
         vocab_size = c.vocab_size or open_mixture(c.dataset).meta["vocab_size"]
@@ -125,7 +127,9 @@ def plan(c, argv):
                 break  # the largest micro-batch that fits
         if fits and not advice:  # the first that fits
             advice = f"recommended: {name}, {rank_rows // rows} micro-steps of {rows} rows\n"
-            advice += command(c, argv, replace(way, batch_size=rows))
+            by_default = kind == "ddp" and c.parallel == "auto"
+            way = replace(way, batch_size=rows, parallel="auto" if by_default else kind)
+            advice += command(c, argv, way)
         parts["total"] = sum(parts.values()) + c.reserve * 1e9
         sizes = [f"{size / 1e9:.1f}" for size in parts.values()]
         cells.append([name, str(rows), *sizes, "" if fits else "too much"])

@@ -102,7 +102,7 @@ def read_kept(folder, wanted):
         name = line.pop("run")
         curves.setdefault(name, []).append({key: float(v) for key, v in line.items()})
     for line in read_table(folder / "runs.csv"):
-        name, label = line.pop("run"), line.pop("label")
+        name, label = line.pop("run"), line.pop("label", "")
         if fnmatch(name, wanted) or fnmatch(label, wanted):
             last = {key: float(line[key]) for key in ENDS if key in line}
             rows = curves.get(name, [{"step": float(line["steps"])} | last])
