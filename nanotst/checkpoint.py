@@ -40,8 +40,7 @@ class Saver:
             self.worker = ThreadPoolExecutor(1)
 
     def save(self, path, state):
-        """Write a dict of tensors and plain values. Raises UserError, and leaves the old checkpoint, if the
-        weights are not finite."""
+        """Write a dict of tensors and plain values. Raises UserError first if weights are not finite."""
         numbers = [*state["model"].values(), state.get("shares")]  # None without experts
         if not all(of_all_ranks(all_finite(numbers))):
             lost = f"the weights after step {state['step']} are not finite"
@@ -97,8 +96,7 @@ def load_model(path):
 
 
 def load_weights(model, state, path):
-    """Copy the weights of the checkpoint at `path` into a model, sharded or not. Raises UserError if they do
-    not fit."""
+    """Copy the weights of the checkpoint at `path` into a model, sharded or not, or raise UserError."""
     own = model.state_dict()
     kind = lambda t: f"{t.dtype} {list(t.shape)}" if hasattr(t, "shape") else "missing"
     for name in sorted(own.keys() | state.keys(), key=str):

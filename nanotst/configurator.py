@@ -18,6 +18,7 @@ import inspect
 import os
 import re
 import sys
+import time
 import traceback
 from typing import Annotated, Literal, TypeVar, get_args, get_origin
 
@@ -47,6 +48,8 @@ def entry_point(main, cls, argv=None, known=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it exits
         sys.exit(1)
     except (UserError, OSError) as e:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)  # or torchrun ends rank 0 before it says what they all met
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         sys.exit(f"error: {' '.join(text.splitlines())}")
     except KeyboardInterrupt:
@@ -70,7 +73,7 @@ def parse(cls, argv, known=()):
         sys.exit(0)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     places = [field for field in fields.values() if field.default is dataclasses.MISSING]
-    values = dict(known)
+    values, has_places = dict(known), bool(places)
     for arg in argv:
         given = {}
         if arg.startswith("--"):
@@ -80,7 +83,7 @@ def parse(cls, argv, known=()):
             values.setdefault(places[0].name, []).append(arg)
         elif places:
             values[places.pop(0).name] = arg
-        elif os.path.isfile(arg) or arg.endswith(".py"):
+        elif not has_places and (os.path.isfile(arg) or arg.endswith(".py")):
             given = read_file(arg)
         else:
             raise UserError(f"{arg!r} is neither a config file nor --key=value, see --help")
@@ -158,8 +161,7 @@ def read_file(path):
 
 
 def help_text(cls):
-    """The --help page of a dataclass: its docstring, the comments between the fields as headings, and the
-    comment on each field's line."""
+    """The --help page of a dataclass: its docstring, headings between the fields, and a comment on each."""
     lines, fields = [inspect.getdoc(cls)], {f.name: f for f in dataclasses.fields(cls)}
     line = re.compile(r"^    (?:# (.*)|(\w+): [^#\n]*(?:# (.*))?)$", re.M)
     for heading, key, text in line.findall(inspect.getsource(cls)):

@@ -29,8 +29,7 @@ AGAIN = "prepare the corpus again"
 
 def find(name):
     """The corpus in the folder `name`, or else in data/`name` -> (absolute folder, {split: names of its token
-    files}, meta, their dtype, magic and version that each begins with or (), {name: sha256}). UserError if
-    there is none."""
+    files}, meta, their dtype, the magic and version of each or (), {name: sha256}), or UserError."""
     # raw text in the working directory doesn't hide data/NAME
     for folder in map(os.path.abspath, (name, os.path.join(DATA, name))):
         names = os.listdir(folder) if os.path.isdir(folder) else []
@@ -65,9 +64,11 @@ def read_ours(folder, names):
         with open(path, encoding="utf-8") as f:
             read = json.load(f)
         dtype = np.dtype({"uint8": "u1", "uint16": "<u2", "uint32": "<u4"}[read["dtype"]])
-        meta = {key: read[key] for key in ("vocab_size", "train_tokens", "val_tokens")}
-        keys = ("encoding", "separator", "bytes_per_token", "source")
-        meta |= {key: read.get(key) for key in keys}
+        counts = ("vocab_size", "train_tokens", "val_tokens")
+        if not all(type(read[key]) is int and read[key] > 0 for key in counts):
+            raise ValueError(f"{', '.join(counts)} must be whole numbers above 0")
+        keys = (*counts, "encoding", "separator", "bytes_per_token", "source")
+        meta = {key: read.get(key) for key in keys}
         sha256 = read.get("sha256") or {}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path} describes no corpus ({type(e).__name__}: {e}); {AGAIN}") from None

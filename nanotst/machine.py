@@ -195,16 +195,15 @@ class Machine:
             wanted = "off"
         if wanted != "off":
             self.say("compiling, which takes a minute or more; --compile=off starts at once")
-        sharded = self.parallel == "fsdp"
         # a process that was killed while compiling may have left a broken file in the cache
         missing = "going on without torch.compile; it needs a C++ compiler, on CUDA Triton"
         for then in ("trying again without its cache", missing) if wanted != "off" else ():
             try:
-                compiled = compile_model(model, wanted, sharded)
+                compiled = compile_model(model, wanted, self.parallel == "fsdp")
                 warm_up(compiled)
                 return compiled, True
             except Exception as e:
-                if sharded or isinstance(e, UserError | torch.OutOfMemoryError):
+                if self.parallel == "fsdp" or isinstance(e, UserError | torch.OutOfMemoryError):
                     raise
                 self.say(f"torch.compile failed ({type(e).__name__}: {one_line(e)}); {then}")
                 torch.compiler.reset()

@@ -34,14 +34,13 @@ class Optimizers(list):
 
 
 def adamw(model, c, device_type, but=None):
-    """AdamW, fused, for all parameters but those of one kind; weight decay for all but norms and other
-    scales."""
-    groups = [{"params": [], "weight_decay": c.weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for _, p, init in model.inits():
-        if init.kind != but:
-            groups[init.kind == "scale"]["params"].append(p)
-    fused = device_type in ("cpu", "cuda")
-    return [torch.optim.AdamW(groups, c.learning_rate, (c.beta1, c.beta2), fused=fused)]
+    """Fused AdamW for all parameters, except those of the kind `but`. Norms and other scales don't decay."""
+    kinds = {p: init.kind for _, p, init in model.inits() if init.kind != but}
+    scales = [p for p, kind in kinds.items() if kind == "scale"]
+    others = [p for p, kind in kinds.items() if kind != "scale"]
+    groups = [{"params": others}, {"params": scales, "weight_decay": 0.0}]
+    how = dict(weight_decay=c.weight_decay, fused=device_type in ("cpu", "cuda"))
+    return [torch.optim.AdamW(groups, c.learning_rate, (c.beta1, c.beta2), **how)]
 
 
 def muon(model, c, device_type):

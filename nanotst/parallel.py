@@ -113,11 +113,9 @@ def clip_gradients(model, limit):
 
 
 def compile_model(model, how, sharded=False):
-    """Compile a model as one graph, or, if it is sharded or deep, in place and unit by unit. Returns what to
-    call. how: on, or graphs for CUDA graphs, too.
-
-    FSDP's hooks between units and around a router cannot be part of a graph. The blocks of a deep model share
-    one graph, which compiles in a fraction of the time (results/bench)."""
+    """The model compiled as one graph or, if it is sharded or deep, unit by unit in place. how: on, or graphs
+    for CUDA graphs. FSDP's hooks between units cannot be part of a graph, and a deep model's blocks share one
+    graph, which compiles in a fraction of the time (results/bench)."""
     if not sharded and (how == "graphs" or len(model.blocks) <= SHALLOW):
         mode = "reduce-overhead" if how == "graphs" else None
         return torch.compile(model, dynamic=False, fullgraph=True, mode=mode)

@@ -108,7 +108,7 @@ def write_parts(path, state, parts, group):
     folder = of_all_ranks(f"{stem}.step_{state['step']}.{os.urandom(4).hex()}", group)[0]
     state |= {"folder": os.path.basename(folder), "ranks": dist.get_world_size(group)}
     together(lambda: write_safely(f"{folder}/rank_{rank}.pt", partial(torch.save, parts)), group)
-    together(lambda: rank or write_safely(path, partial(torch.save, state)), group)
+    together(lambda: rank == 0 and write_safely(path, partial(torch.save, state)), group)
     if rank == 0:
         remove_parts(path, folder)
 

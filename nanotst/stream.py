@@ -59,8 +59,7 @@ def permute(i, n, key):
 
 class Order:
     """Where the rows of one corpus start. spans: (n_in, number of rows that it gives) of each phase; the last
-    phase has no end. tail: tokens after the last row, which are only targets. key: integers that determine
-    the shuffles."""
+    phase has no end. tail: tokens after the last row, which are only targets. key: the shuffles' seed."""
 
     def __init__(self, n_tokens, block_size, spans, tail, key):
         self.row_tokens = [block_size * n_in for n_in, _ in spans]  # by phase
@@ -77,14 +76,14 @@ class Order:
         epochs, out = read // n, np.empty(len(i), np.int64)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
             here, key = epochs == epoch, (*self.key, epoch)
-            # tokens that each phase finds, as Python's integers: permute is slower with numpy's
+            # unread tokens that each phase finds; Python's integers, since permute is slower with numpy's
             left = [n - min(max(0, begin - epoch * n), n) for begin in self.begins]
-            # numbers of the rows among those that the phase finds
+            # the rows by number, from the first that the phase cuts from them
             row, offset = (read[here] - (epoch + 1) * n + left[phase]) // length[phase], 0
             for p in range(phase, 0, -1):  # back to the row of the previous phase each is cut from
                 row = permute(row, left[p] // length[p], (*key, p))
                 row, piece = np.divmod(row, length[p - 1] // length[p])
-                # behind those that it has read
+                # that phase numbers from where it began itself, so skip the rows it has read
                 row = row + (left[p - 1] - left[p]) // length[p - 1]
                 offset = offset + piece * length[p]
             out[here] = permute(row, self.n_stretches, (*key, 0)) * length[0] + offset

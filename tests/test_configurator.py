@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 import train
-from nanotst import UserError
+from nanotst import UserError, configurator
 from nanotst.configurator import entry_point, help_text, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,6 +220,16 @@ def test_help(capsys):
     assert re.search(r"^  --bag_size=1 .*ordinary training", page, re.M)
     assert re.search(r"^  --schedule=wsd .*\[wsd, cosine\]$", page, re.M)
     assert {"train", "sample", "tools.plot", "data.text.prepare"} <= set(SCRIPTS)
+
+
+def test_ranks_of_a_node_wait_for_the_first_to_say_what_they_all_met(monkeypatch):
+    waited = []
+    monkeypatch.setattr(configurator.time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit, match="unknown key"):
+            entry_point(print, Knobs, ["--x=1"])
+    assert waited == [10]
 
 
 def test_help_shows_folders_from_the_working_directory(monkeypatch):

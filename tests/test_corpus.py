@@ -289,8 +289,10 @@ def test_a_foreign_file_that_is_cut_or_whose_header_lies(tmp_path):
 
 
 def test_a_meta_json_that_is_wrong(tmp_path):
-    for i, dtype in enumerate((None, "float16", ["u2"])):
-        refused(ours(tmp_path / f"{i}", dtype=dtype), f"{tmp_path}/{i}")
+    wrong = [{"dtype": x} for x in (None, "float16", ["u2"])] + [{"train_tokens": "1000"}]
+    wrong += [{"vocab_size": x} for x in (None, 0, 300.0, True)]
+    for i, values in enumerate(wrong):
+        refused(ours(tmp_path / f"{i}", **values), f"{tmp_path}/{i}")
     for text in ("", "{", "null", "[]", "\x80", '{"dtype": "uint8"}'):
         (tmp_path / "0" / "meta.json").write_text(text, encoding="latin-1")
         refused(tmp_path / "0", f"{tmp_path}/0/meta.json describes no corpus")
