@@ -301,9 +301,8 @@ def test_a_window_by_blocks_equals_a_loop_over_heads(monkeypatch, L, H, K, windo
 def test_a_window_by_blocks_is_tried_as_it_is_traced(monkeypatch):
     config = GPTConfig(**SHAPE | dict(n_head=4, n_kv_head=2, attention_window=5))
     trial = lambda: kernels.agree([WindowAttention], config, BFLOAT16, [(4, 4)], "mce", False)
-    assert not trial()  # a CPU refuses the backward pass
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    assert trial()
+    assert trial()  # a CPU would refuse the backward pass
     monkeypatch.setattr(Attention, "attend", softcapped)
     assert not trial()
 
