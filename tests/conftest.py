@@ -2,8 +2,10 @@
 training run."""
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -95,3 +97,38 @@ def run(tiny):
 def read_rows(out_dir):
     with open(os.path.join(out_dir, "metrics.jsonl")) as f:
         return [json.loads(line) for line in f]
+
+
+# ---- processes: forks of a server that has imported torch, since importing takes longer than training
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "sample", "torch._dynamo"])
+
+
+def run_forks(work, n, *args):
+    """work(i, *args) in n processes at once, which must all end well."""
+    processes = [FORKS.Process(target=work, args=(i, *args)) for i in range(n)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    ended = [process.exitcode for process in processes]
+    for process in processes:  # one that hangs
+        process.kill()
+    assert ended == [0] * n
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def be_rank(me, n, port, parallel):
+    """Set the variables of a launcher, or none for parallel=auto -> whether there is a rank `me` of `n`."""
+    if me < n:
+        os.environ |= dict(RANK=str(me), LOCAL_RANK=str(me), WORLD_SIZE=str(n))
+        os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        if parallel == "auto":
+            del os.environ["RANK"], os.environ["WORLD_SIZE"]
+    return me < n

@@ -3,12 +3,10 @@
 import errno
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import resource
 import shutil
-import socket
 import threading
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY, read_rows, write_corpus
+from conftest import TINY, be_rank, free_port, read_rows, run_forks, write_corpus
 
 import sample
 import train
@@ -43,14 +41,10 @@ def work(me, folder, corpus, ports):
     """Train, as one of four ranks, "whole" and "fsdp 3", which stops, and resume as in RUNS."""
     for (name, port), stop in zip(ports.items(), (None, STOP, None, STOP + 2, None)):
         parallel, n = name.replace("whole", "auto 1").split()
-        if me >= int(n):
+        if not be_rank(me, int(n), port, parallel):
             continue
         if me == 0 and name in RUNS:
             shutil.copytree(f"{folder}/{RUNS[name]}", f"{folder}/{name}")
-        env = dict(RANK=str(me), LOCAL_RANK=str(me), WORLD_SIZE=n, MASTER_ADDR="127.0.0.1")
-        os.environ |= env | {"MASTER_PORT": port}
-        if parallel == "auto":
-            del os.environ["RANK"], os.environ["WORLD_SIZE"]
         StopSignals.stop = lambda self, step, stop=stop: step == stop
         knobs = TINY | SHORT | dict(dataset=corpus, out_dir=f"{folder}/{name}", parallel=parallel)
         groups = dict(shard_size=2) if n == "4" else {}  # two groups, which hold the same
@@ -62,26 +56,11 @@ def work(me, folder, corpus, ports):
 
 @pytest.fixture(scope="module")
 def ranks(corpus, tmp_path_factory):
-    """The folder of these runs. The processes are forks of a server that has imported torch."""
-    context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("ranks")
-    context.set_forkserver_preload(["train", "sample", "torch._dynamo"])
+    """The folder of these runs."""
+    folder = tmp_path_factory.mktemp("ranks")
     ports = {name: free_port() for name in ("whole", "fsdp 3", *RUNS)}
-    processes = [context.Process(target=work, args=(i, folder, corpus, ports)) for i in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    ended = [process.exitcode for process in processes]
-    for process in processes:  # one that hangs
-        process.kill()
-    assert ended == [0] * 4
+    run_forks(work, 4, folder, corpus, ports)
     return folder
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def parts_of(path):

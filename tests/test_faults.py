@@ -2,13 +2,10 @@
 
 A trial runs train.py in a process of its own, at a random moment something happens to it, and then the advice
 of its messages is followed until the run has ended. In the end, weights and losses must be those of a run
-that nobody disturbed, bit for bit. FAULTS=20 python -m pytest tests/test_faults.py makes 20 times the trials.
-
-The processes are forks of a server that has imported torch, since importing takes longer than training."""
+that nobody disturbed, bit for bit. FAULTS=20 makes 20 times the trials."""
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -22,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, read_rows, write_corpus
+from conftest import FORKS, ROOT, read_rows, write_corpus
 
 TIMES = int(os.environ.get("FAULTS", 1))
 KNOBS = dict(
@@ -70,8 +67,6 @@ class Lab:
 
     def __init__(self, folder):
         self.folder, self.n, self.unbroken, self.seconds = folder, 0, {}, {}
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["train", "sample", "torch._dynamo"])
         for seed, name in enumerate(("text", "other")):
             rng = random.Random(seed)
             tokens = rng.choices(range(20), [1, *[5] * 19], k=6500)
@@ -95,7 +90,7 @@ class Lab:
         """-> the process, and a function that waits for it -> its code, out and err."""
         self.n += 1
         out, err = (self.folder / f"{self.n}.{name}" for name in ("out", "err"))
-        process = self.context.Process(target=script, args=(argv, out, err, largest_file))
+        process = FORKS.Process(target=script, args=(argv, out, err, largest_file))
         process.start()
 
         def wait():

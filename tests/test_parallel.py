@@ -4,23 +4,23 @@ What takes several processes is done once, by four of them that train one job af
 once by torchrun; the rest by one rank in this process.
 """
 
-import json
 import os
-import socket
-import subprocess
+import signal
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY, read_rows
+from conftest import TINY, be_rank, free_port, read_rows, run_forks
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 
 import train
-from model import GPT, Head, Router
+from model import GPT, Attention, Head, Router
 from nanotst import UserError, checkpoint, cpu, kernels, machine, parallel
 from nanotst.checkpoint import load_checkpoint
+from nanotst.configurator import entry_point
 
 # Nothing divides by the ranks: width 26, 3 heads of 6, 50 tokens, 5 experts (one rank of four has none)
 DENSE = dict(n_embd=26, n_head=3, head_dim=6, ff_dim=42, qk_norm=True, checkpoint_activations=True)
@@ -37,33 +37,29 @@ SAME = [  # (kind, ranks, knobs)
     ("tied", 2, dict(parallel="fsdp", batch_size=2)),
 ]
 
-A_PROCESS = """
-import json, os, signal, sys, torch, train, model
-me, multiplier, attention = int(sys.argv[1]), train.rate_multiplier, model.Attention.__init__
 
-def signalled(step, c):
-    if (me, step) == (1, 3):  # as a node's scheduler may signal one rank alone
-        signal.raise_signal(signal.SIGTERM)
-    return multiplier(step, c)
+def work(me, jobs):
+    """Train, as one of four ranks, the jobs that have so many."""
+    multiplier, attention = train.rate_multiplier, Attention.__init__
 
-def with_gate(self, config):  # a fork's own parameter
-    attention(self, config)
-    self.gate = torch.nn.Parameter(torch.zeros(1))
-    self.init = {"gate": 0.5}
+    def signalled(step, c):
+        if (me, step) == (1, 3):  # as a node's scheduler may signal one rank alone
+            signal.raise_signal(signal.SIGTERM)
+        return multiplier(step, c)
 
-for job in json.load(sys.stdin):
-    if me < job["ranks"]:
-        os.environ |= dict(RANK=str(me), LOCAL_RANK=str(me), WORLD_SIZE=str(job["ranks"]))
-        os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=job["port"])
-        if job["knobs"]["parallel"] == "auto":  # without ranks
-            del os.environ["RANK"], os.environ["WORLD_SIZE"]
-        train.rate_multiplier = signalled if job["signal"] else multiplier
-        model.Attention.__init__ = with_gate if job["fork"] else attention
-        try:
-            train.main(train.Config(**job["knobs"]))
-        except SystemExit:
-            assert job["signal"]
-"""
+    def with_gate(self, config):  # a fork's own parameter
+        attention(self, config)
+        self.gate = torch.nn.Parameter(torch.zeros(1))
+        self.init = {"gate": 0.5}
+
+    for job in jobs:
+        if be_rank(me, job["ranks"], job["port"], job["knobs"]["parallel"]):
+            train.rate_multiplier = signalled if job["signal"] else multiplier
+            Attention.__init__ = with_gate if job["fork"] else attention
+            try:
+                train.main(train.Config(**job["knobs"]))
+            except SystemExit:
+                assert job["signal"]
 
 
 @pytest.fixture(scope="module")
@@ -82,28 +78,8 @@ def ranks(corpus, tmp_path_factory):
     add("sigterm", 2, signal=True, parallel="fsdp", max_steps=100_000, superposition_ratio=0.01)
     once = dict(max_steps=1, superposition_ratio=0.0, learning_rate=1e-30)
     add("fork", 2, fork=True, parallel="fsdp", **once)
-    command = [sys.executable, "-c", A_PROCESS]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    how = dict(cwd=ROOT, text=True, **pipes)
-    processes = [subprocess.Popen([*command, str(i)], **how) for i in range(4)]
-    try:
-        for process in processes:
-            process.stdin.write(json.dumps(jobs))
-            process.stdin.close()
-            process.stdin = None
-        for process in processes:
-            _, errors = process.communicate(timeout=600)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:  # one that hangs
-            process.kill()
+    run_forks(work, 4, jobs)
     return folder
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def name_of(kind, n, knobs):
@@ -246,11 +222,6 @@ def test_ranks_come_from_torchrun(run):
 
 # ---- torchrun
 
-BREAKS = """
-import os, signal, sys
-sys.path.insert(0, os.getcwd())
-import train
-from nanotst.configurator import entry_point
 
 def breaks(step, c, multiplier=train.rate_multiplier):
     rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -258,21 +229,24 @@ def breaks(step, c, multiplier=train.rate_multiplier):
         os.kill(os.getpid(), signal.SIGKILL)
     return multiplier(step, c)
 
-train.rate_multiplier = breaks
-entry_point(train.main, train.Config)
-"""
+
+def a_worker(argv):
+    train.rate_multiplier, sys.argv = breaks, argv
+    entry_point(train.main, train.Config)
+
+
+def torchrun(me, argv):
+    """As torchrun --standalone --nproc_per_node=2 --max-restarts=1 does it, with forks as its workers."""
+    how = dict(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0"
+    )
+    how |= dict(run_id="tested", max_restarts=1, monitor_interval=0.1, start_method="fork")
+    elastic_launch(LaunchConfig(**how), a_worker)(argv)
 
 
 def test_a_run_with_a_killed_rank_resumes_by_itself(corpus, ranks, tmp_path):
     """torchrun --max-restarts: from its last checkpoint, to the losses of one process without a break."""
-    (tmp_path / "breaks.py").write_text(BREAKS)
     knobs = TINY | SHORT | KINDS["moe"] | dict(dataset=corpus, out_dir=tmp_path / "run")
     knobs |= dict(parallel="fsdp", save_interval=3, checkpoint_activations=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["--max-restarts=1", str(tmp_path / "breaks.py")]
-    command += [f"--{key}={value}" for key, value in knobs.items()]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    done = subprocess.run(command, cwd=ROOT, env=env, timeout=240, **pipes)
-    assert done.returncode == 0, done.stdout
+    run_forks(torchrun, 1, ["train.py", *(f"--{key}={value}" for key, value in knobs.items())])
     assert_same_losses(read_rows(tmp_path / "run"), read_rows(ranks / "moe"))
