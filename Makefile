@@ -27,7 +27,7 @@ bench: .venv/ready
 test: .venv/ready-test
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-cuda:
 	$(PYTHON) -m pytest -q tests/cuda

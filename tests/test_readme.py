@@ -1,6 +1,6 @@
 """The pages: their diffs apply and train, their links and the tests they name exist."""
 
-import json
+import importlib
 import re
 import runpy
 import shutil
@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, read_rows, run_forks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -17,13 +17,18 @@ PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "examples/recipes.md", *RESULTS]
 CHANGES = re.findall(r"`(--\S+)`[^\n]*\n+```diff\n(.*?)```", CONTRIBUTING, re.S)
 
 
-TRAIN_ALL = """
-import json, sys, train
-for i, knob in enumerate(sys.argv[2:]):
-    key, value = knob[2:].split("=")
-    knobs = json.loads(sys.argv[1]) | {key: value, "out_dir": f"run{i}"}
-    train.main(train.Config(**knobs))
-"""
+def train_all(me, folder, knobs):
+    """With each change in turn, by the code in `folder`."""
+    for name in [
+        name for name in sys.modules if name.split(".")[0] in ("model", "nanotst", "train", "tst")
+    ]:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    train = importlib.import_module("train")
+    assert train.__file__.startswith(str(folder))
+    for i, (knob, _) in enumerate(CHANGES):
+        key, value = knob[2:].split("=")
+        train.main(train.Config(**knobs, **{key: value}, out_dir=f"{folder}/run{i}"))
 
 
 def apply_diff(diff, folder, *options):
@@ -40,11 +45,8 @@ def test_the_four_changes_apply_alone_and_one_after_the_other_and_train(corpus, 
         apply_diff(diff, tmp_path, "--check")
     for _, diff in CHANGES:
         apply_diff(diff, tmp_path)
-    knobs = json.dumps(TINY | {"dataset": corpus, "threads": 1})
-    command = [sys.executable, "-c", TRAIN_ALL, knobs, *(knob for knob, _ in CHANGES)]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 10/10") == 4
+    run_forks(train_all, 1, tmp_path, TINY | {"dataset": corpus, "threads": 1})
+    assert [read_rows(tmp_path / f"run{i}")[-1]["step"] for i in range(4)] == [10] * 4
 
 
 def test_the_corpus_that_the_readme_names_is_the_one_that_is_made():

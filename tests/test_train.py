@@ -770,11 +770,11 @@ def test_what_is_probably_a_mistake_is_said(run, capsys):
     assert "6 steps of warmup and 5 of decay do not fit" in said(warmup_steps=6, decay_ratio=0.5)
     assert "note" not in said(warmup_steps=6, decay_ratio=0.5, schedule="cosine")
     assert "without superposition; --bag_size=2 turns it on" in said(bag_size=1)
-    long = said(max_steps=500, log_interval=500)
+    long = said(max_steps=50, log_interval=50, total_batch=1280, batch_size=80)
     assert re.search("reads its text 1[0-9] times.*fewer steps", long)
-    run(resume=True, allow_changes=True, bag_size=2, max_steps=500)
+    run(resume=True, allow_changes=True, bag_size=2, max_steps=50)
     out = capsys.readouterr().out
-    assert "is finished: step 500 of 500" in out and "TST" not in out
+    assert "is finished: step 50 of 50" in out and "TST" not in out
 
 
 def test_the_line_of_a_row_follows_the_present_pace_and_may_hold_more():
