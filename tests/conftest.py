@@ -4,6 +4,7 @@ training run."""
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -97,6 +98,46 @@ def run(tiny):
 def read_rows(out_dir):
     with open(os.path.join(out_dir, "metrics.jsonl")) as f:
         return [json.loads(line) for line in f]
+
+
+# ---- runs
+
+LEARNED = "step", "loss", "val_loss", "lr", "grad_norm", "positions", "data_tokens", "flops"
+
+
+def column(rows, *keys):
+    return [[row[key] for key in keys if key in row] for row in rows]
+
+
+def load(out_dir, name="last.pt"):
+    return torch.load(Path(out_dir) / name, weights_only=True)
+
+
+def patched_steps(monkeypatch, before):
+    """Call before(step) at the beginning of each step."""
+    multiplier = train.rate_multiplier
+    watch = lambda step, c: (before(step), multiplier(step, c))[1]
+    monkeypatch.setattr(train, "rate_multiplier", watch)
+
+
+def slow_clock(monkeypatch, seconds):
+    """A clock on which each step takes this long and nothing else takes any time."""
+    clock = [0.0]
+    patched_steps(monkeypatch, lambda step: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+
+
+def stopped_run(run, after, number=signal.SIGTERM, **knobs):
+    """Run until the system asks the process to end in the middle of step `after`."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patched_steps(patch, lambda step: step == after - 1 and os.kill(os.getpid(), number))
+        run(**knobs)
+    assert stopped.value.code == 1
+
+
+def command_line(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 # ---- processes: forks of a server that has imported torch, since importing takes longer than training
