@@ -57,9 +57,7 @@ window() { sweep window --bag_size=1,2 --attention_window=0,32; }
 schedule() { sweep schedule --bag_size=1,2 --schedule=wsd,cosine; }
 experts() { runs=experts sweep experts --bag_size=1,2 --n_expert=8 --top_k=2 --ff_dim=96; }
 texts() { # prepare them first: data/english, and data/english_1024 with a vocabulary of 1,024
-    for text in ${TEXTS:-english english_1024}; do
-        dataset=$text runs=$text sweep "$text" --bag_size=1,2
-    done
+    for text in ${TEXTS:-english english_1024}; do dataset=$text runs=$text sweep "$text" --bag_size=1,2; done
 }
 vocabularies() { # the first 1,024 and 4,096 of GPT-2's tokens, for the text of a corpus of bytes
     [ -e "$out/4096.tiktoken" ] || "$python" - "$dataset" "$out" <<'END'
@@ -106,17 +104,17 @@ muon_sides() { # which half of a bag helps, with Muon and each side's own matrix
         --optimizer=muon --learning_rate=3e-3 --matrix_learning_rate="${RATES:-2e-3,4e-3,8e-3,1.6e-2}"
 }
 fade() { runs=fade sweep fade --bag_size=1,2 --superposition=full,output --fade=0,0.33; }
-spread() { # what makes seeds differ: the order of the text, or the initial weights?
-    drawn=
+spread() { # what makes seeds differ: the order of the text, or the initial weights? What narrows it?
     for seed in 1 2 3 4 5; do
-        start=$out/weights$seed/last.pt
-        [ -e "$start" ] || "$python" train.py "$config" --dataset="$dataset" --seed=$seed --bag_size=1 \
-            --max_steps=1 --learning_rate=1e-20 --compile=off --out_dir="$out/weights$seed"
-        drawn="$drawn,$start"
+        [ -e "$out/weights$seed/last.pt" ] || "$python" train.py "$config" --dataset="$dataset" --seed=$seed \
+            --bag_size=1 --max_steps=1 --learning_rate=1e-20 --compile=off --out_dir="$out/weights$seed"
     done
-    short="--bag_size=${SIZES:-2} --max_steps=500"
+    short="--bag_size=${SIZES:-2} --max_steps=500" drawn=$(printf ",$out/weights%s/last.pt" 1 2 3 4 5)
     seeds=1,2,3,4,5 runs=spread sweep spread_order $short --init_from="$out/weights1/last.pt"
     seeds=1 runs=spread sweep spread_weights $short --init_from="${drawn#,}"
+    for knob in warmup_steps=150,300 grad_clip=0.3 qk_norm=True; do
+        seeds=1,2,3,4,5 runs=spread_${knob%=*} sweep "spread_${knob%=*}" --bag_size=1,2 --max_steps=500 --$knob
+    done
 }
 
 # ----------------------------------------------------------------------------------- the models of bag_size
