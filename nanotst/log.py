@@ -187,7 +187,7 @@ def describe_run(c, machine, model, stream, compiled, micro_steps, step):
     else:
         say("ordinary training without superposition; --bag_size=2 turns it on")
     epochs = tokens / stream.epoch_tokens
-    size = f"{c.total_batch:,} positions, in {micro_steps} micro-steps per rank"
+    size = f"{c.total_batch:,} positions (micro-steps per rank: {micro_steps})"
     say(f"{c.max_steps:,} steps of {size}; {tokens:,} tokens, {epochs:.2f} epochs of the corpus")
     decay = round(c.decay_ratio * c.max_steps) if c.schedule == "wsd" else 0
     if c.warmup_steps + decay > c.max_steps:

@@ -7,6 +7,7 @@ once by torchrun; the rest by one rank in this process.
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +227,7 @@ def test_ranks_come_from_torchrun(run):
 def breaks(step, c, multiplier=train.rate_multiplier):
     rank, restarts = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if (rank, restarts, step) == (1, 0, 5):
+        Path(c.out_dir, "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return multiplier(step, c)
 
@@ -249,4 +251,5 @@ def test_a_run_with_a_killed_rank_resumes_by_itself(corpus, ranks, tmp_path):
     knobs = TINY | SHORT | KINDS["moe"] | dict(dataset=corpus, out_dir=tmp_path / "run")
     knobs |= dict(parallel="fsdp", save_interval=3, checkpoint_activations=True)
     run_forks(torchrun, 1, ["train.py", *(f"--{key}={value}" for key, value in knobs.items())])
+    assert (tmp_path / "run" / "killed").exists()
     assert_same_losses(read_rows(tmp_path / "run"), read_rows(ranks / "moe"))
