@@ -1,6 +1,6 @@
 """The language model: a Llama decoder, optionally with Qwen3's qk-norm and mixture-of-experts (MoE) layers.
 
-The computation is exactly Llama's or Qwen3-MoE's, so checkpoints convert to formats that other tools read.
+The computation is exactly that of Llama, Mistral, Mixtral or Qwen3, so other tools can read its checkpoints.
 This file is plain PyTorch, and every edit takes effect: Linear.forward, Attention.attend, MoE.mix,
 BagEmbedding.forward and Head.bag_loss have faster twins in nanotst/, used only where they agree with it.
 
@@ -24,7 +24,7 @@ import tst
 
 @dataclass
 class GPTConfig:
-    """Shape of a model. head_dim 0 becomes n_embd / n_head, n_kv_head 0 n_head, ff_dim 0 8/3 n_embd."""
+    """Shape of a model. 0 means n_embd / n_head for head_dim, n_head for n_kv_head, 8/3 n_embd for ff_dim."""
 
     vocab_size: int
     block_size: int  # L, positions the transformer sees
@@ -38,7 +38,7 @@ class GPTConfig:
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    attention_window: int = 0  # positions a position sees, including itself; 0: all before it
+    attention_window: int = 0  # positions a position sees, with itself; 0: all before it
     n_expert: int = 0  # 0: dense
     top_k: int = 0  # experts per position
     balance_bias: bool = False  # MoE: add a bias to the choice of experts to even out their load
@@ -337,7 +337,7 @@ class GPT(nn.Module):
         x = self.embed(bags, share)  # (B, L, C)
         cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
         load_shares = [None] * len(self.blocks) if load_shares is None else load_shares
-        recompute, routing = self.config.checkpoint_activations and self.training, []
+        routing, recompute = [], self.config.checkpoint_activations and self.training
         for block, load_share in zip(self.blocks, load_shares):
             args = x, cos, sin, load_share
             x, stats = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)

@@ -42,7 +42,8 @@ def main(c):
         raise UserError(f"top_k must be at least 0, got {c.top_k}")
     prompt = c.prompt
     if prompt.startswith("FILE:"):
-        prompt = Path(prompt[5:]).read_bytes().decode("utf-8-sig")  # with its own line ends
+        # read as bytes, which keeps its line ends
+        prompt = Path(prompt[5:]).read_bytes().decode("utf-8-sig", "replace")
     device, path = pick_device(c.device), find_checkpoint(c.checkpoint)
     model, checkpoint = load_model(path)
     model.to(device).eval()

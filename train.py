@@ -61,7 +61,7 @@ class Config:
     superposition: Bags[Literal[tst.MODES]] = "full"  # bags in input and target, or in one of them
     loss: Bags[Literal[tuple(tst.LOSSES)]] = "mce"  # loss on bags; ordinary steps use cross-entropy
     bag_weights: Bags[Literal[tst.BAG_WEIGHTS]] = "uniform"  # label weights within a bag (mce only)
-    fade: Bags[float] = 0.0  # last share of a bagged phase: weights fade to the first label
+    fade: Bags[float] = 0.0  # last share of a bagged phase, where weights fade to the first label
     document_bags: Bags[bool] = False  # bags that ignore tokens and labels of other documents
     reinit_at_switch: Bags[str] = ""  # reset at the switch: embedding,head,optimizer (hurts)
     fitted: Bags[str] = ""  # tools.fit_mi's file for bag_weights=fitted; empty: the paper's fit
@@ -77,7 +77,7 @@ class Config:
     tie_embeddings: bool = False  # one matrix for embedding and head
     rope_theta: float = 10000.0  # base of the rotary angles
     norm_eps: float = 1e-5  # epsilon in RMSNorm
-    attention_window: int = 0  # positions that a position sees, including itself; 0: all before it
+    attention_window: int = 0  # positions a position sees, with itself; 0: all before it
     checkpoint_activations: Free[bool] = False  # less memory for a third more FLOPs
 
     # Mixture of experts
@@ -93,31 +93,33 @@ class Config:
     total_batch: int = 8192  # positions per optimizer step over all ranks; a bag is one position
     batch_size: Free[int] = 0  # rows per micro-batch of a rank; 0: all its rows at once
     max_steps: int = 2000  # optimizer steps; the schedule and the phases follow from it
-    optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # muon: for the blocks' matrices alone
+    optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # muon: for matrices in blocks, else AdamW
     learning_rate: float = 8e-3  # peak learning rate
     matrix_learning_rate: float = 0.0  # Muon's peak learning rate; 0: learning_rate
     schedule: Literal[SCHEDULES] = "wsd"  # warmup, constant, linear decay; or cosine
     warmup_steps: int = 100  # steps over which the rate rises from 0
-    decay_ratio: float = 0.1  # last share of the steps, over which the rate falls (wsd)
+    decay_ratio: float = 0.1  # share of the steps at the end over which the rate falls (wsd)
     min_lr_ratio: float = 0.0  # final rate as a share of the peak
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient; Muon's momentum
     weight_decay: float = 0.1  # weight decay of all but norms and other scales
-    grad_clip: float = 1.0  # largest gradient norm; 0: off
+    grad_clip: float = 1.0  # gradient norm to clip at; 0: off
 
     # Evaluation and logs
     eval_interval: Free[int] = 100  # steps between validation losses
     eval_positions: int = 131072  # positions in the fixed validation rows of each corpus
     log_interval: Free[int] = 20  # steps between rows of metrics.jsonl
-    save_interval: Free[int] = 500  # steps between checkpoints, also some by time; 0: at the end
+    save_interval: Free[int] = (
+        500  # steps between checkpoints (and some by time); 0: only at the end
+    )
     wandb_project: Free[str] = ""  # project to log to on Weights & Biases
 
     # Machine
     device: Free[str] = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # dtype of products, not of weights
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products, not of weights
     compile: Free[Literal["auto", "on", "off", "graphs"]] = "auto"  # auto: on CUDA; or CUDA graphs
     plain: Free[bool] = False  # only the plain code of model.py and tst.py, without faster twins
-    deterministic: Free[bool] = False  # bit-equal runs on CUDA, too; slower
+    deterministic: Free[bool] = False  # bit-identical runs on CUDA too; slower
     threads: Free[int] = 0  # CPU threads of a rank; 0: PyTorch's choice
     parallel: Free[Literal["auto", "ddp", "fsdp"]] = "auto"  # fsdp shards the model; auto: ddp
     shard_size: Free[int] = 0  # fsdp: ranks that share one set of weights; 0: all
@@ -130,7 +132,7 @@ REINIT = {"embedding": "embed.", "head": "head.", "optimizer": None}  # names of
 
 
 def check(c, world_size):
-    """The phases of the run. Raises UserError for a combination of knobs that cannot work."""
+    """Check the knobs and return the run's phases. Raises UserError for knobs that cannot work."""
     counts = "n_layer n_head n_embd block_size total_batch max_steps eval_interval eval_positions"
     sizes = "seed batch_size n_kv_head head_dim ff_dim n_expert top_k warmup_steps save_interval"
     sizes += " threads shard_size weight_decay grad_clip matrix_learning_rate"
@@ -183,7 +185,7 @@ def read_fit(path):
 
 
 def reinitialise(model, optimizer, parts, seed):
-    """Reinitialise the named parts and reset the optimizer. For ablations only; it hurts."""
+    """Reinitialise the named parts: weights or the optimizer's state. For ablations only; it hurts."""
     torch.manual_seed(seed)
     if names := [REINIT[part] for part in parts if REINIT[part]]:
         init_weights(model, names)
@@ -257,8 +259,8 @@ def main(c):
     shape = model_config(dataclasses.asdict(c), corpus.meta)
     check_size(shape, machine)
     torch.manual_seed(c.seed)
-    sizes = [(p.n_in, p.n_out) for p in phases]
-    twins = lambda model: use_twins(model, machine, sizes, c.loss, c.document_bags)
+    kinds = [(p.n_in, p.n_out) for p in phases]
+    twins = lambda model: use_twins(model, machine, kinds, c.loss, c.document_bags)
     model = build(shape, machine, prepare=None if c.plain else twins)
     if c.init_from and not c.resume:
         if c.init_from.startswith("hf:"):
@@ -266,7 +268,7 @@ def main(c):
         else:
             load_initial(c.init_from, model, corpus)
     optimizer = make_optimizer(model, c, machine.device_type)
-    folder.begin(c.resume, c.overwrite)
+    folder.acquire(c.resume, c.overwrite)
     saver = Saver(machine)
     step, seconds, best_val = 0, 0.0, math.inf
     # MoE: the share of positions that chose each expert in the previous step, over all ranks. The balance
@@ -282,7 +284,7 @@ def main(c):
         stream = open_stream(state=saved["stream"], step=step)
         if not c.allow_changes:
             fit = saved.get("fit", fit)  # the run's own, even if the file has changed since
-    phases = stream.phases
+    planned, phases = phases, stream.phases  # a resumed stream may begin after the switch
 
     # ------------------------------------------------------------------------------------ one step, compiled
     # Each pair of sizes is a graph of its own: one for bags, one for tokens. Both are compiled now, so that
@@ -318,8 +320,8 @@ def main(c):
 
     raw_model = model  # checkpoints have its keys, without the prefixes of wrappers
     model, compiled = machine.compile(raw_model, c.compile, warm_up)
-    shared = wrap(model, machine)
-    # Memory sufficed, the compiler worked: only now is a run that is to be overwritten removed
+    wrapped = wrap(model, machine)
+    # Memory sufficed and the compiler worked, so a run that is being overwritten can be removed now
     described = {
         "config": dataclasses.asdict(c),
         "versions": machine.versions(),
@@ -328,29 +330,29 @@ def main(c):
         "parameters": raw_model.n_params(),
         "active_parameters": raw_model.n_params(active=True),
     }
-    folder.start(c.resume, step, described, c.wandb_project)
+    folder.replace(c.resume, step, described, c.wandb_project)
     describe_run(c, machine, raw_model, stream, compiled, micro_steps, step)
 
     # --------------------------------------------------------------------------------------------------- loop
     flops = raw_model.flops_per_position()
-    # Rows for the first and the last step of each phase, too, since the switch is what one wants to see
+    # Also log the first and last step of each phase, to show the switch
     ends = {p.stop for p in phases} | {p.start + 1 for p in phases}
-    after_bags = "recovery" if phases[0].bag_size > 1 else "ordinary"
+    after_bags = "recovery" if planned[0].bag_size > 1 else "ordinary"
     signals, stopping = StopSignals(machine), False
     clock, logged_at = time.perf_counter(), step
     while step < c.max_steps and not stopping:
         phase = tst.phase_at(phases, step)  # TST
-        if c.reinit_at_switch and phase.bag_size == 1 and step == phase.start and step > 0:
+        if c.reinit_at_switch and phase.bag_size == 1 and step == planned[-1].start > 0:
             reinitialise(raw_model, optimizer, c.reinit_at_switch.split(","), c.seed + 1)
         set_rates(optimizer, rate_multiplier(step, c))
         if c.fade and phase.n_out > 1:  # TST: no hard switch from s labels to one
             n, left = phase.n_out, (phase.stop - step) / (phase.stop - phase.start)
             weights[n] = torch.lerp(first[n], full[n], min(1, left / c.fade))
-        # Sums stay on the device: reading a number would wait for it, in every step
+        # Sums stay on the device: reading one would stall every step
         loss_sum, load, entropy = 0.0, 0.0, 0.0
         for i, tokens in enumerate(stream.batch(step).split(batch_size)):  # (B, L*n_in + n_out)
-            sync_gradients(shared, i == micro_steps - 1)  # they travel once, with the last one
-            objective, loss, routing = forward(shared, tokens, phase.n_in, phase.n_out)
+            sync_gradients(wrapped, i == micro_steps - 1)  # they travel once, with the last one
+            objective, loss, routing = forward(wrapped, tokens, phase.n_in, phase.n_out)
             (objective / micro_steps).backward()
             loss_sum += loss.detach()
             if routing:
@@ -401,13 +403,13 @@ def main(c):
             row |= router_metrics(load, machine.mean(entropy / micro_steps))
         if eval_now:
             row |= validation_metrics(model, val, batch_size, machine, corpus)
-        numbers = loss, row["grad_norm"], row.get("val_loss", 0.0)
-        if not all(map(math.isfinite, numbers)):
+        numbers = {key: row[key] for key in ("loss", "grad_norm", "val_loss") if key in row}
+        if not all(map(math.isfinite, numbers.values())):
             todo = "lower learning_rate and start again, or --resume with --allow_changes"
-            raise UserError(f"the loss is not finite at step {step}, {numbers}; {todo}")
+            raise UserError(f"step {step} is not finite: {numbers}; {todo}")
         folder.add(row, progress(row, c.max_steps, elapsed / (step - logged_at)), sync=save_now)
-        is_best = row.get("val_loss", math.inf) < best_val
-        best_val = min(best_val, row.get("val_loss", best_val))
+        if is_best := row.get("val_loss", math.inf) < best_val:
+            best_val = row["val_loss"]
         if is_best or save_now:
             began = time.perf_counter()
             state = {
@@ -433,7 +435,7 @@ def main(c):
 
     saver.wait()
     folder.finish()
-    del shared  # DDP must be gone before the group of its ranks is, see leave
+    del wrapped  # DDP must be gone before the group of its ranks is, see leave
     machine.leave()
     if stopping:
         say(f"stopped by {signals.reason}; resume with --resume")

@@ -117,9 +117,9 @@ def within_documents(tokens, n_in, n_out, separator):
     document = (tokens == separator).cumsum(-1)  # (B, L*n_in + n_out), its number in the row
     bag_document, label_document = bags_and_labels(document, n_in, n_out)
     own = bag_document[..., -1:]  # (B, L, 1)
-    count = (bag_document == own).float()  # (B, L, n_in)
+    same = (bag_document == own).float()  # (B, L, n_in)
     labels = bags_and_labels(tokens, n_in, n_out)[1]
-    return count / count.sum(-1, keepdim=True), labels.where(label_document == own, -100)
+    return same / same.sum(-1, keepdim=True), labels.where(label_document == own, -100)
 
 
 def embed_bags(bags, weight, share=None):
@@ -184,7 +184,7 @@ def multi_hot_cross_entropy(logits, labels, weights=None, ignore_index=-100):
     """
     log_p = F.log_softmax(wide(logits), -1).flatten(0, -2)  # (N, V)
     labels = labels.flatten(0, -2).long()  # (N, s)
-    if weights is None:  # filled on the device: a copy from the host would wait for it in each step
+    if weights is None:  # filled on the device: copying from the host would stall every step
         weights = log_p.new_full((labels.size(-1),), 1 / labels.size(-1))
     valid = labels != ignore_index  # (N, s)
     label_log_p = log_p.gather(-1, labels.where(valid, 0)).where(valid, 0)  # (N, s)

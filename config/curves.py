@@ -1,5 +1,5 @@
 """The default experiment, `make curves`: minutes on a CPU. 140 thousand parameters and 176 bytes of text for
-each (TST reads 1.3 times that): TST pays where the model is the limit, not the text."""
+each (TST reads 1.3 times that): TST pays off when the model is the bottleneck, not the text."""
 
 n_layer = 2
 n_head = 1

@@ -1,6 +1,6 @@
 """The paper's 3B model, 3,337,766,912 parameters; text as for dense_270m.py. Paper (DCLM): baseline 2.808,
-TST 2.676, which the baseline reaches after 36k steps; at equal data TST loses. Use --parallel=fsdp if 53 GB
-of weights, gradients and moments do not fit on a GPU."""
+TST 2.676, which the baseline reaches after 36k steps; at equal data TST loses. On GPUs of 80 GB use
+--parallel=fsdp: DDP takes 86 GB, says python -m tools.plan."""
 
 dataset = "dclm"
 n_layer = 36

@@ -10,10 +10,11 @@ import os
 from dataclasses import dataclass
 
 from data.documents import Options, needs
-from data.writer import PROGRESS, Writer, prepare, prepared, read_json, token_count
+from data.writer import PROGRESS, Writer, prepare, prepared, token_count
 from nanotst import UserError
 from nanotst.configurator import entry_point
 from nanotst.corpus import differing
+from nanotst.files import read_json
 from nanotst.tokenizer import get_tokenizer
 
 

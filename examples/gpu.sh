@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is worth knowing about one large GPU, in parts of less than four minutes on an H100.
+# Tests, benchmarks and experiments for one large GPU, in parts of less than four minutes on an H100.
 #
 #     bash examples/gpu.sh                       all parts, the most valuable first
 #     bash examples/gpu.sh checks curves         some of them

@@ -6,7 +6,7 @@
 #     CONFIG=config/dense_270m.py JOBS=8 bash examples/paper.sh bag_size      eight at a time, one per GPU
 #
 # Experiments share their runs and resume where they were interrupted. OUT gets NAME.md, .csv and .png.
-set -eu
+set -euo pipefail
 trap 'exit 130' INT TERM
 config=${CONFIG:-config/small.py} seeds=${SEEDS:-1,2,3} out=${OUT:-out/paper} python=${PYTHON:-python}
 dataset=${DATASET:-$(sed -n 's/^dataset = "\(.*\)".*/\1/p' "$config")}

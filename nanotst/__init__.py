@@ -15,9 +15,9 @@ kernels, cpu              faster twins of functions in tst.py and model.py
 import importlib.util
 import os
 
-# GNU's OpenMP, on which torch runs on Linux, reads this when torch is imported. By default threads spin while
-# they wait for each other, and beside another job a training step then takes ten times as long.
-USERS_ENVIRONMENT = dict(os.environ)  # for programs of others that we start
+USERS_ENVIRONMENT = dict(os.environ)  # for other people's programs that we start
+# GNU's OpenMP, on which torch runs on Linux, reads GOMP_SPINCOUNT when torch is imported. By default threads
+# spin while they wait for each other, and beside another job a training step then takes ten times as long.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 

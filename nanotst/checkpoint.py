@@ -142,7 +142,7 @@ def resume(path, model, optimizer, c, corpus, free):
     """Copy the last checkpoint of a run into model and optimizer -> the checkpoint without them.
 
     c: the knobs as given now; those not in `free` must be the run's, unless there is allow_changes. Raises
-    UserError for other settings or another corpus, or if that fails."""
+    UserError for other settings or another corpus, or if the state cannot be loaded."""
     saved, knobs = read(path), dataclasses.asdict(c)
     theirs, keys = knobs | saved["config"], [key for key in knobs if key not in free]
     changed = differing(knobs, theirs, keys, CHANGED)  # an old run lacks new knobs
@@ -162,7 +162,7 @@ def resume(path, model, optimizer, c, corpus, free):
 
 def load_moments(optimizer, states):
     """Load moments and counters of an optimizer's state_dict(), tensors whole or Parts, where parameters may
-    be sharded. Rates, decay and betas stay as configured. Raises ValueError and others for another's."""
+    be sharded. Rates, decay and betas stay as configured. Raises ValueError for another optimizer's."""
     if len(states) != len(optimizer):
         raise ValueError("the state of another optimizer")
     for ours, theirs in zip(optimizer, states):

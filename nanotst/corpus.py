@@ -47,8 +47,8 @@ def open_corpus(name):
         if n != (said := meta.setdefault(f"{split}_tokens", n)):
             raise UserError(f"{folder}: {split} has {n:,} tokens, meta.json says {said:,}; {AGAIN}")
     large = sum(map(len, splits)) * smallest_dtype(meta["vocab_size"]).itemsize > LARGE
-    for name, sha256 in () if large else hashes.items():
-        if sha256_of(path := os.path.join(folder, name)) != sha256:
+    for name, sha256 in hashes.items():
+        if not large and sha256_of(path := os.path.join(folder, name)) != sha256:
             raise UserError(f"{path} is damaged: its sha256 is not the one in meta.json; {AGAIN}")
     meta["fingerprint"] = fingerprint(*splits, meta["vocab_size"], large)
     return Corpus(folder, meta, *splits)

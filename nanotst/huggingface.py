@@ -110,7 +110,7 @@ def check_config(c, folder, transformers, say):
     twice = written.get("rope_parameters") and written.get("rope_scaling")
     if scaled or twice or written.get("rope_theta", theta) != theta:
         found = {key: value for key, value in written.items() if key.startswith("rope_")}
-        raise ValueError(f"this model has one rope_theta and no scaling, its config.json {found}")
+        raise ValueError(f"only one rope_theta without scaling works, its config.json has {found}")
     window = getattr(config, "use_sliding_window", kind != "llama") and config.sliding_window
     layers = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
     needed = {"hidden_act": "silu", "norm_topk_prob": True, "layer_types": layers}

@@ -42,7 +42,7 @@ def use_twins(model, machine, kinds=(), loss="mce", document_bags=False):
     for twin in [twin for group in groups for twin in group if twin.replaces not in changed]:
         swap(model, twin)
     for name in changed:
-        machine.say(f"{name} has changed, so training uses it without its faster twin")
+        machine.say(f"{name} has changed, so it runs without its faster twin")
 
 
 def swap(model, twin):
@@ -69,7 +69,7 @@ def agree(twins, config, machine, kinds, loss, document_bags):
         attention.attend = torch.compile(attention.attend, backend="eager", fullgraph=True)
     mine.head.chunk_rows = batches[0][0][..., 0].numel() // 2  # two chunks
     exact = "float32" if experts or machine.device_type == "mps" else "float64"
-    precision, good = torch.get_float32_matmul_precision(), True
+    good, precision = True, torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32
     for dtype in (exact, machine.dtype):
         wanted = outcome(plain, batches, dtype, machine)
@@ -251,7 +251,7 @@ def linear_multi_hot_cross_entropy(
     # compiled loops are vectorised along N
     labels = labels.flatten(0, -2).T.long().contiguous()  # (s, N)
     s, wide = labels.size(0), torch.promote_types(dtype, torch.float32)
-    if weights is None:  # filled on the device: a copy from the host would wait for it in each step
+    if weights is None:  # filled on the device: copying from the host would stall every step
         weights = torch.full((s,), 1 / s, dtype=wide, device=labels.device)
     valid = labels != ignore_index  # (s, N)
     share = weights.to(wide) / valid.sum(1).clamp(min=1)  # (s,), of each valid label

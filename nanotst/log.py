@@ -35,11 +35,11 @@ class RunFolder:
             c = dataclasses.replace(c, resume=saved, overwrite=not saved)
         return c
 
-    def begin(self, resume, overwrite):
+    def acquire(self, resume, overwrite):
         """Lock the folder. UserError, on all ranks, if a run would be lost or there is none to resume."""
-        together(lambda: self.machine.master and self._begin(resume, overwrite))
+        together(lambda: self.machine.master and self._acquire(resume, overwrite))
 
-    def _begin(self, resume, overwrite):
+    def _acquire(self, resume, overwrite):
         if resume and not os.path.exists(self.last):
             raise UserError(f"there is no checkpoint {self.last}; start without --resume")
         os.makedirs(self.out_dir, exist_ok=True)
@@ -59,9 +59,8 @@ class RunFolder:
             todo += "--overwrite it or choose another --out_dir"
             raise UserError(f"{self.out_dir} already holds a run: {todo}")
 
-    def start(self, resume, step, described, wandb_project=""):
-        """Everything that can fail was tried: remove the run that was to be overwritten, or on resume the
-        rows after `step`, and write config.json."""
+    def replace(self, resume, step, described, wandb_project=""):
+        """Remove the run that is overwritten, or on resume the rows after `step`; write config.json."""
         if not self.machine.master:
             return
         if wandb_project:
@@ -181,11 +180,12 @@ def describe_run(c, machine, model, stream, compiled, micro_steps, step):
         say(f"resuming {c.out_dir} after step {step:,} of {c.max_steps:,}")
     if bagged := [p for p in stream.phases if p.bag_size > 1]:
         steps, sizes = sum(p.stop - p.start for p in bagged), [str(p.bag_size) for p in bagged]
-        first = f"{steps:,} of {c.max_steps:,} steps on bags of {'-'.join(sizes)}"
+        first = f"TST: {steps:,} of {c.max_steps:,} steps on bags of {'-'.join(sizes)}"
+        first += ", then ordinary training" * (steps < c.max_steps)
         more = f"{tokens / c.max_steps / c.total_batch:.2f} x the text of a baseline"
-        say(f"TST: {first}, then ordinary training; {more} at the same FLOPs")
+        say(f"{first}; {more} at the same FLOPs")
     else:
-        say("ordinary training without superposition; --bag_size=2 turns it on")
+        say("ordinary training, without superposition")
     epochs = tokens / stream.epoch_tokens
     size = f"{c.total_batch:,} positions (micro-steps per rank: {micro_steps})"
     say(f"{c.max_steps:,} steps of {size}; {tokens:,} tokens, {epochs:.2f} epochs of the corpus")

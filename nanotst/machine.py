@@ -27,10 +27,10 @@ def launcher():
         return 0, 0, 1, 0
     keys = "RANK", "LOCAL_RANK", "WORLD_SIZE"
     try:
-        rank, local_rank, ranks = (int(os.environ[key]) for key in keys)
+        rank, local_rank, world_size = (int(os.environ[key]) for key in keys)
     except (KeyError, ValueError):
         raise UserError(f"{', '.join(keys)} are not all set: use torchrun, or unset them") from None
-    return rank, local_rank, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    return rank, local_rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def pick_device(name, local_rank=0):
@@ -77,7 +77,7 @@ def join(device):
         dist.init_process_group(store=store, rank=rank, world_size=ranks, timeout=wait, **how)
     except (RuntimeError, ValueError) as e:
         hint = "check MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
-        raise UserError(f"the ranks do not find each other ({one_line(e)}); {hint}") from None
+        raise UserError(f"the ranks cannot reach each other ({one_line(e)}); {hint}") from None
 
 
 @dataclass
@@ -97,17 +97,17 @@ class Machine:
     def start(cls, c):
         """Join the other ranks, set threads and other state of torch. c: the knobs device, dtype, threads
         and, for training, deterministic, parallel, shard_size."""
-        rank, local_rank, world_size, ranks = launcher()
+        rank, local_rank, world_size, node_ranks = launcher()
         parallel, n = getattr(c, "parallel", "auto"), getattr(c, "shard_size", 0)
         if parallel == "auto":
-            parallel = "ddp" if ranks else "none"
-        elif not ranks:
+            parallel = "ddp" if node_ranks else "none"
+        elif not node_ranks:
             raise UserError(f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N ...")
-        if ranks and c.compile == "graphs":
+        if node_ranks and c.compile == "graphs":
             raise UserError("compile=graphs is for one GPU, without torchrun")
         if n and (parallel != "fsdp" or world_size % n):
             raise UserError(f"shard_size {n} needs parallel=fsdp and must divide {world_size}")
-        if ranks and c.device.startswith("cuda:"):
+        if node_ranks and c.device.startswith("cuda:"):
             raise UserError("torchrun gives each rank a GPU of its own; use --device=cuda")
         device = pick_device(c.device, local_rank)
         if device.startswith("cuda"):
@@ -118,19 +118,19 @@ class Machine:
                 torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has no fixed order
         else:
             keep_freed_memory()
-        if ranks:
+        if node_ranks:
             join(device)
-        if c.threads or ranks and device == "cpu":  # torchrun's own choice is a single thread
+        if c.threads or node_ranks and device == "cpu":  # torchrun's own choice is a single thread
             bound = hasattr(os, "sched_getaffinity")  # SLURM and containers bind a process to cores
             cores = len(os.sched_getaffinity(0)) if bound else os.cpu_count()
-            torch.set_num_threads(c.threads or max(1, cores // ranks))
+            torch.set_num_threads(c.threads or max(1, cores // node_ranks))
         try:  # torch makes this folder, or fails, even if nothing is compiled
             os.makedirs(os.environ["TORCHINDUCTOR_CACHE_DIR"], exist_ok=True)
         except (KeyError, OSError):
             os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
         torch.set_float32_matmul_precision("high")  # TF32 where CUDA still computes in float32
         dtype = best_dtype(device) if c.dtype == "auto" else c.dtype
-        return cls(device, dtype, rank, world_size, ranks > 0, parallel, n or world_size)
+        return cls(device, dtype, rank, world_size, node_ranks > 0, parallel, n or world_size)
 
     @property
     def master(self):
@@ -176,7 +176,7 @@ class Machine:
             print(*words, flush=True)
 
     def mean(self, x):
-        """Mean of a tensor over the ranks, as a new tensor. Overwrites x."""
+        """Mean of a tensor over the ranks; x itself becomes their sum."""
         if self.distributed:
             dist.all_reduce(x)
         return x / self.world_size
@@ -247,7 +247,7 @@ class StopSignals:
         return stopping
 
     def saved(self, seconds):
-        """A checkpoint was written, which took `seconds`; the next one shall cost at most 2 % of the time."""
+        """A checkpoint was written, which took `seconds`; the next ones take at most 2 % of the time."""
         self.save_at = time.perf_counter() + max(300, 50 * seconds)
 
 

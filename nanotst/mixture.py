@@ -39,12 +39,12 @@ def open_mixture(spec, say=print):
     if min(shares) <= 0 or sum(shares) != 1:
         raise UserError(f"dataset={spec}: shares must be positive and sum to 1, not {sum(shares)}")
     if math.lcm(*(share.denominator for share in shares)) > LONGEST_PATTERN:
-        raise UserError(f"dataset={spec}: give shares of fewer digits, up to four")
+        raise UserError(f"dataset={spec}: give shares with at most four digits")
     corpora = [open_corpus(name) for name, *_ in named]
     first = corpora[0]
     for corpus in corpora:
         if corpus.meta["source"]:
-            say(f"{corpus.folder}: {corpus.meta['source'][0]}")
+            say(f"corpus {corpus.folder}: {corpus.meta['source'][0]}")
     if len(corpora) == 1:
         return Mixture([("", first, Fraction(1))], first.meta)
     for other in corpora[1:]:

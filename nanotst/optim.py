@@ -33,9 +33,9 @@ class Optimizers(list):
         return [optimizer.state_dict() for optimizer in self]
 
 
-def adamw(model, c, device_type, but=None):
-    """Fused AdamW for all parameters, except those of the kind `but`. Norms and other scales don't decay."""
-    kinds = {p: init.kind for _, p, init in model.inits() if init.kind != but}
+def adamw(model, c, device_type, without=None):
+    """Fused AdamW for all parameters, but those of the kind `without`. Norms and other scales don't decay."""
+    kinds = {p: init.kind for _, p, init in model.inits() if init.kind != without}
     scales = [p for p, kind in kinds.items() if kind == "scale"]
     others = [p for p, kind in kinds.items() if kind != "scale"]
     groups = [{"params": others}, {"params": scales, "weight_decay": 0.0}]
@@ -52,7 +52,7 @@ def muon(model, c, device_type):
         raise UserError("optimizer=muon needs whole matrices, so parallel=ddp, not fsdp")
     how = dict(lr=c.matrix_learning_rate or c.learning_rate, weight_decay=c.weight_decay)
     how |= dict(momentum=c.beta2, adjust_lr_fn="match_rms_adamw")
-    return [torch.optim.Muon(matrices, **how), *adamw(model, c, device_type, but="matrix")]
+    return [torch.optim.Muon(matrices, **how), *adamw(model, c, device_type, without="matrix")]
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

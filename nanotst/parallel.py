@@ -34,7 +34,7 @@ def check_size(shape, machine):
     needed = 16 * n_params  # bytes
     memory = machine.memory * (machine.shard_size if machine.parallel == "fsdp" else 1)
     if memory and needed > memory:
-        size = f"{n_params:,} parameters takes {needed / 1e9:,.0f} GB, here are {memory / 1e9:,.0f}"
+        size = f"{n_params:,} parameters takes {needed / 1e9:,.0f} GB, but there are {memory / 1e9:,.0f}"
         todo = "use --parallel=fsdp on several GPUs or lower n_embd, n_layer, ff_dim or n_expert"
         raise UserError(f"training {size}; {todo}")
 
@@ -93,7 +93,7 @@ def wrap(model, machine):
     """The model as all ranks train it together."""
     if machine.parallel != "ddp":
         return model
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its name in torch 2.11
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.11 has no other name
     return DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 

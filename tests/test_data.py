@@ -213,10 +213,10 @@ def test_what_is_read_and_left_out_is_said(tmp_path, capsys):
     (tmp_path / "y.log").write_text("a,b")
     prepare(folder, tmp_path / "x.csv", val=str(tmp_path / "y.log"), out=tmp_path / "out")
     said = capsys.readouterr().out
-    assert "left out, hidden or of another kind: 6: " in said
+    assert "left out, hidden or of another kind (6): " in said
     for name in (".hidden.txt", "gone.txt", "linked", "notes.docx", "prepare.py"):
         assert f"{folder / name}" in said
-    assert re.search("reading: 4: .*B.TXT, .*a.txt, .*c.md, .*x.csv", said)
+    assert re.search("reading .4.: .*B.TXT, .*a.txt, .*c.md, .*x.csv", said)
     assert f"29 separators inside lines of {tmp_path / 'x.csv'} taken as text" in said
     assert "1 documents held out for validation" in said
     read = [f"{name} {i}" for name in ("B.TXT", "a.txt", "sub/c.md") for i in (1, 2)]
@@ -261,7 +261,7 @@ def test_a_hash_of_the_text_decides_what_is_held_out(tmp_path, monkeypatch, caps
         share = min(0.1, 20 / len(order)) if n < 400 else 0.005
         assert splits["val"] == [d for d in order if hash_of(d) < share * 2**64] != []
         assert splits["train"] == [d for d in order if hash_of(d) >= share * 2**64]
-        said = f"{len(order)} documents are few: {share:.1%} are held out"
+        said = f"only {len(order)} documents, so {share:.1%} are held out"
         assert (said in capsys.readouterr().out) == (n < 400)
     if n == 25:
         prepare(tmp_path / "a.txt", val_fraction=1e-9, out=tmp_path / "one")

@@ -50,7 +50,7 @@ VALUE_RESIDUAL = [
         "        y, v0 = self.attn(self.attn_norm(x), cos, sin, v0)\n        x = x + y",
     ),
     ("        return x + y, routing", "        return x + y, routing, v0"),
-    ("recompute, routing = ", "v0, recompute, routing = None, "),
+    ("routing, recompute = ", "v0, routing, recompute = None, "),
     (
         "            args = x, cos, sin, load_share",
         "            args = x, cos, sin, load_share, v0",

@@ -142,7 +142,7 @@ def test_kept_runs_are_chosen_by_name_or_label(pair, tmp_path, capsys):
     base, _ = runs.read_runs([f"{tmp_path}/kept"])  # without a curve
     assert [(row["step"], row["val_loss"]) for row in base["rows"]] == [(200, 9)]
     plot.main(parse(plot.Config, [f"{tmp_path}/kept", "--no_plot"]))
-    assert "1 of 2 runs are kept without a curve" in capsys.readouterr().err
+    assert "1 of 2 runs have no curve" in capsys.readouterr().err
 
 
 def test_the_table_of_a_sweep_is_not_taken_for_kept_runs(tmp_path):

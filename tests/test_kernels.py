@@ -144,7 +144,7 @@ def test_a_small_edit_leaves_its_twin_out_and_the_line_names_it(edit, monkeypatc
     use_twins(model, BFLOAT16, [(4, 4)])
     assert classes(model) == TWINS - {twin} | {twin.__base__}
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and f"{name} " in said and "has changed, so training uses" in said
+    assert said.count("\n") == 1 and f"{name} " in said and "has changed, so it runs" in said
 
 
 def test_rank_0_decides_for_all(monkeypatch):

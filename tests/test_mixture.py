@@ -82,7 +82,7 @@ def corpora(tmp_path):
         ("{a}:0.5,{b}:0.4", "sum to 1, not 9/10"), ("{a}:1.0,{b}:0", "positive"),
         ("{a}:0.5,{b}", "NAME:SHARE"), ("{a},{b}", "NAME:SHARE"), ("{a}:1/2,{b}:1/0", "NAME:SHARE"),
         ("{a}:nan,{b}:0.5", "NAME:SHARE"),
-        ("{a}:0.00001,{b}:0.99999", "fewer digits"), ("{a}:0.3333,{b}:0.3333", "sum to 1, not 3333/5000"),
+        ("{a}:0.00001,{b}:0.99999", "at most four"), ("{a}:0.3333,{b}:0.3333", "sum to 1, not 3333/5000"),
         ("{a}:0.5,{e}:0.5", "vocabulary toy there, None here"), ("{e}:0.5,{f}:0.5", "name no encoding"),
         ("{a}:0.5,{d}:0.5", "separator None there, 3 here"), ("{a}:0.5,{c}:0.5", "vocab_size 50 there"),
         ("{b}:0.5,{a}:0.25,{d}:0.25", "separator None there"), ("{a}:0.5,no/such:0.5", "no prepared corpus"),
@@ -100,7 +100,7 @@ def test_a_run_on_a_mixture(run, tiny, corpora, tmp_path, capsys):
     spec = "{a}:0.25,{b}:0.75".format(**corpora)
     knobs = dict(learning_rate=1e-30, max_steps=4, superposition_ratio=0.5)
     row = run(dataset=spec, **knobs)[-1]
-    assert "{a}: a\n{b}: b\n".format(**corpora) in capsys.readouterr().out
+    assert "corpus {a}: a\ncorpus {b}: b\n".format(**corpora) in capsys.readouterr().out
     for name in "ab":
         alone = run(dataset=corpora[name], out_dir=str(tmp_path / f"only_{name}"), **knobs)
         assert alone[-1]["val_loss"] == row[f"val_loss_{name}"]

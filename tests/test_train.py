@@ -476,7 +476,7 @@ def test_what_is_probably_a_mistake_is_said(run, capsys):
     assert "note" not in said() and "TST: 4 of 10 steps on bags of 3" in said()
     assert "6 steps of warmup and 5 of decay do not fit" in said(warmup_steps=6, decay_ratio=0.5)
     assert "note" not in said(warmup_steps=6, decay_ratio=0.5, schedule="cosine")
-    assert "without superposition; --bag_size=2 turns it on" in said(bag_size=1)
+    assert "ordinary training, without superposition" in said(bag_size=1)
     long = said(max_steps=50, log_interval=50, total_batch=1280, batch_size=80)
     assert re.search("reads its text 1[0-9] times.*fewer steps", long)
     run(resume=True, allow_changes=True, bag_size=2, max_steps=50)

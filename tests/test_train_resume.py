@@ -10,16 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    LEARNED,
-    column,
-    command_line,
-    load,
-    read_rows,
-    slow_clock,
-    stopped_run,
-)
+from conftest import LEARNED, column, command_line, load, read_rows, slow_clock, stopped_run
 
+import train
 from nanotst import UserError, log, machine
 
 MOE = dict(n_expert=4, top_k=2, balance_bias=True, balance_rate=0.01, qk_norm=True)
@@ -55,6 +48,14 @@ def test_changing_the_training_on_resume_must_be_asked_for(run, tiny):
     groups = load(tiny().out_dir)["optimizer"][0]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert all(tuple(group["betas"]) == (0.9, 0.99) for group in groups)
+
+
+def test_a_batch_that_changes_after_the_switch_does_not_repeat_it(run, monkeypatch):
+    resets, knobs = [], dict(reinit_at_switch="embedding")
+    monkeypatch.setattr(train, "reinitialise", lambda *args: resets.append(args))
+    run(**knobs)
+    rows = run(resume=True, allow_changes=True, total_batch=256, max_steps=12, **knobs)
+    assert len(resets) == 1 and rows[-1]["phase"] == "recovery"
 
 
 # ---- checkpoints
@@ -122,7 +123,7 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, tiny, monke
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(run, tiny):
     """The training loss, of the weights before the step, still is; nothing is written."""
-    with pytest.raises(UserError, match="the loss is not finite at step 1, .3.*nan"):
+    with pytest.raises(UserError, match="step 1 is not finite: .*'val_loss': nan"):
         run(learning_rate=1e10, warmup_steps=0, eval_interval=1)
     files = set(os.listdir(tiny().out_dir))
     assert not files & {"metrics.jsonl", "last.pt", "best.pt"}
@@ -241,8 +242,8 @@ def test_a_restarted_process_resumes_its_own_run_alone(tiny, monkeypatch):
     start = lambda: log.RunFolder(tiny().out_dir, machine.Machine("cpu", "float32"))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 0")
     old, config = start(), tiny(overwrite=True)
-    old.begin(False, False)
-    old.start(False, 0, {})
+    old.acquire(False, False)
+    old.replace(False, 0, {})
     Path(old.last).write_bytes(b"old")
     old.lock.close()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
@@ -250,9 +251,9 @@ def test_a_restarted_process_resumes_its_own_run_alone(tiny, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     folder = start()
     assert folder.after_restart(config) == config  # its first process died in the warm-up
-    folder.begin(False, True)
+    folder.acquire(False, True)
     assert Path(folder.last).read_bytes() == b"old"
-    folder.start(False, 0, {})
+    folder.replace(False, 0, {})
     assert not os.path.exists(folder.last)
     again = folder.after_restart(config)
     assert (again.resume, again.overwrite) == (False, True)  # there is no checkpoint yet

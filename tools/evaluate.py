@@ -40,7 +40,7 @@ class Config:
     with the first side."""
 
     checkpoints: list[str]  # best.pt or last.pt, as train.py writes them
-    labels: str = ""  # a label for each checkpoint, comma-separated; empty: their paths
+    labels: str = ""  # a label for each checkpoint, comma-separated; empty: names of their folders
     dataset: str = ""  # a corpus with the same vocabulary; empty: the first checkpoint's
     by_position: bool = False  # show the loss by tokens of context, too
     eval_positions: int = 2**19  # positions to evaluate, spread over the validation split

@@ -138,7 +138,7 @@ def tokenizer_files(tokenizer, block_size):
     theirs.add_special_tokens([hf.AddedToken(t, normalized=False, special=True) for t in special])
     text = tokenizer.decode(range(1, n))  # every token once
     if theirs.encode(text).ids != tokenizer.encode(text).tolist():
-        raise UserError(f"transformers splits text in another way than {tokenizer.name}")
+        raise UserError(f"transformers splits text differently from {tokenizer.name}")
     name = tokens[tokenizer.separator].decode()
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name, "eos_token": name}
     settings |= {"model_max_length": block_size, "clean_up_tokenization_spaces": False}

@@ -44,7 +44,7 @@ class Config(train.Config):
 
 def memory(c, gpt, rows, micro_steps):
     """{part: bytes} of one GPU at the worst moment of a step: the loss, or the backward pass of the last or
-    the first block. rows: of a micro-batch; micro_steps: of a GPU."""
+    the first block. rows: of a micro-batch of n positions; e: bytes of its numbers."""
     m, e, n = gpt.config, 4 if c.dtype == "float32" else 2, rows * gpt.config.block_size
     cpu, fsdp, eager = c.device == "cpu", c.parallel == "fsdp", c.compile == "off"
     shards = (c.shard_size or c.gpus) if fsdp else 1
@@ -106,8 +106,8 @@ def plan(c, argv):
     with torch.device("meta"):
         gpt = GPT(model_config(vars(c), {"vocab_size": vocab_size}))
     kinds = {"ddp": "DDP", "fsdp": "FSDP"} if c.gpus > 1 else {"auto": "one GPU"}
-    no = "fsdp" if c.optimizer == "muon" else {"ddp": "fsdp", "fsdp": "ddp"}.get(c.parallel)
-    kinds.pop(no, None)
+    excluded = "fsdp" if c.optimizer == "muon" else {"ddp": "fsdp", "fsdp": "ddp"}.get(c.parallel)
+    kinds.pop(excluded, None)
 
     positions = c.total_batch * c.max_steps
     tokens = sum((p.stop - p.start) * p.n_in for p in phases) * c.total_batch

@@ -26,8 +26,8 @@ class Config:
     """Usage: python -m tools.plot RUN [RUN ...] [--key=value ...]
 
     python -m tools.plot out/b1 out/b2 out/t1 out/t2 --labels=baseline,baseline,TST,TST
-    python -m tools.plot 'results/moe/tst_*' out/mine   kept runs of some names or labels, and a new run
-    python -m tools.plot results/sizes --by=bag_size    final losses minus the baseline's, by bag size
+    python -m tools.plot results/moe/TST out/mine       kept runs of some names or labels, and a new run
+    python -m tools.plot 'results/paper/runs/s?_seed?' --by=bag_size    final losses minus the baseline's
 
     Runs of one label, length and bag size are seeds of one side: they share a colour and a line of the table.
     A run that was stopped early has no speed-up and is nobody's baseline. Runs with different tokenizers
@@ -36,7 +36,7 @@ class Config:
 
     runs: list[str]  # run folders, kept folders, or KEPT/PATTERN of names or labels
     out: str = "curves.png"  # the picture; its ending sets the format
-    labels: str = ""  # comma-separated, one for each run; equal labels are seeds of one side
+    labels: str = ""  # comma-separated, one for all or one each; equal labels are seeds of one side
     panels: str = "flops,data,time"  # panels of the picture
     by: str = ""  # knob for the x-axis of a picture of final losses, one line per model size
     no_plot: bool = False  # table without a picture
@@ -165,7 +165,7 @@ def about(side, baselines):
         said.append(f"exchange rate: {rate} tokens read in bags are worth one ordinary token")
     if baselines and (false := undecayed_speedup(side, baselines[-1])):
         said.append(f"read off the longest baseline before its decay {false:.2f}x, which is wrong")
-    return f"- {side.label}: {'; '.join(said)}."
+    return f"- {side.label}: {'; '.join(said) or 'nothing to compare it with'}."
 
 
 def line(side, baselines):
@@ -320,7 +320,7 @@ def main(config):
     else:
         drawn = [run for run in runs if "path" in run or len(run["rows"]) > 1]
         if bare := len(runs) - len(drawn):
-            print(f"note: {bare} of {len(runs)} runs are kept without a curve", file=sys.stderr)
+            print(f"note: {bare} of {len(runs)} runs have no curve; left out", file=sys.stderr)
         if not drawn:
             raise UserError("there is nothing to draw; --by=KNOB compares final losses alone")
         print(table(drawn))

@@ -145,7 +145,7 @@ def run_members(members, jobs=0, threads=0):
     threads = threads or max(1, cores // jobs)
     free = [gpus[i % len(gpus)] for i in range(jobs)]
     running = {}  # member: (process, GPU)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # none on Windows
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, signal.default_int_handler)
     try:

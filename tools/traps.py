@@ -23,7 +23,7 @@ B, L, N, V, C = 2, 5, 6, 97, 16
 class Config:
     """Usage: python -m tools.traps FILE.py --loss=NAME [--split=NAME] [--embed=NAME]
 
-    Tries the traps of TRAPS.md on your own functions; wrap them in FILE.py where they have another form.
+    Tries the traps of TRAPS.md on your own functions; wrap them in FILE.py if their signatures differ.
     """
 
     file: str  # Python file that defines the functions

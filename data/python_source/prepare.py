@@ -79,7 +79,7 @@ def usable(data):
 
 def choose(files):
     """files: the content of each. -> {"train": documents, "val": documents} in the order of the corpus. The
-    hash of a file's content decides where it comes, and whether it is held out for validation.
+    hash of a file's content decides its place in the order and whether it is held out for validation.
 
     Packages hold files that differ in a few lines only, which no hash of the content catches. A training file
     that mostly repeats earlier ones is left out, and so is a held-out file that mostly repeats any training

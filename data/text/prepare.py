@@ -86,7 +86,7 @@ def settle_documents(paths, options):
         return
     if options.val_fraction == Config.val_fraction:
         options.val_fraction = share = min(0.1, FEW_DOCUMENTS / n)
-        print(f"{n:,} documents are few: {share:.1%} are held out (see --val_fraction)")
+        print(f"only {n:,} documents, so {share:.1%} are held out (see --val_fraction)")
     # one at least
     options.val_fraction = max(options.val_fraction, math.nextafter(min(hashes) / 2**64, 1))
 
@@ -99,7 +99,7 @@ def main(config):
     said["held out"] = val_paths
     for what, names in said.items():
         if names:
-            print(f"{what}: {len(names):,}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
+            print(f"{what} ({len(names):,}): {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
 
     tokenizer = get_tokenizer(config.encoding)
     n_shard = token_count(config.shard_tokens, "shard_tokens")
