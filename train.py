@@ -109,9 +109,7 @@ class Config:
     eval_interval: Free[int] = 100  # steps between validation losses
     eval_positions: int = 131072  # positions in the fixed validation rows of each corpus
     log_interval: Free[int] = 20  # steps between rows of metrics.jsonl
-    save_interval: Free[int] = (
-        500  # steps between checkpoints (and some by time); 0: only at the end
-    )
+    save_interval: Free[int] = 500  # steps between checkpoints, some also by time; 0: at the end
     wandb_project: Free[str] = ""  # project to log to on Weights & Biases
 
     # Machine
