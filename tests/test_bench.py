@@ -90,6 +90,8 @@ def test_a_real_step_trains_with_twins():
     step(3)
     assert all((p != old).any() for p, old in zip(step.model.parameters(), before))
     assert type(step.model.head) is not Head
+    step.optimizer.zero_grad()  # frees them
+    assert all(p.grad is None for p in step.model.parameters())
 
 
 def test_busy_seconds_are_those_of_kernels(monkeypatch):

@@ -188,6 +188,10 @@ def test_the_fingerprint_of_a_large_corpus_covers_blocks(tmp_path, large):
     hashes = [hashlib.sha256(block).hexdigest() for block in blocks]
     wanted = hashlib.sha256(repr([300, 1000, 70, *hashes]).encode()).hexdigest()[:32]
     assert {open_corpus(folder).fingerprint for folder in folders} == {wanted}
+    # a split shorter than a block is read as a whole, for each of them
+    hashes[1] = hashlib.sha256(struct.pack("<10H", *VAL[:5], *VAL[:5])).hexdigest()
+    wanted = hashlib.sha256(repr([300, 1000, 5, *hashes]).encode()).hexdigest()[:32]
+    assert open_corpus(ours(tmp_path / "c", val=VAL[:5])).fingerprint == wanted
 
 
 def test_another_corpus_than_the_checkpoints(tmp_path):

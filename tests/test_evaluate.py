@@ -13,7 +13,7 @@ from conftest import TINY, read_rows, write_corpus
 import train
 from model import GPT, GPTConfig
 from nanotst import UserError
-from nanotst.checkpoint import load_model
+from nanotst.checkpoint import load_checkpoint, load_model
 from nanotst.configurator import parse
 from nanotst.corpus import open_corpus
 from nanotst.stream import validation_rows
@@ -136,6 +136,15 @@ def test_text_of_another_kind(runs, said, tmp_path):
     foreign = write_corpus(tmp_path / "foreign", range(90), range(90), 100)
     with pytest.raises(UserError, match="another vocabulary"):
         said(paths[0], f"--dataset={foreign}")
+
+
+def test_two_checkpoints_of_a_run_are_two_sides_on_rows_that_fit_both(runs, said):
+    path, saved = runs[1][0], load_checkpoint(runs[1][0])
+    saved["config"]["block_size"] = 8
+    torch.save(saved, short := path.replace("last.pt", "short.pt"))
+    text = said(path, short, "--eval_positions=480")
+    assert "60 validation rows of 8 tokens" in text
+    assert cells(text, "nats per token") == [path, short, f"{short} - {path}"]
 
 
 def test_a_mixture_is_evaluated_by_its_parts_and_what_differs_in_training_is_said(

@@ -122,6 +122,14 @@ def test_what_fits_nowhere_is_said_and_muon_is_not_sharded(text_of):
     assert text.endswith("nothing fits; take more GPUs, or a shorter block_size\n")
     text = text_of("config/dense_270m.py", "optimizer=muon")  # works on whole matrices
     assert "DDP" in text and "FSDP" not in text
+    text = text_of("config/dense_270m.py", "parallel=fsdp")  # as asked for
+    assert "FSDP" in text and "DDP" not in text
+
+
+def test_cuda_graphs_keep_gradients_as_several_micro_steps_do():
+    c = config(*SMALL.split(), "compile=on")
+    once, twice = (memory(c, shape(c), 4, n) for n in (1, 2))
+    assert memory(replace(c, compile="graphs"), shape(c), 4, 1) == twice != once
 
 
 @pytest.mark.parametrize(
