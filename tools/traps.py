@@ -134,7 +134,7 @@ def main(c):
     there = runpy.run_path(str(path))
     if missing := names.values() - there.keys():
         raise UserError(f"{path} has no function {min(missing)}")
-    sys.exit(not check(**{kind: there[name] for kind, name in names.items()}))
+    sys.exit(int(not check(**{kind: there[name] for kind, name in names.items()})))
 
 
 if __name__ == "__main__":
