@@ -72,24 +72,24 @@ def parse(cls, argv, known=()):
         print(help_text(cls))
         sys.exit(0)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    places = [field for field in fields.values() if field.default is dataclasses.MISSING]
-    values, has_places = dict(known), bool(places)
+    positional = [field for field in fields.values() if field.default is dataclasses.MISSING]
+    values, takes_positional = dict(known), bool(positional)
     for arg in argv:
         given = {}
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
             given = {key.replace("-", "_"): value if equals else True}
-        elif places and places[0].type == list[str]:
-            values.setdefault(places[0].name, []).append(arg)
-        elif places:
-            values[places.pop(0).name] = arg
-        elif not has_places and (os.path.isfile(arg) or arg.endswith(".py")):
+        elif positional and positional[0].type == list[str]:
+            values.setdefault(positional[0].name, []).append(arg)
+        elif positional:
+            values[positional.pop(0).name] = arg
+        elif not takes_positional and (os.path.isfile(arg) or arg.endswith(".py")):
             given = read_file(arg)
         else:
             raise UserError(f"{arg!r} is neither a config file nor --key=value, see --help")
         for key, value in given.items():
             values[key] = typed(fields, key, value, arg)
-    if missing := [place.name.upper() for place in places if place.name not in values]:
+    if missing := [field.name.upper() for field in positional if field.name not in values]:
         raise UserError(f"{missing[0]} is missing, see --help")
     return cls(**values)
 

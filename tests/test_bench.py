@@ -241,7 +241,7 @@ def test_every_part_of_gpu_sh_is_command_lines_that_work(tmp_path):
                 c = parse(bench.Config, arguments)
                 assert set(c.parts.split(",")) <= set(bench.PARTS)
                 continue
-            c = parse(sweep.Config, sweep.places(arguments, sweep.Config))
+            c = parse(sweep.Config, sweep.as_positional(arguments, sweep.Config))
             for member in sweep.plan(c.arguments, tmp_path / c.out_dir)[0]:
                 run = parse(train.Config, member.arguments)
                 train.check(run, 1)

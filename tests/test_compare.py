@@ -22,7 +22,7 @@ def compared(tmp_path, monkeypatch):
     def start(*arguments):
         argv = ["--bag_size=4", f"--max_steps={STEPS}", "--learning_rate=0.01", "--plot=no"]
         argv += [f"--out_dir={tmp_path}/out", *arguments]
-        compare.main(parse(compare.Config, sweep.places(argv, compare.Config)))
+        compare.main(parse(compare.Config, sweep.as_positional(argv, compare.Config)))
         return tmp_path / "out"
 
     return start

@@ -45,10 +45,12 @@ def test_the_experiments_of_the_paper_are_command_lines_that_work(tmp_path):
     calls = [call.split("\n") for call in log.read_text().strip().split("\n\n")]
     for _, name, *arguments in calls:
         if name == "tools.sweep":
-            c = parse(sweep.Config, sweep.places(arguments, sweep.Config))
+            c = parse(sweep.Config, sweep.as_positional(arguments, sweep.Config))
             members, _ = sweep.plan(c.arguments, tmp_path / c.out_dir)
         elif name == "tools.compare":
-            members = compare.plan(parse(compare.Config, sweep.places(arguments, compare.Config)))
+            members = compare.plan(
+                parse(compare.Config, sweep.as_positional(arguments, compare.Config))
+            )
         else:
             continue
         for member in members:  # all values of the grid

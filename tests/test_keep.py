@@ -80,7 +80,7 @@ def test_a_metric_needs_no_registration(pair, tmp_path, capsys):
     (_, line), curve = read(tmp_path / "kept" / "runs.csv"), read(tmp_path / "kept" / "curves.csv")
     assert (line["my_metric"], line["val_loss_code"]) == ("100", "2")
     assert all(float(row["my_metric"]) == int(row["step"]) / 2 for row in curve)
-    plot.main(parse(plot.Config, [f"{tmp_path}/kept", "--no_plot"]))
+    plot.main(parse(plot.Config, [f"{tmp_path}/kept", "--plot=no"]))
     assert "my_metric" not in capsys.readouterr().out.partition("Not the same")[2]
 
 
@@ -124,11 +124,11 @@ def test_a_thinned_curve_keeps_ends_switches_and_validation():
 
 
 def test_kept_runs_give_the_table_of_the_runs(pair, tmp_path, capsys):
-    plot.main(parse(plot.Config, [*pair, "--labels=baseline,TST", "--no_plot"]))
+    plot.main(parse(plot.Config, [*pair, "--labels=baseline,TST", "--plot=no"]))
     of_runs = capsys.readouterr().out
     main(*pair, f"--out_dir={tmp_path}/kept", "--labels=baseline,TST")
     capsys.readouterr()
-    plot.main(parse(plot.Config, [f"{tmp_path}/kept", "--no_plot"]))
+    plot.main(parse(plot.Config, [f"{tmp_path}/kept", "--plot=no"]))
     assert capsys.readouterr().out == of_runs and "At the switch" in of_runs
 
 
@@ -141,7 +141,7 @@ def test_kept_runs_are_chosen_by_name_or_label(pair, tmp_path, capsys):
         runs.read_runs([f"{tmp_path}/kept/nothing"])
     base, _ = runs.read_runs([f"{tmp_path}/kept"])  # without a curve
     assert [(row["step"], row["val_loss"]) for row in base["rows"]] == [(200, 9)]
-    plot.main(parse(plot.Config, [f"{tmp_path}/kept", "--no_plot"]))
+    plot.main(parse(plot.Config, [f"{tmp_path}/kept", "--plot=no"]))
     assert "1 of 2 runs have no curve" in capsys.readouterr().err
 
 

@@ -104,7 +104,7 @@ def test_errors_say_what_is_wrong(tmp_path, args, message):
     write(tmp_path / "broken", rows_of([1.0]))
     (tmp_path / "broken" / "config.json").write_text('{"config": 3}')
     with pytest.raises(UserError, match=message):
-        main(*[arg.format(tmp_path) for arg in args], "--no_plot")
+        main(*[arg.format(tmp_path) for arg in args], "--plot=no")
 
 
 def test_one_baseline_length_gives_the_crossing():
@@ -137,7 +137,7 @@ def test_an_unfinished_run_has_no_speedup_and_is_no_baseline(tmp_path, capsys):
     cut = write(tmp_path / "cut", rows_of([5, 4, 3.5]), max_steps=45)
     tst = write(tmp_path / "tst", rows_of([6, 4, 3.2], 4, 10))
     early = write(tmp_path / "early", rows_of([6, 4, 2.9], 4, 10), max_steps=60)
-    main(base, cut, tst, early, "--no_plot")
+    main(base, cut, tst, early, "--plot=no")
     *_, tst, early = lines(capsys.readouterr().out)
     assert tst[-1] == "not reached"  # not read off the unfinished baseline
     assert early[-1] == "-" and early[3] == "30 of 60"
@@ -178,7 +178,7 @@ def test_table_and_notes_of_seeds(tmp_path, capsys):
     base = [write(tmp_path / f"b{i}", rows_of(end), seed=i) for i, end in enumerate(losses)]
     tst = [rows_of([6, 3.6, 2.6 + i / 10], 4, 10) for i in range(3)]
     tst = [write(tmp_path / f"t{i}", rows, superposition_ratio=0.33) for i, rows in enumerate(tst)]
-    main(*base, *tst, "--labels=base,base,base,TST,TST,TST", "--no_plot")
+    main(*base, *tst, "--labels=base,base,base,TST,TST,TST", "--plot=no")
     printed = capsys.readouterr().out
     _, base, tst = lines(printed)
     own = ["base", "1", "0", "30", "3.1000 ± 0.1000 (3)", "1.0333", "0.00M", "3e+10", "0.2 min"]

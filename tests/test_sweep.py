@@ -27,7 +27,7 @@ def swept(tmp_path, monkeypatch):
 
     def start(*arguments):
         argv = [*GIVEN, f"--out_dir={tmp_path}/sweep", *arguments]
-        sweep.main(parse(sweep.Config, sweep.places(argv, sweep.Config)))
+        sweep.main(parse(sweep.Config, sweep.as_positional(argv, sweep.Config)))
         return tmp_path / "sweep"
 
     return start

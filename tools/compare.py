@@ -71,4 +71,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    entry_point(main, Config, sweep.places(sys.argv[1:], Config))
+    entry_point(main, Config, sweep.as_positional(sys.argv[1:], Config))

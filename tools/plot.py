@@ -39,7 +39,7 @@ class Config:
     labels: str = ""  # comma-separated, one for all or one each; equal labels are seeds of one side
     panels: str = "flops,data,time"  # panels of the picture
     by: str = ""  # knob for the x-axis of a picture of final losses, one line per model size
-    no_plot: bool = False  # table without a picture
+    plot: bool = True  # also draw the picture (needs matplotlib)
 
 
 PANELS = {  # title, key of the rows, label of the x-axis
@@ -325,7 +325,7 @@ def main(config):
             raise UserError("there is nothing to draw; --by=KNOB compares final losses alone")
         print(table(drawn))
         picture = lambda: draw(drawn, panels)
-    if not config.no_plot:
+    if config.plot:
         save_picture(picture(), config.out)
         print(f"\nwrote {config.out}")
 

@@ -68,8 +68,8 @@ class Member:
         return rows[-1] if finished and "val_loss" in rows[-1] else None
 
 
-def places(argv, config):
-    """A command line that the tool's dataclass `config` can read: train.py's --key=value become places."""
+def as_positional(argv, config):
+    """The command line with train.py's --key=value made positional, so that `config` can read it."""
     own = {field.name for field in dataclasses.fields(config)} | {"help"}
     is_own = lambda arg: arg[2:].partition("=")[0].replace("-", "_") in own
     return [arg[2:] if arg.startswith("--") and not is_own(arg) else arg for arg in argv]
@@ -203,4 +203,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    entry_point(main, Config, places(sys.argv[1:], Config))
+    entry_point(main, Config, as_positional(sys.argv[1:], Config))
