@@ -38,7 +38,7 @@ class GPTConfig:
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    attention_window: int = 0  # positions a position sees, with itself; 0: all before it
+    attention_window: int = 0  # positions each one attends to, itself included; 0: all so far
     n_expert: int = 0  # 0: dense
     top_k: int = 0  # experts per position
     balance_bias: bool = False  # MoE: add a bias to the choice of experts to even out their load

@@ -77,7 +77,7 @@ class Config:
     tie_embeddings: bool = False  # one matrix for embedding and head
     rope_theta: float = 10000.0  # base of the rotary angles
     norm_eps: float = 1e-5  # epsilon in RMSNorm
-    attention_window: int = 0  # positions a position sees, with itself; 0: all before it
+    attention_window: int = 0  # positions each one attends to, itself included; 0: all so far
     checkpoint_activations: Free[bool] = False  # less memory for a third more FLOPs
 
     # Mixture of experts

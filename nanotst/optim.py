@@ -34,7 +34,7 @@ class Optimizers(list):
 
 
 def adamw(model, c, device_type, without=None):
-    """Fused AdamW for all parameters, but those of the kind `without`. Norms and other scales don't decay."""
+    """Fused AdamW for all parameters except one kind, `without`. Norms and other scales don't decay."""
     kinds = {p: init.kind for _, p, init in model.inits() if init.kind != without}
     scales = [p for p, kind in kinds.items() if kind == "scale"]
     others = [p for p, kind in kinds.items() if kind != "scale"]
