@@ -102,6 +102,8 @@ def read_rows(out_dir):
 
 # ---- runs
 
+MOE = dict(n_expert=4, top_k=2, balance_bias=True, balance_rate=0.01, qk_norm=True)
+SWITCH = 4  # the tiny run takes 4 steps on bags of 3, then 6 on tokens
 LEARNED = "step", "loss", "val_loss", "lr", "grad_norm", "positions", "data_tokens", "flops"
 
 

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     LEARNED,
+    MOE,
     ROOT,
+    SWITCH,
     column,
     command_line,
     load,
@@ -32,8 +34,6 @@ from nanotst import UserError, log, machine, parallel
 from nanotst.configurator import entry_point
 from nanotst.stream import permute
 
-MOE = dict(n_expert=4, top_k=2, balance_bias=True, balance_rate=0.01, qk_norm=True)
-SWITCH = 4  # the tiny run takes 4 steps on bags of 3, then 6 on tokens
 TST = (0, SWITCH, 3, 3), (SWITCH, 10, 1, 1)  # start, stop, tokens read, tokens predicted
 
 

@@ -10,14 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LEARNED, column, command_line, load, read_rows, slow_clock, stopped_run
+from conftest import (
+    LEARNED,
+    MOE,
+    SWITCH,
+    column,
+    command_line,
+    load,
+    read_rows,
+    slow_clock,
+    stopped_run,
+)
 
 import train
 from nanotst import UserError, log, machine
-
-MOE = dict(n_expert=4, top_k=2, balance_bias=True, balance_rate=0.01, qk_norm=True)
-SWITCH = 4  # the tiny run takes 4 steps on bags of 3, then 6 on tokens
-
 
 # ---- stop and resume
 
