@@ -98,6 +98,11 @@ budget() { # does the gain shrink with the budget? Rates at both ends
             --learning_rate="${RATES:-4e-3,8e-3,1.6e-2}"
     done
 }
+decay() { # after compare and budget: speed-up over baselines that finished, and over one before its decay
+    set -- "$out"/runs/s*_max_steps=*_seed* "$out"/budget_8000/s1_*
+    labels=$(printf '%s\n' "$@" | sed 's/.*\///; s/_seed.*//' | paste -sd, -)
+    "$python" -m tools.plot "$@" --labels="$labels" --panels=flops --out="$out/decay.png" | tee "$out/decay.md"
+}
 context() { runs=context sweep context --bag_size=1 --block_size=128,256; } # is it only longer context?
 muon_sides() { # which half of a bag helps, with Muon and each side's own matrix rate?
     runs=muon_sides sweep muon_sides --bag_size=1,2,4 --superposition=full,output,input $large --max_steps=1375 \
@@ -105,15 +110,16 @@ muon_sides() { # which half of a bag helps, with Muon and each side's own matrix
 }
 fade() { runs=fade sweep fade --bag_size=1,2 --superposition=full,output --fade=0,0.33; }
 spread() { # what makes seeds differ: the order of the text, or the initial weights? What narrows it?
-    for seed in 1 2 3 4 5; do
+    local seeds=1,2,3,4,5,6,7,8,9,10
+    for seed in {1..10}; do
         [ -e "$out/weights$seed/last.pt" ] || "$python" train.py "$config" --dataset="$dataset" --seed=$seed \
             --bag_size=1 --max_steps=1 --learning_rate=1e-20 --compile=off --out_dir="$out/weights$seed"
     done
-    short="--bag_size=${SIZES:-2} --max_steps=500" drawn=$(printf ",$out/weights%s/last.pt" 1 2 3 4 5)
-    seeds=1,2,3,4,5 runs=spread sweep spread_order $short --init_from="$out/weights1/last.pt"
+    short="--bag_size=${SIZES:-2} --max_steps=500" drawn=$(printf ",$out/weights%s/last.pt" {1..10})
+    runs=spread sweep spread_order $short --init_from="$out/weights1/last.pt"
     seeds=1 runs=spread sweep spread_weights $short --init_from="${drawn#,}"
     for knob in warmup_steps=150,300 grad_clip=0.3 qk_norm=True; do
-        seeds=1,2,3,4,5 runs=spread_${knob%=*} sweep "spread_${knob%=*}" --bag_size=1,2 --max_steps=500 --$knob
+        runs=spread_${knob%=*} sweep "spread_${knob%=*}" --bag_size=1,2 --max_steps=500 --$knob
     done
 }
 
@@ -137,14 +143,10 @@ tasks() { # lm-eval; see examples/lm_eval_local
     done
 }
 
-all="rates bag_size ratio grid sides losses reinit weights compare step_down documents muon muon_rates window"
-all="$all schedule experts texts vocabularies repeat size_400k budget context muon_sides fade spread"
-all="$all positions tasks"
+all=$(sed -n 's/^\([a-z_0-9]*\)() {.*/\1/p' "$0" | grep -vxE 'keep|sweep|checkpoints' | paste -sd' ' -)
 mkdir -p "$out"
 for experiment in ${@:-$all}; do
-    case " $all " in
-    *" $experiment "*) $experiment ;;
-    *) echo "error: no experiment $experiment; there are $all" >&2; exit 1 ;;
-    esac
+    [[ " $all " = *" $experiment "* ]] || { echo "error: no experiment $experiment; there are $all" >&2; exit 1; }
+    $experiment
 done
 [ -z "$failed" ] || { echo "error: some runs failed; start these again:$failed" >&2; exit 1; }
