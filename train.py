@@ -62,7 +62,7 @@ class Config:
     loss: Bags[Literal[tuple(tst.LOSSES)]] = "mce"  # loss on bags; ordinary steps use cross-entropy
     bag_weights: Bags[Literal[tst.BAG_WEIGHTS]] = "uniform"  # label weights within a bag (mce only)
     fade: Bags[float] = 0.0  # last share of a bagged phase, where weights fade to the first label
-    document_bags: Bags[bool] = False  # bags that ignore tokens and labels of other documents
+    document_bags: Bags[bool] = False  # bags ignore other documents; losses depend on batch_size
     reinit_at_switch: Bags[str] = ""  # reset at the switch: embedding,head,optimizer (hurts)
     fitted: Bags[str] = ""  # tools.fit_mi's file for bag_weights=fitted; empty: the paper's fit
 
@@ -134,11 +134,12 @@ def check(c, world_size):
     counts = "n_layer n_head n_embd block_size total_batch max_steps eval_interval eval_positions"
     sizes = "seed batch_size n_kv_head head_dim ff_dim n_expert top_k warmup_steps save_interval"
     sizes += " threads shard_size weight_decay grad_clip matrix_learning_rate"
-    shares = "superposition_ratio fade decay_ratio min_lr_ratio beta1 beta2"
+    shares = "superposition_ratio fade decay_ratio min_lr_ratio"
     ranges = {
         "at least 1": (counts + " log_interval", lambda x: x >= 1),
         "at least 0": (sizes, lambda x: x >= 0),
         "in 0..1": (shares, lambda x: 0 <= x <= 1),
+        "at least 0 and below 1": ("beta1 beta2", lambda x: 0 <= x < 1),
         "positive": ("learning_rate norm_eps rope_theta", lambda x: x > 0),
     }
     for words, (keys, fits) in ranges.items():
@@ -225,7 +226,8 @@ def main(c):
     # training is the phase (1, 1), so there is one code path, and a baseline is a list of that phase alone.
     world_size = launcher()[2]  # knobs are checked before the ranks meet
     phases = check(c, world_size)
-    fit = read_fit(c.fitted) if c.fitted else {}
+    # a resumed run has its fit in the checkpoint
+    fit = read_fit(c.fitted) if c.fitted and (c.allow_changes or not c.resume) else {}
     machine = Machine.start(c)
     device, say = machine.device, machine.say
     folder = RunFolder(c.out_dir, machine)
@@ -268,7 +270,7 @@ def main(c):
     optimizer = make_optimizer(model, c, machine.device_type)
     folder.acquire(c.resume, c.overwrite)
     saver = Saver(machine)
-    step, seconds, best_val = 0, 0.0, math.inf
+    step, positions, seconds, best_val = 0, 0, 0.0, math.inf
     # MoE: the share of positions that chose each expert in the previous step, over all ranks. The balance
     # loss uses it in place of a micro-batch's own, so that it is the same however a batch is cut.
     load_shares = None
@@ -277,6 +279,7 @@ def main(c):
     if c.resume:
         saved = resume(folder.last, model, optimizer, c, corpus, marked(Config, Free))
         step, seconds, best_val = saved["step"], saved["seconds"], saved["best_val"]
+        positions = saved.get("positions", step * c.total_batch)
         load_shares = saved["shares"].to(device) if c.n_expert else None
         # The stream continues where it was, even if the phases ahead are now others
         stream = open_stream(state=saved["stream"], step=step)
@@ -344,7 +347,8 @@ def main(c):
             reinitialise(raw_model, optimizer, c.reinit_at_switch.split(","), c.seed + 1)
         set_rates(optimizer, rate_multiplier(step, c))
         if c.fade and phase.n_out > 1:  # TST: no hard switch from s labels to one
-            n, left = phase.n_out, (phase.stop - step) / (phase.stop - phase.start)
+            whole = tst.phase_at(planned, step)  # a resumed stream may begin within it
+            n, left = phase.n_out, (whole.stop - step) / (whole.stop - whole.start)
             weights[n] = torch.lerp(first[n], full[n], min(1, left / c.fade))
         # Sums stay on the device: reading one would stall every step
         loss_sum, load, entropy = 0.0, 0.0, 0.0
@@ -365,6 +369,7 @@ def main(c):
             if c.balance_bias:
                 raw_model.balance_experts(load, c.balance_rate)
         step += 1
+        positions += c.total_batch
 
         # ------------------------------------------------------------------------------------------ log, save
         # All ranks decide from the same facts, since evaluating and saving take all of them
@@ -388,10 +393,10 @@ def main(c):
             "loss": loss,
             "lr": optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm.item(),
-            "positions": step * c.total_batch,
+            "positions": positions,
             "data_tokens": stream.tokens_at(step),
             "epoch": stream.tokens_at(step) / stream.epoch_tokens,
-            "flops": step * c.total_batch * flops,
+            "flops": positions * flops,
             "seconds": seconds,
             "positions_per_second": rate,
         }
@@ -413,6 +418,7 @@ def main(c):
             state = {
                 "model": raw_model.state_dict(),
                 "step": step,
+                "positions": positions,
                 "stream": stream.state(),
                 "seconds": seconds,
                 "best_val": best_val,

@@ -55,12 +55,13 @@ def phase_list(max_steps, bag_sizes, superposition_ratio, mode="full"):
     steps, n = round(superposition_ratio * max_steps), len(bag_sizes)
     if not superposition_ratio or list(bag_sizes) == [1]:
         return [Phase(0, max_steps, 1, 1)]
-    phases = []
-    for i, s in enumerate(bag_sizes):
-        n_in, n_out = (1 if mode == "output" else s), (1 if mode == "input" else s)
-        phases.append(Phase(steps * i // n, steps * (i + 1) // n, n_in, n_out))
-    if steps < max_steps:
-        phases.append(Phase(steps, max_steps, 1, 1))
+    phases, sizes = [], [*bag_sizes, 1] if steps < max_steps else bag_sizes
+    for i, s in enumerate(sizes):
+        start, stop = steps * i // n, steps * (i + 1) // n if i < n else max_steps
+        kind = (1 if mode == "output" else s), (1 if mode == "input" else s)
+        if phases and kind == (phases[-1].n_in, phases[-1].n_out):
+            start = phases.pop().start  # equal bags are one phase, without a switch
+        phases.append(Phase(start, stop, *kind))
     check_phases(phases)
     return phases
 

@@ -1,4 +1,4 @@
-"""nanoGPT's default, GPT-2 (124M), with the blocks of this repository: 162,220,800 parameters, 123,587,328
+"""nanoGPT's default, GPT-2 (124M), with the blocks of this repository: 162,148,608 parameters, 123,551,232
 without the input embedding, which is not tied to the head."""
 
 dataset = "openwebtext"  # nanoGPT's train.bin and val.bin, copied to data/openwebtext/

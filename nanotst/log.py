@@ -22,26 +22,25 @@ class RunFolder:
         self.metrics, self.config, self.last, self.best = (os.path.join(out_dir, n) for n in names)
 
     def after_restart(self, c):
-        """The knobs c, or, if torchrun has restarted this process after a rank died, the knobs that resume
-        the run. The id of torchrun (--rdzv_id) in config.json tells whether it is this one's."""
+        """The knobs c, or, if torchrun has restarted this process after a rank died, those that resume the
+        run. The id of torchrun (--rdzv_id) in config.json tells whether it is ours. UserError: no run."""
         name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        # each node counts its own restarts
-        restarts = of_all_ranks(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        restarts = of_all_ranks(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # per node
         ours = name != "none" and read_json(self.config).get("torchrun") == name
         # as the master sees it: on a shared file system the others may not see a file yet
         ours, saved = self.machine.from_master((ours, os.path.exists(self.last)))
         if ours and max(restarts) != "0":
             self.machine.say(f"restarted by torchrun: resuming {self.out_dir}")
             c = dataclasses.replace(c, resume=saved, overwrite=not saved)
+        if c.resume and not saved:
+            raise UserError(f"there is no checkpoint {self.last}; start without --resume")
         return c
 
     def acquire(self, resume, overwrite):
-        """Lock the folder. UserError, on all ranks, if a run would be lost or there is none to resume."""
+        """Lock the folder. UserError, on all ranks, if it is in use or a run would be lost."""
         together(lambda: self.machine.master and self._acquire(resume, overwrite))
 
     def _acquire(self, resume, overwrite):
-        if resume and not os.path.exists(self.last):
-            raise UserError(f"there is no checkpoint {self.last}; start without --resume")
         os.makedirs(self.out_dir, exist_ok=True)
         self.lock = open(os.path.join(self.out_dir, "lock"), "a")  # noqa: SIM115 closing unlocks
         try:
@@ -131,8 +130,7 @@ def knobs_of_run(c):
     saved = read_json(path).get("config")
     if not isinstance(saved, dict):
         raise UserError(f"{path} is damaged; move it away, and give --resume all knobs")
-    saved = renamed(saved)  # as later versions name them
-    of_command = {"out_dir", "resume", "allow_changes", "overwrite", "init_from"}
+    saved, of_command = renamed(saved), {"out_dir", "resume", "allow_changes", "overwrite"}
     return {key: saved[key] for key in vars(c).keys() & saved.keys() - of_command}
 
 
@@ -174,7 +172,8 @@ def describe_run(c, machine, model, stream, compiled, micro_steps, step):
     say(f"{model.n_params():,} parameters{active}, {how}{ranks}")
     if step >= c.max_steps:
         say(f"{c.out_dir} is finished: step {step:,} of {c.max_steps:,}")
-        say("to train longer, use --resume --allow_changes --max_steps=N")
+        bags = "; bags return unless --superposition_ratio is lowered as much" * (c.bag_size != 1)
+        say(f"to train longer, use --resume --allow_changes --max_steps=N{bags}")
         return
     if step:
         say(f"resuming {c.out_dir} after step {step:,} of {c.max_steps:,}")

@@ -102,7 +102,7 @@ class Machine:
         if parallel == "auto":
             parallel = "ddp" if node_ranks else "none"
         elif not node_ranks:
-            raise UserError(f"parallel={parallel} needs ranks: torchrun --nproc_per_node=N ...")
+            raise UserError(f"parallel={parallel} needs ranks: torchrun ..., or --parallel=auto")
         if node_ranks and c.compile == "graphs":
             raise UserError("compile=graphs is for one GPU, without torchrun")
         if n and (parallel != "fsdp" or world_size % n):

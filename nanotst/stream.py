@@ -141,10 +141,10 @@ class TokenStream:
     def _resume(self, state, step):
         """Continue the order of `state`: with its phases up to `step`, and the wanted ones from there on. If
         they cannot follow each other, or rows are cut in another way, a new epoch begins."""
-        past, wanted = [Phase(*p) for p in state["phases"]], self.phases
-        self.phases = past
+        past, wanted, cut = [Phase(*p) for p in state["phases"]], self.phases, self.cut
+        self.phases, self.cut = past, state["cut"]
         self.first_step, self.tokens_before = state["first_step"], state["tokens_before"]
-        read = self.tokens_at(step)
+        read, self.cut = self.tokens_at(step), cut
         future = [replace(p, start=max(p.start, step)) for p in wanted if p.stop > step]
         future = future or [replace(wanted[-1], start=step, stop=step + 1)]  # a finished run
         both = [replace(p, stop=min(p.stop, step)) for p in past if p.start < step] + future
@@ -161,7 +161,7 @@ class TokenStream:
         """Tokens of text read before step number `step`, over all ranks."""
         last = replace(self.phases[-1], stop=step)  # the last phase never ends
         read = (max(0, min(step, p.stop) - p.start) * p.n_in for p in [*self.phases[:-1], last])
-        return self.tokens_before + sum(read) * self.n_rows * self.block_size
+        return self.tokens_before + sum(read) * self.cut[0] * self.cut[1]
 
     def read(self, step):
         """The rows of this process in step number `step`: (rows, L*n_in + n_out) int32. The last n_out tokens

@@ -83,7 +83,8 @@ def test_the_baseline_has_its_own_rate_and_equal_data_is_not_trained_twice(compa
         (["--learning_rate=0.1,0.2"], "--learning_rate=0.1,0.2: .*_learning_rate vary here"),
         (["--seed=1"], "--seed=1: --seeds, "),
         (["--seeds=1,x"], "seed takes int, got 'x'"),
-        (["--lengths=1,x"], "--lengths takes numbers, such as 1,1.5,2, not 1,x"),
+        (["--lengths=1,x"], "--lengths takes numbers above 0, not 1,x"),
+        (["--lengths=0"], "--lengths takes numbers above 0, not 0"),
         (["--max_steps=0"], "max_steps must be at least 1"),
     ],
 )

@@ -112,6 +112,7 @@ LINES = (
     "bag_size = int('4')",
     "bag_size = other",
     "bag_size = 1 / 0",
+    "bag_size = 8-4-2",  # a difference, not the text 8-4-2
     "bag_size: int = 4",
 )
 
@@ -120,7 +121,7 @@ LINES = (
 def test_config_file_is_not_run(file, line):
     """Anything but an assignment of a value is refused, with its line number."""
     path = file(f"learning_rate = 1.0\n\n{line}\n")
-    assert f"{path}:3: a config file holds assignments" in error(path)
+    assert f"{path}:3: a config file holds only assignments" in error(path)
 
 
 @pytest.mark.parametrize(

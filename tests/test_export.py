@@ -276,6 +276,8 @@ def test_a_fork_that_computes_something_else_is_refused(fork, monkeypatch, tmp_p
         export.save_hf(build(DENSE), str(folder), overwrite=True)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert os.listdir(tmp_path) == ["hf"]
+    with pytest.raises(UserError, match="balance_bias"):  # a router's bias that is still 0
+        export.save_hf(build(MOE | {"balance_bias": True}), str(tmp_path / "moe"))
 
 
 def test_what_may_be_replaced(tmp_path):

@@ -139,6 +139,7 @@ def test_cuda_graphs_keep_gradients_as_several_micro_steps_do():
         ("gpus=7", "must be a multiple of .* x 7 ranks"),  # train.check
         ("gpus=12", "a multiple of 8"),
         ("shard_size=3", "a multiple of 8, and of shard_size"),
+        ("mfu=0", "mfu must be positive, got 0"),
         ("dataset=nowhere", "nowhere"),
         ("compile=graphs", "compile=graphs is for one GPU"),
     ],

@@ -194,8 +194,9 @@ def test_a_note_names_the_knobs_and_the_corpus_that_differ():
     tokens = dict(train_tokens=1000, seed=1, threads=1)
     dense = run_of(rows_of([3.0]), "dense", n_expert=0, **tokens)
     tokens = dict(train_tokens=999, seed=2, threads=2, young_knob=1)  # a knob may be younger
-    moe = run_of(rows_of([2.0]), "moe", n_expert=8, **tokens)
+    moe = run_of(rows_of([2.0]), "moe", n_expert=8, reinit_at_switch="head", **tokens)
     differ = "train_tokens 1000 (dense), 999 (moe); n_expert 0 (dense), 8 (moe)"
+    differ = differ.replace("n_expert", "reinit_at_switch none (dense), head (moe); n_expert")
     assert runs.notes_on_differences([dense, moe]) == [f"Not the same in all runs: {differ}."]
 
 

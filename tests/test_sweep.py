@@ -122,6 +122,8 @@ def test_a_failed_run_is_reported_and_tried_again(swept, tmp_path, capsys):
 
 
 def test_another_run_in_the_folder_is_not_touched(swept, tmp_path):
+    (tmp_path / "sweep" / "exported").mkdir(parents=True)
+    (tmp_path / "sweep" / "exported" / "config.json").write_text('{"model_type": "llama"}')
     swept("--seed=1,2", "--max_steps=10")
     with pytest.raises(UserError, match="s1_seed1 holds a run with other knobs: give another"):
         swept("--seed=1,2")

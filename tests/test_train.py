@@ -409,7 +409,8 @@ def test_command_line(tiny, tmp_path, monkeypatch, capsys):
         (dict(seed=-1), "seed must be at least 0"),
         (dict(superposition_ratio=1.1), "superposition_ratio must be in 0..1"),
         (dict(superposition_ratio=0.01), "has no steps; use a larger superposition_ratio"),
-        (dict(beta2=-0.1), "beta2 must be in 0..1"),
+        (dict(fade=-0.1), "fade must be in 0..1"),
+        (dict(beta2=1.0), "beta2 must be at least 0 and below 1"),
         (dict(learning_rate=0.0), "learning_rate must be positive"),
         (dict(balance_bias=True), "balance_bias needs a mixture"),
         (dict(reinit_at_switch=","), "reinit_at_switch takes embedding, head, optimizer"),
@@ -426,7 +427,7 @@ def test_command_line(tiny, tmp_path, monkeypatch, capsys):
         (dict(block_size=512, total_batch=512, batch_size=1), "validation"),
         (dict(dataset="no/such/folder"), "no prepared corpus"),
         (dict(init_from="no/such/file"), "no/such/file"),
-        (dict(resume=True), "there is no checkpoint"),
+        (dict(resume=True, dataset="no/such/folder"), "there is no checkpoint"),
     ],
 )
 def test_what_cannot_work_is_one_line_that_names_the_knob(run, tiny, knobs, words, monkeypatch):

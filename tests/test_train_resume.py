@@ -62,6 +62,17 @@ def test_a_batch_that_changes_after_the_switch_does_not_repeat_it(run, monkeypat
     run(**knobs)
     rows = run(resume=True, allow_changes=True, total_batch=256, max_steps=12, **knobs)
     assert len(resets) == 1 and rows[-1]["phase"] == "recovery"
+    assert rows[11]["positions"] == 10 * 128 + 2 * 256
+    assert rows[11]["data_tokens"] - rows[9]["data_tokens"] == 2 * 256
+    assert rows[11]["flops"] / rows[11]["positions"] == rows[0]["flops"] / 128
+
+
+def test_fading_goes_on_in_a_new_epoch(run, monkeypatch):
+    shares, lerp = [], torch.lerp
+    stopped_run(run, 2, fade=1.0)
+    monkeypatch.setattr(torch, "lerp", lambda a, b, w: shares.append(w) or lerp(a, b, w))
+    run(resume=True, allow_changes=True, total_batch=256, fade=1.0)
+    assert shares == [0.5, 0.25]  # of four steps on bags
 
 
 # ---- checkpoints
@@ -75,6 +86,7 @@ def test_what_a_checkpoint_holds_is_taken_up(run, tiny):
     best.unlink()
     knobs = dict(resume=True, allow_changes=True, max_steps=12, init_from="no/such/file")
     assert run(superposition_ratio=0.5, **knobs)[-1]["seconds"] > 1000
+    assert train.knobs_of_run(tiny(resume=True))["init_from"] == "no/such/file"  # still known
     assert not best.exists() and load(path.parent)["best_val"] == 0.0
 
 
@@ -173,14 +185,15 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_is_written(run, tiny, monkey
 
 
 def test_a_resumed_run_keeps_its_fit_and_its_separator(run, tiny, tmp_path):
-    """Even if the file of the fit has changed since; a corpus that has changed is refused."""
+    """Even if the file of the fit is gone; a corpus that has changed is refused."""
     fit, corpus = tmp_path / "fit.json", shutil.copytree(tiny().dataset, tmp_path / "corpus")
     knobs = dict(bag_weights="fitted", fitted=str(fit), dataset=str(corpus))
     fit.write_text('{"c0": 0.0, "a": 2.0, "k": -2.0}')
     wanted = run(out_dir=str(tmp_path / "whole"), **knobs)
     stopped_run(run, 2, **knobs)
-    fit.write_text('{"c0": 1.0, "a": 0.0, "k": -2.0}')
+    fit.unlink()
     assert column(run(resume=True, **knobs), *LEARNED) == column(wanted, *LEARNED)
+    fit.write_text('{"c0": 1.0, "a": 0.0, "k": -2.0}')  # read with --allow_changes
     meta = json.loads((corpus / "meta.json").read_text())
     (corpus / "meta.json").write_text(json.dumps(meta | {"separator": 1}))
     with pytest.raises(

@@ -55,6 +55,8 @@ def test_bag_sizes_that_step_down_share_the_steps_evenly():
     assert [(p.start, p.bag_size) for p in phases] == [(0, 8), (10, 4), (20, 2), (30, 1)]
     shares = [p.stop - p.start for p in phase_list(100, [8, 4, 2], 0.4)[:3]]
     assert sum(shares) == 40 and max(shares) - min(shares) <= 1  # 40 steps do not divide by 3
+    joined = phase_list(100, [8, 4, 4, 1], 0.4)  # equal bags are one phase
+    assert joined == [Phase(0, 10, 8, 8), Phase(10, 30, 4, 4), Phase(30, 100, 1, 1)]
 
 
 @pytest.mark.parametrize("max_steps, ratio, n", [(10, 0.38, 4), (10, 0.32, 3), (1000, 0.2999, 300)])

@@ -47,11 +47,13 @@ def plan(config):
     tst = parse(train.Config, given)
     if is_baseline(vars(tst)):
         raise UserError("there is no superposition to compare: give a --bag_size above 1")
+    as_much = sum((phase.stop - phase.start) * phase.n_in for phase in train.check(tst, 1))
     try:
         lengths = [round(float(x) * tst.max_steps) for x in config.lengths.split(",")]
+        if min(lengths) < 1:
+            raise ValueError
     except ValueError:
-        raise UserError(f"--lengths takes numbers, such as 1,1.5,2, not {config.lengths}") from None
-    as_much = sum((phase.stop - phase.start) * phase.n_in for phase in train.check(tst, 1))
+        raise UserError(f"--lengths takes numbers above 0, not {config.lengths}") from None
     if all(abs(as_much / length - 1) > 0.01 for length in lengths):
         lengths.append(as_much)
     baseline = {"bag_size": 1, "learning_rate": config.baseline_learning_rate or tst.learning_rate}

@@ -55,7 +55,7 @@ def summary(run):
 
 def thinned(rows, points):
     """The rows of a curve: about `points` of them, and those with a validation loss and around a switch."""
-    every, sizes = len(rows) // points + 1, [row.get("bag_size") for row in rows]
+    every, sizes = len(rows) // max(1, points) + 1, [row.get("bag_size") for row in rows]
     at_switch = lambda i: len(set(sizes[max(i - 1, 0) : i + 2])) > 1
     wanted = lambda i: i % every == 0 or at_switch(i) or "val_loss" in rows[i]
     return [row for i, row in enumerate(rows) if wanted(i)]

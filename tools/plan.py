@@ -97,6 +97,8 @@ def plan(c, argv):
         raise UserError("gpus must be 1 to 8 or a multiple of 8, and of shard_size")
     if c.gpus > 1 and c.compile == "graphs":
         raise UserError("compile=graphs is for one GPU")
+    if c.mfu <= 0:
+        raise UserError(f"mfu must be positive, got {c.mfu:g}")
     phases = train.check(replace(c, batch_size=0), c.gpus)  # batch_size is chosen below
     try:
         vocab_size = c.vocab_size or open_mixture(c.dataset).meta["vocab_size"]

@@ -167,9 +167,10 @@ def notes_on_differences(runs):
     found = []
     for fact in ("vocab_size", "train_tokens", "val_tokens", *LEARNED, "parameters"):
         labels = {}  # of each value; a knob that is younger than a run is no difference
+        empty = "none" if getattr(Config, fact, None) == "" else None
         for run in runs:
-            if fact in run["facts"] and fact not in IN_TABLE:
-                labels.setdefault(run["facts"][fact], {})[run["label"]] = None
+            if (value := run["facts"].get(fact, empty)) and fact not in IN_TABLE:
+                labels.setdefault(value, {})[run["label"]] = None
         if len(labels) > 1:
             few = sum(map(len, labels.values())) < 5
             said = [f"{v} ({', '.join(who)})" if few else v for v, who in labels.items()]

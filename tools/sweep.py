@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import os
 import re
 import shlex
@@ -18,6 +17,7 @@ import torch
 import train
 from nanotst import UserError
 from nanotst.configurator import entry_point, parse, renamed
+from nanotst.files import read_json
 from tools.plot import Points, save_picture
 from tools.runs import BAGS, ENDS, FREE, LEARNED, is_baseline, load_metrics, read_runs, write_table
 
@@ -98,7 +98,8 @@ def members_of(given, choices, varied, out_dir):
     flags = lambda knobs: [f"--{knob}={value}" for knob, value in knobs.items()]
     plain = lambda knobs: {"bag_size": 1} | {k: v for k, v in knobs.items() if k not in BAGS}
     for path in sorted(Path(out_dir).glob("*/config.json")):  # a younger knob has its default
-        there[path.parent] = vars(train.Config()) | renamed(json.loads(path.read_text())["config"])
+        if isinstance(knobs := read_json(path).get("config"), dict):  # else not a run of train.py
+            there[path.parent] = vars(train.Config()) | renamed(knobs)
     for chosen in choices:
         settings = vars(parse(train.Config, given + flags(chosen)))
         point = {knob: settings[knob] for knob in varied}
