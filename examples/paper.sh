@@ -99,7 +99,7 @@ budget() { # does the gain shrink with the budget? Rates at both ends
     done
 }
 decay() { # after compare and budget: speed-up over baselines that finished, and over one before its decay
-    set -- "$out"/runs/s*_max_steps=*_seed* "$out"/budget_8000/s1_*
+    set -- "$out"/runs/s*_max_steps=*_seed* "$out"/budget_8000/s1*
     labels=$(printf '%s\n' "$@" | sed 's/.*\///; s/_seed.*//' | paste -sd, -)
     "$python" -m tools.plot "$@" --labels="$labels" --panels=flops --out="$out/decay.png" | tee "$out/decay.md"
 }
