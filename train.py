@@ -61,7 +61,7 @@ class Config:
     superposition: Bags[Literal[tst.MODES]] = "full"  # bags in input and target, or in one of them
     loss: Bags[Literal[tuple(tst.LOSSES)]] = "mce"  # loss on bags; ordinary steps use cross-entropy
     bag_weights: Bags[Literal[tst.BAG_WEIGHTS]] = "uniform"  # label weights within a bag (mce only)
-    fade: Bags[float] = 0.0  # last share of a bagged phase, where weights fade to the first label
+    fade: Bags[float] = 0.0  # weights fade to the first label in this last share of a bagged phase
     document_bags: Bags[bool] = False  # bags ignore other documents; losses depend on batch_size
     reinit_at_switch: Bags[str] = ""  # reset at the switch: embedding,head,optimizer (hurts)
     fitted: Bags[str] = ""  # tools.fit_mi's file for bag_weights=fitted; empty: the paper's fit
