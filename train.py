@@ -226,7 +226,7 @@ def main(c):
     # training is the phase (1, 1), so there is one code path, and a baseline is a list of that phase alone.
     world_size = launcher()[2]  # knobs are checked before the ranks meet
     phases = check(c, world_size)
-    # a resumed run has its fit in the checkpoint
+    # a resumed run takes its fit from the checkpoint
     fit = read_fit(c.fitted) if c.fitted and (c.allow_changes or not c.resume) else {}
     machine = Machine.start(c)
     device, say = machine.device, machine.say
@@ -284,7 +284,7 @@ def main(c):
         # The stream continues where it was, even if the phases ahead are now others
         stream = open_stream(state=saved["stream"], step=step)
         if not c.allow_changes:
-            fit = saved.get("fit", fit)  # the run's own, even if the file has changed since
+            fit = saved["fit"]  # the run's own, even if the file has changed since
     planned, phases = phases, stream.phases  # a resumed stream may begin after the switch
 
     # ------------------------------------------------------------------------------------ one step, compiled

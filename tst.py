@@ -53,7 +53,7 @@ def phase_list(max_steps, bag_sizes, superposition_ratio, mode="full"):
     if not 0 <= superposition_ratio <= 1:
         raise ValueError(f"superposition_ratio must lie in 0..1, got {superposition_ratio}")
     steps, n = round(superposition_ratio * max_steps), len(bag_sizes)
-    if not superposition_ratio or list(bag_sizes) == [1]:
+    if not superposition_ratio:
         return [Phase(0, max_steps, 1, 1)]
     phases, sizes = [], [*bag_sizes, 1] if steps < max_steps else bag_sizes
     for i, s in enumerate(sizes):

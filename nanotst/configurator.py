@@ -151,7 +151,7 @@ def read_file(path):
             continue  # a docstring
         try:
             (target,) = node.targets
-            kinds = {type(n) for n in ast.walk(node.value)}  # no differences: 8-4-2 would be 2
+            kinds = {type(n) for n in ast.walk(node.value)}  # no minus: 8-4-2 would be 2
             if ast.Sub in kinds or not all(issubclass(kind, ARITHMETIC) for kind in kinds):
                 raise ValueError
             values[target.id] = eval(compile(ast.Expression(node.value), path, "eval"))

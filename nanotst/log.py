@@ -172,7 +172,7 @@ def describe_run(c, machine, model, stream, compiled, micro_steps, step):
     say(f"{model.n_params():,} parameters{active}, {how}{ranks}")
     if step >= c.max_steps:
         say(f"{c.out_dir} is finished: step {step:,} of {c.max_steps:,}")
-        bags = "; bags return unless --superposition_ratio is lowered as much" * (c.bag_size != 1)
+        bags = "; lower --superposition_ratio in proportion, or bags return" * (c.bag_size != 1)
         say(f"to train longer, use --resume --allow_changes --max_steps=N{bags}")
         return
     if step:

@@ -53,7 +53,7 @@ def save_hf(
 
     folder, c, tensors = Path(folder).resolve(), model.config, {}
     if c.balance_bias:
-        raise UserError("no class in transformers has the bias on expert choice of balance_bias")
+        raise UserError("transformers has no model with the router bias of balance_bias")
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if there - FILES or there and not overwrite:
         what = f"{folder} holds {min(there - FILES or there)}; choose another folder"
